@@ -1,4 +1,4 @@
-"""Check that the data and settings of a resumed run match its checkpoint, as far as they affect results."""
+"""Check that a resumed run uses the data and settings of its checkpoint, as far as they affect results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from configs.utils.errors import UserError
 from pipelines.storage.dataset import fingerprint
 from train.checkpoint.state import require_keys
 
-# Train settings that a resumed run may change: they affect results at most in the last digits, or only after a failure.
+# Settings of the train section that a resumed run can change. They affect at most the last digits of results, or only
+# runs in which a failure occurs.
 CHANGEABLE_SETTINGS = (
     "accumulation_steps",
     "amp",
@@ -31,12 +32,12 @@ EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # bes
 
 
 def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
-    """Return the entry "stream" of a checkpoint, with the facts about a run's data that are not in its config.
+    """Return the "stream" entry of a checkpoint: the global batch, and the fingerprint and details of the data set.
 
     Args:
         config: Config of the run.
-        dataset: The contents of dataset.json.
-        passes: Micro-steps per optimizer step, summed over all ranks.
+        dataset: Contents of dataset.json.
+        passes: Number of micro-batches per optimizer step, summed over all ranks.
     """
     return {
         "data set": fingerprint(dataset),
@@ -46,7 +47,7 @@ def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[st
 
 
 def _dataset_details(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Return facts about the data set, which show in an error why two fingerprints differ."""
+    """Return the data set properties that error messages use to explain why two fingerprints differ."""
     details: dict[str, Any] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
     details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
     for name, split in dataset["splits"].items():
@@ -63,9 +64,10 @@ def _digest(value: Any) -> str:
 
 
 def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings that affect results, keyed by the names that errors use.
+    """Return the data set fingerprint and all settings that affect results, keyed by their names in error messages.
 
-    The settings cover samples, augmentation, model, schedule, optimizer and evaluation. `stream` is from `stream_info`.
+    The settings cover samples, augmentation, model, schedule, optimizer and evaluation. `stream` is the "stream" entry
+    of a checkpoint.
     """
     data, train = config.data, config.train
     passes = stream["global batch"] // data.batch_size
@@ -96,15 +98,15 @@ def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
-    """Return (first epoch, image size, global batch) of each stage. `passes` is as in `stream_info`."""
+    """Return (first epoch, image size, global batch) of each stage in data.stages. `passes` is as in `stream_info`."""
     sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 
 def plateau_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that affect results only with schedule plateau.
+    """Return the settings that affect results only with the plateau schedule.
 
-    This is the interval between evaluations, unless the schedule uses the training loss.
+    If the schedule monitors a validation metric, this is the interval between evaluations. Otherwise there are none.
     """
     if config.train.schedule_options.metric == "train_loss":
         return {}
@@ -112,9 +114,9 @@ def plateau_settings(config: Config) -> dict[str, Any]:
 
 
 def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings of a section and its nested sections by dotted key.
+    """Return the settings of a section and its nested sections, keyed by dotted name.
 
-    Direct settings of the section that are in `without` are left out.
+    `without` lists settings to leave out. It does not apply to nested sections.
     """
     flat: dict[str, Any] = {}
     for key, value in section.model_dump(mode="json").items():
@@ -127,18 +129,19 @@ def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ())
 
 
 def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
-    """Check that a run may resume from a checkpoint.
+    """Check that a run can resume from a checkpoint.
 
-    Settings missing from an older checkpoint have their default values.
+    Settings missing from an older checkpoint are assumed to have their default values.
 
     Args:
-        checkpoint: The checkpoint, from `store.load`.
+        checkpoint: Contents of the checkpoint, from `store.load`.
         config: Config of the run that resumes.
-        stream: From `stream_info`.
-        path: Path of the checkpoint, for errors.
+        stream: The "stream" entry of the run that resumes, from `stream_info`.
+        path: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: If data or settings differ. The message lists the differences, and how to keep the global batch.
+        UserError: The data or settings differ, or the checkpoint does not contain valid entries for them. In the first
+            case, the message lists the differences and, if possible, how to restore the global batch.
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
@@ -166,14 +169,15 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
 
 
 def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the optimizer settings that differ between two fingerprints, with the values that timm used.
+    """Return the optimizer settings that differ between two fingerprints, with the values that timm used before.
 
-    Older versions recorded their own defaults, but ran timm optimizers with timm's defaults.
+    Older versions recorded their own defaults, but ran timm optimizers with timm's defaults. The result is empty if the
+    checkpoint's optimizer is not from timm.
 
     Args:
-        checkpoint: The checkpoint, whose optimizer state contains the values used.
-        then: Fingerprint of the checkpoint.
-        now: Fingerprint of the current run.
+        checkpoint: Contents of the checkpoint. Its optimizer state contains the values used.
+        then: Result of `run_fingerprint` for the checkpoint.
+        now: Result of `run_fingerprint` for the current run.
     """
     try:
         group = checkpoint["optimizer"]["param_groups"][0]
@@ -188,20 +192,20 @@ def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[st
 
 
 def _format(value: Any) -> str:
-    """Return a value as one line of JSON, for errors."""
+    """Return a value as one line of JSON, for error messages."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _is_valid_stream(stream: dict[str, Any]) -> bool:
-    """Return True if the entry "stream" has the right types. Early versions wrote it without details."""
+    """Return True if the "stream" entry is valid. Early versions wrote the entry without details of the data set."""
     batch, details = stream.get("global batch"), stream.get("data set in detail", {})
     return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
 
 
 def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return details of the data set that replace its fingerprint in an error.
+    """Return the data set details of `stream`, to replace the fingerprint in an error message.
 
-    Returns an empty dict if `stream` or `other` has no details, or if their details are equal.
+    The result is empty if `stream` or `other` does not have details, or if their details are equal.
     """
     details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
     if not details or not others or details == others:
@@ -210,10 +214,10 @@ def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 def _global_batch_advice(config: Config, then: int, now: int) -> str:
-    """Return advice for an error on how to keep the global batch with the current number of ranks.
+    """Return advice, for an error message, on how to restore the global batch with the current number of ranks.
 
-    The number of ranks may differ, since torchrun can restart on fewer or more machines.
-
+    The number of ranks can change, since torchrun can restart on fewer or more machines. The advice is empty if the
+    global batch is unchanged, or if no single setting restores it.
     Args:
         config: Config of the current run.
         then: Global batch of the checkpoint.

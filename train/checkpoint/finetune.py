@@ -18,15 +18,18 @@ from train.checkpoint.state import require_keys
 
 
 def without_pretrained(config: Config) -> Config:
-    """Return the config with random initial weights, for a model that loads a checkpoint after it is built.
+    """Return the config with random initial weights, for a model that loads a checkpoint after being built.
 
-    The files of the pretrained weights that the run started from may no longer exist.
+    The pretrained weights or the checkpoint that the run started from may no longer exist.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
 
 def inference_config(config: Config) -> Config:
-    """Return the config without training-only parts, which may be expensive or unavailable on this machine."""
+    """Return the config with random initial weights and without the parts that only training uses.
+
+    These parts may be expensive, or unavailable on this machine.
+    """
     bare = {
         "optimizer": OptimizerConfig(),
         "ema": EmaConfig(),
@@ -39,16 +42,17 @@ def inference_config(config: Config) -> Config:
 
 
 def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
-    """Return the result of `inference_config`, with the model section of the checkpoint.
+    """Return the config for inference with a checkpoint, see `inference_config`.
 
     Args:
-        config: Config with the data and evaluation settings. Its model section is ignored.
-        checkpoint: From `store.load`.
+        config: Config with the data and evaluation settings. The checkpoint's model section replaces that of `config`.
+        checkpoint: Contents of the checkpoint, from `store.load`.
         classes: Class names of the data set.
-        path: Path of the checkpoint, for errors.
+        path: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: If the model was trained on other classes.
+        UserError: The model was trained on different classes, or the checkpoint does not contain weights and a valid
+            config.
     """
     trained = checkpoint.get("dataset", {}).get("classes")
     if trained is not None and list(trained) != list(classes):
@@ -70,21 +74,22 @@ def _summary(classes: Sequence[str]) -> str:
 def load_finetune(model: nn.Module, source: str, classes: Sequence[str], settings: ModelConfig | None = None) -> str:
     """Load the weights of a checkpoint into a model, including the mean and std that normalize pixels.
 
-    If the checkpoint has a moving average, the eval.weights of its config decides which weights are loaded. If its
-    classes differ from `classes`, the head is reinitialized, even if the number of classes is the same.
+    If the checkpoint has a moving average, the eval.weights setting in the checkpoint's config decides which weights
+    are loaded. The head keeps its initial values if its shape or the class names differ.
 
     Args:
         model: The model to load into.
         source: A checkpoint or run folder.
         classes: Class names of the data set.
-        settings: Model settings of this run. The activation must be that of the checkpoint, which the weights alone do
-            not show. If None, the activation is not checked.
+        settings: Model settings of this run. The activation is compared with that of the checkpoint, since the weights
+            do not reveal a difference. If None, the activation is not checked.
 
     Returns:
         A sentence about the loaded weights.
 
     Raises:
-        UserError: If the checkpoint does not fit the model.
+        UserError: `source` does not contain an intact checkpoint of this program, or the checkpoint does not fit the
+            model.
     """
     path, checkpoint = store.load_newest(find_checkpoints(Path(source)))
     require_keys(checkpoint, ("model",), path)

@@ -21,17 +21,17 @@ from typing import Any, BinaryIO
 import torch
 
 FORMAT = 1
-TAIL_BYTES = 1024  # the last line is searched for in this many bytes
+TAIL_BYTES = 1024  # at the end of a file, searched for its last line
 DIGEST_BYTES = 64  # a hexadecimal sha256, at the end of files of older versions
 CHUNK_BYTES = 2**20
 DAMAGED = "its checksum is wrong: it is damaged, or from another program"
 NAMES = (b"stream", b"progress", b"position")  # in the pickle of every checkpoint, of any version
-# Allowed in addition to the module torch itself, which has the dtypes and storage classes.
+# Allowed in pickles in addition to the names of the module torch itself, such as dtypes and storage classes.
 GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
 
 
 class _HashingFile:
-    """A file for torch.save that hashes the data and stores write errors, which torch would replace with its own."""
+    """A file for torch.save that hashes the data. It stores the first write error, since torch would replace it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -48,13 +48,14 @@ class _HashingFile:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing, since the owner of the file flushes it at the end."""
+        """Do nothing. The owner of the underlying file flushes that file at the end."""
 
 
 def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint with tensors in host memory to an open file.
+    """Write a checkpoint, whose tensors must be on the CPU, and its manifest to an open file.
 
-    torch.save releases the GIL when it writes to a Python file, but not when it writes to a path.
+    Raises:
+        OSError: The file cannot be written.
     """
     hashing = _HashingFile(file)
     torch.save(checkpoint, hashing)  # type: ignore[arg-type]
@@ -70,7 +71,10 @@ def _position(checkpoint: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
-    """Return the last line of a checkpoint file. In older versions, the line has no CRC of itself."""
+    """Return the manifest, with a line break before and after it.
+
+    `has_crc` is False for older versions, in which the manifest does not contain a CRC of its fields.
+    """
     fields = {"format": FORMAT, "bytes": size, "sha256": sha256, "epoch": epoch, "step": step}
     crc = {"crc32": zlib.crc32(json.dumps(fields).encode())} if has_crc else {}
     return b"\n" + json.dumps(fields | crc).encode() + b"\n"
@@ -80,8 +84,8 @@ def read(file: BinaryIO) -> dict[str, Any]:
     """Verify a file and return the checkpoint in host memory.
 
     Raises:
-        ValueError: If the file is damaged or not a checkpoint.
-        pickle.UnpicklingError: If the file contains more than plain data.
+        ValueError: The file is damaged, or it is not a checkpoint.
+        pickle.UnpicklingError: The file contains more than plain data.
     """
     verify(file)
     _check_archive(file)
@@ -116,7 +120,7 @@ def is_foreign(file: BinaryIO) -> bool:
 
 
 def verify(file: BinaryIO) -> None:
-    """Raise ValueError if the file differs from what was written, according to its checksum."""
+    """Raise ValueError if the file does not match the checksum at its end."""
     tail = _tail(file)
     fields, size = _fields(tail), file.seek(0, os.SEEK_END)
     if not fields:  # from an older version, or not a checkpoint
@@ -159,14 +163,14 @@ def _sha256(file: BinaryIO, size: int) -> str:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Refuse compressed records, and pickles that contain more than plain data.
+    """Reject archives with compressed entries, and pickles that contain more than plain data.
 
-    The checksum cannot rule out either, since anyone can compute it. Compressed records could expand to any size in
-    memory.
+    The checksum does not rule out such files, since anyone can compute it. Compressed entries could expand to any size
+    in memory.
 
     Raises:
-        ValueError: If the file is not an uncompressed archive as written by torch.save.
-        pickle.UnpicklingError: If a pickle contains more than plain data.
+        ValueError: The file is not an uncompressed archive as written by torch.save.
+        pickle.UnpicklingError: A pickle contains more than plain data.
     """
     file.seek(0)
     try:

@@ -1,9 +1,9 @@
 """Find the run folder that a launch used before torchrun restarted its ranks, so that the ranks resume in this folder.
 
-A launch is identified by its launchers, the torchrun processes of its machines. It remains the same launch while one of
-them is alive, even if ranks, machines and restart counts change. Other identifiers do not work: the next launch may
-reuse `--rdzv-id`, and TORCHELASTIC_RESTART_COUNT stays 0 if only the number of machines changes. The launcher is the
-parent of this process, so a script between the two must `exec`. Without torchrun there are no restarts.
+A launch is identified by its launchers, the torchrun processes on its machines. It remains the same launch while one of
+them is alive, even if ranks, machines and restart counts change. Other identifiers do not work, since the next launch
+may reuse `--rdzv-id`, and TORCHELASTIC_RESTART_COUNT stays 0 if only the number of machines changes. The launcher is
+the parent process of a rank, so a script between the two must `exec`. Without torchrun there are no restarts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAUNCH_FILE = "launch.json"  # in a run folder: the launch that uses it
 
 
 def launcher_ids() -> list[str]:
-    """Return the sorted ids of the launchers of all ranks, or an empty list without torchrun.
+    """Return the sorted ids of the launchers of all ranks, or an empty list if torchrun is not used.
 
     All ranks must call this function together.
     """
@@ -35,7 +35,7 @@ def launcher_ids() -> list[str]:
 
 
 def _process_id(pid: int) -> str:
-    """Return a string that identifies a process uniquely across machines and boots."""
+    """Return a string that identifies a process on this machine uniquely across machines and boots."""
     start_time = ""
     with suppress(OSError, IndexError):  # Linux only; the command name, in parentheses, may contain spaces
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -55,9 +55,9 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
         launchers: From `launcher_ids`.
 
     Returns:
-        A tuple (folder, resume). `folder` is the run folder, or None if this launch does not use one yet. `resume`
-        replaces the value of --resume. It is the folder if this has a checkpoint. If the folder has none, "auto" is
-        replaced by None. In all other cases, it is the given value.
+        A tuple (folder, resume). `folder` is the run folder, or None if this launch does not use one yet. `resume` is
+        the new value of --resume. If the folder contains a checkpoint, `resume` is the folder. If the folder does not
+        contain one, "auto" becomes None. Otherwise the value is unchanged.
     """
     if not launchers:
         return None, resume
@@ -70,7 +70,7 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
 
 
 def _candidates(config: Config, resume: str | None) -> list[Path]:
-    """Return the run folders of this name, latest first, followed by the folder that --resume refers to, if any."""
+    """Return the folders of `run_dirs`, followed by the folder that --resume refers to, if any."""
     folder = resolve_resume(config, resume)[0]
     return run_dirs(config) if folder is None else [*run_dirs(config), folder]
 
@@ -83,10 +83,12 @@ def _is_used_by(folder: Path, launchers: list[str]) -> bool:
 
 
 def record_launch(folder: Path, launchers: list[str]) -> Path:
-    """Record in the run folder that this launch uses it, and return the folder.
+    """Record in launch.json that this launch uses the run folder, and return the folder.
+
+    Without launchers, launch.json is not written.
 
     Raises:
-        UserError: If the record cannot be written.
+        UserError: launch.json cannot be written.
     """
     if launchers:
         text = json.dumps({"agents": launchers}, indent=2) + "\n"

@@ -12,23 +12,24 @@ from train.checkpoint.state import require_keys
 from train.engine import cpu_settings
 from train.engine.state import TrainState
 
-DEVICE_FIELDS = ("lr", "capturable")  # of parameter groups; they depend on the device, not on the run
+DEVICE_FIELDS = ("lr", "capturable")  # of parameter groups; their types or values depend on the device
 
 
 def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, weights: str = "raw") -> bool:
-    """Load only the weights of the model.
+    """Load only the weights of the model. On the CPU, also restore the number of threads.
 
     Args:
-        state: The run to load into.
-        checkpoint: From `store.load`.
-        path: Path of the checkpoint, for errors.
-        weights: Which weights to load, one of the values of eval.weights.
+        state: The training state to load into.
+        checkpoint: Contents of the checkpoint, from `store.load`.
+        path: Path of the checkpoint, for error messages.
+        weights: The weights to load, as a value of eval.weights.
 
     Returns:
         True if the loaded weights are the moving average.
 
     Raises:
-        UserError: If the checkpoint does not have these weights, or they do not fit the model.
+        UserError: The checkpoint does not contain a moving average although `weights` is "ema", or the weights do not
+            fit the model.
     """
     average: dict[str, Any] = checkpoint.get("ema") or {}  # older checkpoints have none
     if weights == "ema" and not average:
@@ -78,12 +79,16 @@ def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
 
 
 def _is_from_timm(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if timm implements the optimizer. Its state may then have other shapes than the weights."""
+    """Return True if timm implements the optimizer. Its state tensors can have different shapes than the weights."""
     return type(optimizer).__module__.startswith("timm.")
 
 
 def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load the model, optimizer and scaler of a run or of its proxy model."""
+    """Load the model, optimizer and scaler of a run or of its proxy model, and discard the captured CUDA graph.
+
+    Raises:
+        UserError: The checkpoint does not fit the model or the optimizer.
+    """
     restore_weights(state, checkpoint, path)
     optimizer = state.optimizer
     device_fields = [{key: group[key] for key in DEVICE_FIELDS if key in group} for group in optimizer.param_groups]

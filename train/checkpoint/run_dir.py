@@ -1,7 +1,7 @@
 """Create run folders (OUTPUT/NAME), find the one to resume, and lock it for one process at a time.
 
-Lists of checkpoints are in order of preference, since the first one may be damaged. Only rank 0 accesses the file
-system, see `collectives.from_first_rank`.
+Lists of checkpoints are in order of preference, since the first one may be damaged. Training looks for run folders,
+creates and locks them on rank 0 only, see `collectives.from_first_rank`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ LOCK_TIMEOUT_S = 100.0
 
 
 def run_dirs(config: Config) -> list[Path]:
-    """Return the existing folders that may belong to this run name, latest first, e.g. OUTPUT/NAME-2, OUTPUT/NAME.
+    """Return the existing paths that may be folders of this run name, latest first, e.g. OUTPUT/NAME-2, OUTPUT/NAME.
 
-    Numbers may be missing. Some folders may belong to other runs, since a run may have the name NAME-64.
+    Numbers may be missing. Some paths may belong to other runs, e.g. to a run with the name NAME-64.
     """
     return [_numbered(config, number) for number in sorted(_used_numbers(config), reverse=True)]
 
@@ -63,7 +63,7 @@ def _is_dir_name_of(folder: str, name: str) -> bool:
 
 
 def _run_name(folder: Path) -> str | None:
-    """Return the run name in the config.yaml of a folder, written by any version, or None if it cannot be read."""
+    """Return the run name from a folder's config.yaml of any version, or None if the name cannot be read."""
     file = folder / "config.yaml"
     try:
         values = yaml.parse(read_small_text(file), str(file)).value
@@ -95,8 +95,9 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
         resume: None for a new run, "auto" for the latest run of this name, otherwise a checkpoint or run folder.
 
     Returns:
-        A tuple (folder, checkpoints). The folder is the run folder to continue in, or None if a new one is needed. The
-        checkpoints are those to start from, in order of preference. A new run has none.
+        A tuple (folder, checkpoints). `folder` is the run folder to continue in, or None if a new one is needed.
+        `checkpoints` are the candidates to start from, in order of preference. There are none if training starts from
+        scratch. If `resume` is a path, the candidates may not exist.
     """
     if resume is None:
         return None, ()
@@ -123,10 +124,10 @@ def is_explicit_checkpoint(resume: str | None) -> bool:
 
 
 def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
-    """Return the checkpoints to resume from, in order of preference.
+    """Return the checkpoints of a run folder to resume from, in order of preference.
 
-    These are last.pt, even if it does not exist, and previous.pt if it exists. If only best.pt exists, it is the only
-    one.
+    These are last.pt, even if it does not exist, and previous.pt if it exists. If best.pt is the only existing
+    checkpoint, only best.pt is returned.
     """
     last, previous, best = (folder / name for name in (LAST, PREVIOUS, BEST))
     if best.exists() and not last.exists() and not previous.exists():
@@ -135,7 +136,11 @@ def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
 
 
 def create_run_dir(config: Config) -> Path:
-    """Create a run folder with the next free number, so that no run overwrites another."""
+    """Create and return a run folder with the next free number, so that no run overwrites another.
+
+    Raises:
+        UserError: The folder cannot be created.
+    """
     for number in itertools.count(_latest_number(config) + 1):
         folder = _numbered(config, number)
         try:
@@ -152,11 +157,13 @@ def create_run_dir(config: Config) -> Path:
 def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Lock the run folder, so that no other process overwrites its checkpoints and metrics.
 
-    All ranks must enter the context together. Entering it completes a save that an earlier process left unfinished, so
-    earlier search results may be outdated. Use `refresh_candidates` inside the context.
+    All ranks must enter the context together. Checkpoints found before may be outdated, since entering the context
+    waits for the process that holds the lock, and completes an interrupted save. Call `refresh_candidates` inside the
+    context. If the lock file cannot be opened or locked, the folder is used without a lock.
 
     Raises:
-        UserError: If another process still holds the lock after `timeout_s`, or the folder contains links.
+        UserError: Another process still holds the lock after `timeout_s`, or a file that the run writes in place is a
+            link or a pipe.
     """
     locks: list[BinaryIO] = []
 
@@ -180,7 +187,7 @@ def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explici
     Args:
         folder: The locked run folder.
         candidates: The checkpoints found before locking.
-        is_explicit: True if the user named a single checkpoint, which is then kept.
+        is_explicit: True if the user named a single checkpoint. `candidates` are then returned unchanged.
     """
     latest = latest_checkpoints(folder)
     return latest if not is_explicit and any(path.exists() for path in latest) else candidates
@@ -189,7 +196,7 @@ def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explici
 def _refuse_links(folder: Path) -> None:
     """Raise UserError if a file that a run writes in place is a link or a pipe.
 
-    The folder may come from someone else, and the run would write to the target of the link.
+    The folder may come from someone else, and writing to the file would then change the target of the link.
     """
     for file in (folder / name for name in WRITTEN_IN_PLACE):
         try:
@@ -206,9 +213,12 @@ def _refuse_links(folder: Path) -> None:
 def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
     """Lock the run folder and return the open lock file in a list.
 
-    Returns an empty list if the file cannot be opened for writing, which is reported elsewhere, or cannot be locked.
-    The kernel releases a POSIX lock when the process ends, and child processes do not inherit it. Nothing else in this
-    process may open the lock file, since closing it would release the lock.
+    Returns an empty list if the file cannot be opened for writing or cannot be locked. The kernel releases a POSIX lock
+    when the process ends, and child processes do not inherit the lock. Other code in this process must not open the
+    lock file, since closing the file would release the lock.
+
+    Raises:
+        UserError: Another process still holds the lock after `timeout_s`.
     """
     try:
         lock = (folder / LOCK_FILE).open("a+b")
@@ -242,10 +252,12 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
 
 
 def find_checkpoints(path: Path) -> tuple[Path, ...]:
-    """Return the checkpoints in a run folder in the order best.pt, last.pt, previous.pt, or the given file.
+    """Return the existing checkpoints of a run folder in the order best.pt, last.pt, previous.pt.
+
+    If `path` is not a folder, it is the only element of the result.
 
     Raises:
-        UserError: If the folder contains no checkpoint.
+        UserError: The folder does not contain a checkpoint.
     """
     if not path.is_dir():
         return (path,)

@@ -1,4 +1,4 @@
-"""Collect the contents of a checkpoint, copy them to host memory, and check them."""
+"""Collect the contents of a checkpoint and copy them to host memory, and check the entries of a loaded checkpoint."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ TENSOR_ENTRIES = ("model", "lookahead", "ema")
 def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> dict[str, Any]:
     """Return the contents of a checkpoint.
 
-    Tensors are shared with the live model. Call `to_host` for a copy.
+    Tensors are shared with the live model and optimizer. Call `to_host` for a copy.
 
     Args:
         state: The training state.
         sums: The metric sums of the epoch so far, over all ranks.
-        entries: Further entries. Their values are tensors, numbers, strings, or containers of these.
+        entries: Further entries. Their values must be tensors, numbers, strings, or containers of these.
     """
     return {
         "format": FORMAT,
@@ -55,10 +55,10 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
 
 
 def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Copy a tree of tensors to host memory. Synchronizes each GPU that holds one of the tensors once.
+    """Copy a checkpoint to host memory. Synchronize each GPU that holds tensors of the checkpoint once.
 
     Raises:
-        TypeError: If the tree contains a value that a checkpoint cannot hold.
+        TypeError: The checkpoint contains a value of an unsupported type.
     """
     devices: set[torch.device] = set()
     copy: dict[str, Any] = _copy(checkpoint, devices)
@@ -68,7 +68,10 @@ def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy(tree: Any, devices: set[torch.device]) -> Any:
-    """Start copying a tree to host memory, without synchronizing. Adds the GPUs that hold its tensors to `devices`."""
+    """Start copying nested containers of tensors to host memory, without synchronizing.
+
+    The GPUs that hold the tensors are added to `devices`.
+    """
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
         if tensor.device.type == "cpu":
@@ -99,7 +102,7 @@ def _model_state(state: TrainState) -> dict[str, Any]:
 
 
 def _portable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state dict without settings of CUDA graphs, so that a run on a CPU can load it."""
+    """Return an optimizer's state dict without the settings for CUDA graphs, so that a run on a CPU can load it."""
     groups = [group | {"lr": float(group["lr"])} for group in state_dict["param_groups"]]
     for group in groups:
         if "capturable" in group:
@@ -108,7 +111,10 @@ def _portable(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def invalid_entry(checkpoint: dict[str, Any]) -> str | None:
-    """Return the name of the first entry that has a wrong type or an invalid value, or None if all are valid."""
+    """Return the name of the first entry that has a wrong type or an invalid value, or None if all are valid.
+
+    Missing entries are valid.
+    """
     for name, kind in ENTRY_TYPES.items():
         entry = checkpoint.get(name, kind())
         if not isinstance(entry, kind):
@@ -128,7 +134,7 @@ def _are_tensors(entry: Any) -> bool:
 
 
 def require_keys(checkpoint: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Raise UserError if an entry is missing, e.g. in a checkpoint of another program or version."""
+    """Raise UserError if any entry in `names` is missing, e.g. in a checkpoint of another program or version."""
     if missing := [name for name in names if name not in checkpoint]:
         raise UserError(
             f"checkpoint {path} has no {' and no '.join(missing)}, unlike those of train/ddp.py; give another one"

@@ -19,7 +19,7 @@ from train.checkpoint.state import collect_state, invalid_entry, to_host
 from train.distributed import collectives
 from train.engine.state import TrainState
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous.pt precedes last.pt
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous.pt was saved before last.pt
 
 
 # Saving
@@ -29,7 +29,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint returned by `to_host` atomically.
 
     Raises:
-        UserError: If the file cannot be written. Existing files are then unchanged.
+        UserError: The file cannot be written. An existing file is then unchanged.
     """
     with _write_errors(path):
         files.atomic_write(path, lambda file: format.write(file, checkpoint))
@@ -39,6 +39,9 @@ def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
     """Write last.pt atomically.
 
     The existing last.pt becomes previous.pt, unless it is damaged and previous.pt already exists.
+
+    Raises:
+        UserError: The file cannot be written.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists() or (previous.exists() and not is_intact(last)):
@@ -49,14 +52,20 @@ def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def recover_interrupted_save(folder: Path) -> None:
-    """Complete a save that was interrupted, and remove the temporary files that it left. Ignores file system errors."""
+    """Complete an interrupted save and remove its temporary files. File system errors are ignored."""
     with suppress(OSError):  # the next save reports it
         files.finish_replace(folder / LAST, folder / PREVIOUS, is_intact)
         files.remove_temporary(folder / BEST)
 
 
 def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: Any) -> None:
-    """Write the state of a run to a checkpoint and wait until it is on disk. Takes the arguments of `collect_state`."""
+    """Write the state of a run to a checkpoint, and return when the file is on disk.
+
+    The other arguments are those of `collect_state`.
+
+    Raises:
+        UserError: The file cannot be written. An existing file is then unchanged.
+    """
     write(path, to_host(collect_state(state, sums, **entries)))
 
 
@@ -79,10 +88,10 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Verify and load a checkpoint into host memory. Never runs code from the file.
+    """Verify and load a checkpoint into host memory, without running code from the file.
 
     Raises:
-        UserError: If the file is missing, damaged, or from another program.
+        UserError: The file is missing or damaged, contains more than plain data, or was written by another program.
     """
     try:
         return _read(path)
@@ -92,7 +101,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """Load the first intact checkpoint, and warn about damaged candidates before it.
+    """Load the first intact checkpoint, and warn about the missing or damaged candidates before it.
 
     Args:
         candidates: Files of one folder, in order of preference.
@@ -101,8 +110,8 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
         The path of the checkpoint, and its contents.
 
     Raises:
-        UserError: If no candidate is intact, or if one that is tried is from another program. If none is intact, the
-            message lists all candidates, and names another intact checkpoint in their folder if there is one.
+        UserError: No candidate is intact, or a candidate that was tried was written by another program. In the first
+            case, the message lists all candidates, and names another intact checkpoint in the folder if there is one.
     """
     reasons: dict[Path, str] = {}
     for path in candidates:
@@ -149,8 +158,8 @@ def _read(path: Path) -> dict[str, Any]:
     """Verify and load a checkpoint.
 
     Raises:
-        ValueError: If the file cannot be loaded. The message is a predicate, to be appended to the path.
-        UserError: If the file is from another program. Trying other candidates would not help.
+        ValueError: The file cannot be loaded. The message continues a sentence that starts with the path.
+        UserError: The file was written by another program. Trying other candidates would not help.
     """
     if is_foreign(path):
         raise UserError(
@@ -175,10 +184,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
-    """Load the checkpoint that `load_newest` chooses on rank 0, on every rank.
+    """On every rank, load the checkpoint that `load_newest` chooses on rank 0. All ranks must call this function.
 
     Raises:
-        UserError: As in `load_newest`, or if the file at this path has another training position on another rank.
+        UserError: `load_newest` failed on rank 0, or the file at the chosen path cannot be loaded or has a different
+            training position on another rank.
     """
     chosen: dict[str, Any] = {}  # on rank 0
 

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run in a background thread, one at a time."""
+"""Write the checkpoints of a run in a background thread, one at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SAVE_INTERVAL_S = 300.0  # if train.save_every_steps is not set
 class CheckpointWriter:
     """Writes checkpoints on rank 0, and tracks the newest one on all ranks.
 
-    Training waits for the copy to host memory, and for the previous checkpoint if it is still being written. If the
-    background thread fails, its error is raised by the next call of `save` or `wait`, or of `check` once the write has
-    ended.
+    `save` waits for the copy to host memory, and for the previous checkpoint if it is still being written. If writing
+    fails in the background thread, the error is raised by the next call of `save` or `wait`, or by `check` after the
+    write has ended.
 
     Args:
         folder: The run folder.
         state: The training state to save.
-        run_info: Entries of every checkpoint of this run. They are read at each save, so the caller may change them.
+        run_info: Entries of every checkpoint of this run. They are read at each save, so the caller can change them.
     """
 
     def __init__(self, folder: Path, state: TrainState, run_info: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ class CheckpointWriter:
         self._write: Future[None] | None = None
 
     def mark_saved(self, newest: Path, steps: int) -> None:
-        """Record that the checkpoint `newest` holds the state of the run after `steps` optimizer steps."""
+        """Record that the checkpoint `newest` contains the state of the run after `steps` optimizer steps."""
         self.newest, self.steps = newest, steps
 
     @property
@@ -51,19 +51,23 @@ class CheckpointWriter:
         return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
-        """Return True if SAVE_INTERVAL_S has passed since last.pt was last saved, or since the start if it was not."""
+        """Return True if SAVE_INTERVAL_S has passed since the latest save of last.pt, or since the start."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
         """Copy the current state to host memory, and write it to each of `names` in the background.
 
-        If `names` contains last.pt, the existing last.pt becomes previous.pt.
+        Only rank 0 writes. If `names` contains last.pt, all ranks record last.pt as the newest checkpoint, and the
+        existing last.pt becomes previous.pt, see `store.write_last`.
 
         Args:
             names: File names, e.g. last.pt and best.pt.
             position: The epoch, and the optimizer steps done in this epoch.
             sums: The metric sums of the epoch so far, over all ranks.
             steps: Optimizer steps of the run so far.
+
+        Raises:
+            UserError: The previous write failed.
         """
         if LAST in names:
             self._saved_s = time.monotonic()
@@ -80,7 +84,7 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the write in progress has finished. Raises its error if it failed."""
+        """Wait for the write in progress, and raise its error if it failed."""
         write, self._write = self._write, None
         if write is not None:
             write.result()
@@ -89,12 +93,12 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for a write in progress. Ignores an error of this write, since the run has ended."""
+        """Wait for the write in progress. Its error is ignored, since the run has ended."""
         self._thread.shutdown()
 
 
 def write_all(folder: Path, names: tuple[str, ...], checkpoint: dict[str, Any]) -> None:
-    """Write the same checkpoint to each of the file names."""
+    """Write the same checkpoint to each of `names` in the folder."""
     for name in names:
         if name == LAST:
             store.write_last(folder, checkpoint)

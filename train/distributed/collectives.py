@@ -1,4 +1,4 @@
-"""Reductions and exchanges over all ranks. All ranks must call each function together."""
+"""Reduce and exchange values over all ranks. All ranks must call each function together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ Result = TypeVar("Result")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks, in place on every rank, and return it."""
+    """Sum a tensor over all ranks, in place on every rank, and return it. All ranks must call this function."""
     dist.all_reduce(values)
     return values
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
-    """Return the maximum of each element of `values` over all ranks. Waits for all ranks, but not for the device."""
+    """Return the element-wise maximum of `values` over all ranks. All ranks must call this function.
+
+    Waits for the other ranks, but does not synchronize the device.
+    """
     numbers = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return [int(number) for number in numbers]
@@ -29,7 +32,10 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
-    """Copy all buffers, such as batch-norm statistics, from rank 0 to all ranks in one broadcast."""
+    """Copy all buffers, such as batch-norm statistics, from rank 0 to all ranks in one broadcast.
+
+    All ranks must call this function.
+    """
     # Sorted by element size, so that each part of the flat tensor is aligned for its dtype.
     buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
     if dist.get_world_size() == 1 or not buffers:
@@ -42,7 +48,11 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """Call `compute` on rank 0 and return its result on every rank. If it raises a UserError, every rank raises it."""
+    """Call `compute` on rank 0 and return its result on every rank. All ranks must call this function.
+
+    Raises:
+        UserError: `compute` raised a UserError. Every rank raises it with the same message.
+    """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -57,7 +67,7 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
 
 
 def from_all_ranks(value: str) -> list[str]:
-    """Return the value that each rank passed, in rank order."""
+    """Return the values passed by all ranks, in rank order. All ranks must call this function."""
     values = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

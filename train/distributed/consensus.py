@@ -1,6 +1,6 @@
-"""Agreement of all ranks on whether to stop or save after an optimizer step.
+"""Let all ranks agree on whether to stop or save after an optimizer step.
 
-It never synchronizes the device. The ranks communicate about once a second.
+The ranks communicate about once a second, without synchronizing the device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StopConsensus:
         self._time_s = time.monotonic()
 
     def poll(self, steps_done: int) -> tuple[int, bool]:
-        """Decide together whether to stop or save. All ranks must call this method after every optimizer step.
+        """Decide whether to stop or save. All ranks must call this method after every optimizer step.
 
         Args:
             steps_done: Optimizer steps of the run so far.
@@ -55,7 +55,10 @@ class StopConsensus:
         return signal, bool(due)
 
     def poll_now(self) -> int:
-        """Communicate immediately, and return the number of the signal that stops the run, or 0."""
+        """Check all ranks for a signal now, and return its number, or 0 if there is none.
+
+        All ranks must call this method.
+        """
         return collectives.max_over_ranks([self._pending_signal()])[0]
 
     def _next_interval(self, steps_done: int) -> int:

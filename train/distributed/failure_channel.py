@@ -1,8 +1,8 @@
-"""Connections of all ranks to rank 0 that report immediately when a rank fails or is lost.
+"""Connect all ranks to rank 0, so that every rank learns immediately when another rank fails or is lost.
 
-A killed rank cannot report anything, but the kernel closes its connection, so the other ranks notice. `launcher`
-decides how a rank reacts to a failure. Messages are newline-delimited JSON. A launch id identifies one start of the
-ranks, so that a stale process of an earlier launch is ignored.
+A killed rank cannot report anything, but the kernel closes its connection, so the ranks connected to it notice.
+`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. A launch id identifies one start
+of the ranks, so that stale processes of an earlier launch are ignored.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
 
 
 class Store(Protocol):
-    """Key-value store that all ranks share.
+    """Key-value store that all ranks share, with only those methods of torch's store that are used here.
 
-    The protocol contains only those methods of torch's store that do not wait.
+    `get` waits for a missing key, so call `check` first.
     """
 
     def set(self, key: str, value: str) -> None: ...
@@ -54,7 +54,7 @@ class FailureChannel:
 
     Args:
         ranks: Rank and world size of this process.
-        on_failure: Called once, in a thread, with the first failure of another rank.
+        on_failure: Called in a thread with the first failure of any rank, unless this rank failed first.
         launch_id: Identifies this start of the ranks.
     """
 
@@ -67,7 +67,7 @@ class FailureChannel:
         self._is_closed = False
 
     def first_failure(self, timeout_s: float = 0.0) -> Failure | None:
-        """Wait up to `timeout_s` for a failure. Return the first failure of any rank, or None."""
+        """Wait up to `timeout_s` for a failure, and return the first failure of any rank, or None if there is none."""
         self._has_failed.wait(timeout_s)
         return self._first
 
@@ -75,28 +75,27 @@ class FailureChannel:
         """Report a failure of this rank to all ranks.
 
         Returns:
-            The failure that happened first according to rank 0, or `failure` if rank 0 does not answer within
-            `timeout_s`.
+            The first failure that rank 0 has received, or `failure` if rank 0 does not answer within `timeout_s`.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Leave the channel after this rank has finished successfully."""
+        """Leave the channel. The other ranks do not count this as a failure."""
         raise NotImplementedError
 
     def all_connected(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` on rank 0 for ranks that are still starting, and return True if all are connected.
+        """On rank 0, wait up to `timeout_s` for ranks that are still starting. Return True if all are connected.
 
         Other ranks do not wait, and always return True.
         """
         return True
 
     def missing_ranks(self) -> list[int]:
-        """Return the ranks that have not connected to rank 0 yet. Ranks other than 0 return an empty list."""
+        """Return the ranks that have not connected to rank 0 yet. On other ranks, the list is always empty."""
         return []
 
     def _set_first(self, failure: Failure) -> None:
-        """Store the first failure, and call `on_failure` in a thread if another rank failed.
+        """Store the first failure, and call `on_failure` in a thread if the failure is that of another rank.
 
         The caller must hold the lock.
         """
@@ -111,18 +110,18 @@ def connect(
 ) -> FailureChannel:
     """Open the channel on this rank. Ranks other than 0 wait for rank 0.
 
-    torchrun keeps its store across restarts, so the store may contain the address of an earlier rank 0. Ranks try again
-    until the current one answers.
+    torchrun keeps its store across restarts, so the store may contain the address of an earlier rank 0. The other ranks
+    try again until the current rank 0 answers.
 
     Args:
         ranks: Rank and world size of this process.
-        store: Holds the port and the launch id of rank 0.
+        store: Store through which rank 0 publishes its port and launch id.
         address: The host of rank 0.
-        on_failure: Called once, in a thread, with the first failure of another rank.
+        on_failure: Called in a thread with the first failure of any rank, unless this rank failed first.
         timeout_s: How long to wait for rank 0.
 
     Raises:
-        UserError: If rank 0 does not answer in time.
+        UserError: Rank 0 does not answer in time.
     """
     if ranks.is_first:
         coordinator = Coordinator(ranks, on_failure, uuid.uuid4().hex)
@@ -142,7 +141,7 @@ def connect(
 
 
 def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.socket:
-    """Connect to rank 0. Raises OSError if another launch or program listens at this address."""
+    """Connect to rank 0. Raises OSError if this fails, or if another launch or program listens at this address."""
     connection = socket.create_connection((address, port), timeout=SEND_TIMEOUT_S)
     try:
         greeting = b""
@@ -184,7 +183,7 @@ class _Peer:
     has_closed: bool = False
 
     def read_messages(self) -> list[dict[str, Any]] | None:
-        """Return the complete messages received, or None if the connection has ended or is not from a rank."""
+        """Receive data and return the complete messages, or None if the connection has ended or is not from a rank."""
         try:
             received = self.connection.recv(65536)
             if not received or len(self.buffer) > MAX_LINE_BYTES:
@@ -197,7 +196,7 @@ class _Peer:
 
 
 class Member(FailureChannel):
-    """The channel of every rank except rank 0."""
+    """One end of the channel, on any rank except rank 0."""
 
     def __init__(
         self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str, connection: socket.socket
@@ -236,7 +235,7 @@ class Member(FailureChannel):
 
 
 class Coordinator(FailureChannel):
-    """The channel of rank 0, which decides which failure was the first, and sends it to all other ranks."""
+    """Rank 0's end of the channel. It decides which failure came first and sends it to all other ranks."""
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
         super().__init__(ranks, on_failure, launch_id)
@@ -292,7 +291,7 @@ class Coordinator(FailureChannel):
                 self._all_connected.set()
 
     def _record(self, failure: Failure) -> Failure:
-        """Record a failure and return the first failure, which may be one that another rank reported earlier."""
+        """Return the first failure of any rank. If it is the given failure, send the failure to the other ranks."""
         with self._lock:
             if self._first is None:
                 self._set_first(failure)
@@ -326,7 +325,7 @@ class Coordinator(FailureChannel):
 
 
 def _create_server(connections: int) -> socket.socket:
-    """Listen on all addresses of this machine, on a free port."""
+    """Listen on a free port on all network interfaces."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
             return socket.create_server(

@@ -1,8 +1,8 @@
-"""Run an entry point on several ranks. If one rank fails, all of them exit with a clear error.
+"""Run an entry point on several ranks. If one rank fails, all ranks exit with a clear error.
 
-The rank that failed first prints its error. Every other rank prints one line with the reason why it stopped. The exit
-code is 2 for an error that the user can fix. It is 1 for any other error, and for a rank that stopped because another
-one failed. No rank waits without a limit.
+The rank that failed first prints its error. Every other rank prints why it stopped, unless it failed with the same
+`UserError`. The exit code is 2 for a `UserError`. It is 1 for any other error, and for a rank that stopped because
+another rank failed. All waiting times are limited.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from train.distributed.failure_channel import Failure, FailureChannel, connect
 from train.distributed.process_group import Ranks
 from train.distributed.signals import die_with_launcher
 
-# Time for a rank to end by itself after another one failed, so that it can finish its log and trackers. With NCCL it is
-# blocked in a collective anyway, and the first rank that exits makes NCCL abort the others. So GPU ranks wait less, and
-# the rank that failed exits last.
+# Time for a rank to end by itself after another rank failed, so that it can finish its log and trackers. With NCCL, a
+# rank is blocked in a collective anyway, and the first rank that exits makes NCCL abort the others. So GPU ranks wait
+# less, and the rank that failed exits last.
 SHUTDOWN_GRACE_S = 10.0
 GPU_SHUTDOWN_GRACE_S = 2.0
 GPU_EXIT_DELAY_S = 3.0
 CAUSE_TIMEOUT_S = 3.0  # for the cause of a broken connection to arrive
-JOIN_WARNING_S = 60.0  # then missing ranks are named but still awaited, as slow imports take minutes
+JOIN_WARNING_S = 60.0  # then missing ranks are named but still awaited, as slow imports can take minutes
 JOIN_TIMEOUT_S = 30.0  # a failed rank waits this long for ranks that are still starting, to tell them
 STOPPED_DELAY_S = 0.3  # so that the error of the first rank is printed before the lines of stopped ranks
 
@@ -44,9 +44,9 @@ LOST_CONNECTION = "lost the connection to another rank, which was probably kille
 
 
 def run_distributed(main: Callable[[], int | None]) -> None:
-    """Run an entry point like `run_main`, but on all ranks. If any rank fails, all ranks end.
+    """Run an entry point like `run_main`, in a process of one or several ranks. If any rank fails, all ranks end.
 
-    SystemExit and Ctrl-C do not count as errors, and are not reported to other ranks.
+    SystemExit and Ctrl-C do not count as failures, and are not reported to other ranks.
     """
 
     def run() -> int | None:
@@ -68,7 +68,7 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
 class RankSupervisor:
     """Ends this rank if any rank fails.
 
-    Both the main thread and the thread that is notified of a failure may end the process. The first one to acquire
+    Both the main thread and the thread that is notified of a failure may end the process. The first thread to acquire
     `_exit_lock` does so.
     """
 
@@ -80,7 +80,7 @@ class RankSupervisor:
         self._is_terminating = False
 
     def run(self, main: Callable[[], int | None]) -> int | None:
-        """Run `main` and return its exit code. Exits the process if any rank fails."""
+        """Run `main` and return its exit code. If any rank fails, exit the process instead."""
         timeout_s = process_group.GROUP_TIMEOUT.total_seconds()
         threading.Thread(target=self._warn_missing, args=(timeout_s,), daemon=True).start()
         try:
@@ -101,7 +101,7 @@ class RankSupervisor:
         return code
 
     def _warn_missing(self, timeout_s: float) -> None:
-        """Warn about ranks that start late. Runs in a thread of rank 0, and of rank 1 in case rank 0 itself is late."""
+        """Warn about ranks that start late. Only rank 0 warns, or rank 1 if rank 0 itself is late."""
         if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
             return
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
@@ -162,9 +162,9 @@ class RankSupervisor:
         _write_torchrun_error(failure.summary)
 
     def _wait_for_others(self) -> None:
-        """Wait for ranks that are still starting, so that they learn of the failure.
+        """Wait up to JOIN_TIMEOUT_S for ranks that are still starting, so that they learn of the failure.
 
-        Stops waiting if torchrun ends its ranks, since the missing ranks will then never connect.
+        Stop waiting if torchrun sends SIGTERM, since the missing ranks will then never connect.
         """
         end = time.monotonic() + JOIN_TIMEOUT_S
         while self._channel is not None and time.monotonic() < end and not self._is_terminating:
@@ -183,7 +183,7 @@ class RankSupervisor:
         self._exit_stopped(first)
 
     def _exit_stopped(self, first: Failure) -> NoReturn:
-        """End this rank because another one failed first."""
+        """End this rank because another rank failed first."""
         reason = f"stopped because rank {first.rank} {LOST if first.is_lost else f'failed: {first.summary}'}"
         _print_error(f"rank {self._ranks.rank} {reason}")
         _write_torchrun_error(reason, is_consequence=True)
@@ -196,7 +196,7 @@ def _error_line(error: BaseException) -> str:
 
 
 def _resume_advice() -> str:
-    """Return advice for an error on how to resume after a process was killed."""
+    """Return advice, for an error message, on how to resume after a process was killed."""
     started, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if started < limit:
         return "torchrun restarts all ranks"
@@ -204,7 +204,7 @@ def _resume_advice() -> str:
 
 
 def _print_error(text: str) -> None:
-    """Print a line to stderr in one call, since several ranks share stderr."""
+    """Print text to stderr in one call, since several ranks share stderr."""
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -223,7 +223,7 @@ def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit without Python's exit handlers, which may wait for lost ranks."""
+    """Exit without running Python's exit handlers, since they may wait for lost ranks."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

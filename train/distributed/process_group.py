@@ -1,7 +1,7 @@
 """Process group, ranks and data parallelism.
 
-A process group always exists, even for a single process without torchrun, so that other code need not handle the case
-without one.
+A process group always exists, even for a single process without torchrun, so that other code need not handle a missing
+group.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read the ranks from the variables that torchrun sets. If any is missing, the process is the only rank.
+        """Read the ranks from the variables that torchrun sets. If any is missing, this process is the only rank.
 
         Raises:
-            UserError: If a variable is missing although WORLD_SIZE is set to more than 1.
+            UserError: A variable is missing although WORLD_SIZE is set to a value other than 1.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
@@ -67,7 +67,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Initialize the process group for the lifetime of the context, and yield the device of this rank.
 
     Raises:
-        UserError: If this machine has fewer GPUs than processes, or if rank 0 cannot be reached.
+        UserError: This machine has GPUs, but fewer than it has ranks, or rank 0 cannot be reached.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -95,13 +95,13 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
 
 
 def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
-    """Connect to the store that all ranks share, and wait for it. The store is hosted by torchrun or else by rank 0.
+    """Wait for the store that all ranks share, and connect to it. torchrun hosts the store if used, otherwise rank 0.
 
     Returns:
         A new connection to the store, and the address of the machine that hosts it and runs rank 0.
 
     Raises:
-        UserError: If the store cannot be reached.
+        UserError: The store cannot be reached.
     """
     try:
         store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=GROUP_TIMEOUT))
@@ -162,6 +162,6 @@ def is_data_parallel(model: nn.Module) -> bool:
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context that skips the gradient reduction of backward passes, for all micro-steps but the last."""
+    """Return a context in which backward passes do not reduce gradients. Use it for all micro-steps but the last."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()  # a compiled model forwards the attribute

@@ -1,4 +1,4 @@
-"""Handle signals that ask a run to stop. The handlers set a flag, which the training loop reads between steps."""
+"""Handle signals that ask a run to stop. The handlers set a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PendingSignal:
 
 @contextmanager
 def catch_signals() -> Iterator[PendingSignal]:
-    """Record the first of SIGNALS in the yielded object instead of ending the process.
+    """In this context, SIGNALS do not end the process. The first signal that arrives is recorded in the yielded object.
 
     A Ctrl-C more than REPEATED_SIGINT_S after the first signal raises KeyboardInterrupt. Python allows signal handlers
     only in the main thread, so this context does nothing in other threads.
@@ -68,12 +68,13 @@ def catch_signals() -> Iterator[PendingSignal]:
 
 
 def die_with_launcher() -> None:
-    """Tell the kernel to send this process SIGTERM when its torchrun dies, even if torchrun was killed by SIGKILL.
+    """Tell the kernel to send this process SIGTERM when its torchrun dies, even if torchrun is killed by SIGKILL.
 
-    Otherwise the ranks would continue running, and keep their GPUs and the lock of the run folder.
+    Otherwise the ranks would continue running, and keep their GPUs and the lock of the run folder. Without torchrun,
+    this function does nothing.
 
     Raises:
-        UserError: If torchrun is already dead.
+        UserError: torchrun has already died.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -82,10 +83,9 @@ def die_with_launcher() -> None:
 
 
 def is_reparented(parent: int, proc: Path = Path("/proc")) -> bool:
-    """Return True if `parent` is init or a subreaper, i.e. the launcher of this process has died.
+    """Return True if the process with PID `parent` is init or a subreaper, i.e. the launcher has died.
 
-    A process with PID 1 does not count if it is torchrun itself, as in a container. `proc` is the mount point of
-    procfs.
+    PID 1 does not count if it is torchrun itself, as in a container. `proc` is the mount point of procfs.
     """
     command = name = b""
     with suppress(OSError):  # /proc may hide the processes of other users
