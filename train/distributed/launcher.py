@@ -2,7 +2,7 @@
 
 The rank that failed first prints its error. Every other rank prints why it stopped, unless it failed with the same
 `UserError`. The exit code is 2 for a `UserError`. It is 1 for any other error, and for a rank that stopped because
-another rank failed. All waiting times are limited.
+another rank failed. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LOST_CONNECTION = "lost the connection to another rank, which was probably kille
 
 
 def run_distributed(main: Callable[[], int | None]) -> None:
-    """Run an entry point like `run_main`, in a process of one or several ranks. If any rank fails, all ranks end.
+    """Run an entry point like `run_main`, possibly as one of several ranks. If any rank fails, all ranks end.
 
     SystemExit and Ctrl-C do not count as failures, and are not reported to other ranks.
     """

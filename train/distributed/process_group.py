@@ -67,7 +67,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Initialize the process group for the lifetime of the context, and yield the device of this rank.
 
     Raises:
-        UserError: This machine has GPUs, but fewer than it has ranks, or rank 0 cannot be reached.
+        UserError: This machine has GPUs but fewer than ranks, or rank 0 cannot be reached.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -95,8 +95,9 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
 
 
 def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
-    """Wait for the store that all ranks share, and connect to it. torchrun hosts the store if used, otherwise rank 0.
+    """Wait for the store that all ranks share, and connect to it.
 
+    The store is hosted by torchrun, or by rank 0 if torchrun is not used.
     Returns:
         A new connection to the store, and the address of the machine that hosts it and runs rank 0.
 

@@ -41,7 +41,7 @@ class PendingSignal:
 
 @contextmanager
 def catch_signals() -> Iterator[PendingSignal]:
-    """In this context, SIGNALS do not end the process. The first signal that arrives is recorded in the yielded object.
+    """Keep SIGNALS from ending the process, and record the first one that arrives in the yielded object.
 
     A Ctrl-C more than REPEATED_SIGINT_S after the first signal raises KeyboardInterrupt. Python allows signal handlers
     only in the main thread, so this context does nothing in other threads.

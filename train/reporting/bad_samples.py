@@ -16,7 +16,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
     All ranks must call this function together.
 
     Raises:
-        UserError: If the number of these samples exceeds data.max_bad_samples.
+        UserError: The number of these samples, over all ranks, exceeds data.max_bad_samples.
     """
     samples = bad_samples_on_any_rank(loader.bad)
     if not len(samples):
@@ -32,7 +32,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
 def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
     """Return the indices of the samples that any rank has replaced, int64, ascending.
 
-    If there are none, the only communication is the reduction of one number.
+    All ranks must call this function together. If no sample was replaced, they exchange at most one number.
     """
     if not bad.can_replace:
         return np.empty(0, np.int64)

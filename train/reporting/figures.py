@@ -1,6 +1,6 @@
-"""Figures of training: curves, image grids and confusion matrices.
+"""Draw figures: curves, image grids, confusion matrices and bar charts.
 
-They are not saved, so files and trackers can use them.
+The functions return figures, so that callers can save them to files or send them to trackers.
 
 matplotlib is imported inside the functions, since the import takes half a second. pyplot is not used, since it keeps
 figures in global state and may open windows.
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 DPI = 120
 RIGHT, WRONG = "#1a7f37", "#c1440e"  # colors of captions
-LABELLED_CLASSES = 250  # more classes get no names in a confusion matrix
+LABELLED_CLASSES = 250  # more classes are not named in a confusion matrix
 COUNTED_CLASSES = 40  # more classes are drawn smaller
 RANKED_BARS, BARS_PER_COLUMN = 200, 50
-NAME_LETTERS = 28  # limit of a class name at an axis
+NAME_LETTERS = 28  # maximum length of a class name on an axis
 VALIDATION_LOSS = "cross-entropy"  # for every train.loss
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Return a new figure of `size` (width, height) in inches and its rows * columns axes, in reading order."""
+    """Return a new figure of `size` (width, height) in inches, and its rows * columns axes in reading order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -41,9 +41,9 @@ def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) ->
 
 
 def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """Add a legend to a figure or axes. It shows all names unchanged.
+    """Add a legend to a figure or axes, with all names unchanged.
 
-    matplotlib itself omits names with a leading underscore, and renders text between dollar signs as a formula.
+    By default, matplotlib omits names with a leading underscore, and renders text between dollar signs as a formula.
     """
     legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -76,7 +76,7 @@ def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy
     """Plot the loss and the top-1 accuracy over epochs, for training and validation.
 
     Args:
-        metrics: Lines of metrics.jsonl. They may include the validation of a moving average.
+        metrics: Lines of metrics.jsonl, from `read_metrics`. They may include validation metrics of a moving average.
         title: Title of the figure.
         loss: The value of train.loss.
     """
@@ -131,7 +131,7 @@ def image_grid(
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Draw the share of each true class (row) that was predicted as each class (column).
+    """Draw a confusion matrix: the share of each true class (row) that was predicted as each class (column).
 
     `counts` contains numbers of samples, int [C, C], indexed by true class and predicted class.
     """
@@ -159,16 +159,16 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
 
 
 def _shares_scale() -> Normalize:
-    """Return a color scale by the square root of shares, so that rare confusions are visible beside the diagonal."""
+    """Return a color scale for the square root of shares, so that rare confusions are visible beside the diagonal."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
-    """Draw a horizontal bar for each name, from the highest to the lowest value. Values are from 0 to 1.
+    """Draw a horizontal bar for each name, from the highest to the lowest value. Values must be between 0 and 1.
 
-    If there are more than RANKED_BARS names, only the highest and the lowest values are drawn.
+    If there are more than RANKED_BARS names, only the RANKED_BARS / 2 highest and lowest values are drawn.
     """
     order = sorted(range(len(names)), key=lambda number: -values[number])
     if len(order) > RANKED_BARS:
@@ -194,7 +194,8 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
 def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title: str) -> Figure:
     """Draw the number of samples per class in each split.
 
-    Up to COUNTED_CLASSES classes have bars. More classes are drawn as curves of the counts in descending order.
+    Up to COUNTED_CLASSES classes are drawn as bars. More classes are drawn as one curve per split, with the counts in
+    descending order.
     """
     named = len(classes) <= COUNTED_CLASSES
     figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
@@ -222,5 +223,5 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
 
 
 def shorten(name: str) -> str:
-    """Shorten a class name to NAME_LETTERS characters, to leave room for the plot."""
+    """Shorten a class name to at most NAME_LETTERS characters, to leave room for the plot."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"

@@ -1,4 +1,4 @@
-"""Image grids of a model's inputs and predictions. Functions accept tensors on any device."""
+"""Draw image grids of a model's inputs and predictions. The functions accept tensors on any device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: s
 
     Args:
         images: uint8 [N, 3, H, W].
-        labels: int64 [N], -1 if unknown.
+        labels: int64 [N], with -1 for unknown labels.
         classes: Class names.
         title: Title of the figure.
     """
@@ -53,11 +53,13 @@ def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: s
 
 
 def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Draw images with predicted class, probability and true class. Captions are green if correct, and red if wrong.
+    """Draw images, each with predicted class, probability and true class in its caption.
+
+    Captions are green for correct predictions, red for wrong ones, and black if the label is unknown.
 
     Args:
         images: uint8 [N, 3, H, W].
-        labels: int64 [N]. It is -1 for an unknown label, for which the caption is black.
+        labels: int64 [N], with -1 for unknown labels.
         logits: [N, C].
         classes: Class names.
         title: Title of the figure.
@@ -76,14 +78,18 @@ def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Seq
 def predicted_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predicted classes, int64 [N], and their probabilities, float32 [N], from logits [N, C].
 
-    Equal logits, which are common in bfloat16, are ordered as in `loss_and_hits`. argmax might choose another class.
+    Equal logits are common in bfloat16. They are ordered as in `loss_and_hits`, since argmax might choose a different
+    class.
     """
     best = logits.topk(min(5, logits.shape[1])).indices[:, :1]
     return best[:, 0], logits.float().softmax(1).gather(1, best)[:, 0]
 
 
 def confusion_counts(labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
-    """Return the number of samples for each true and predicted class, int64 [C, C]. Ignores samples without a label."""
+    """Return the number of samples for each true class (row) and predicted class (column), int64 [C, C].
+
+    Samples without a label are ignored.
+    """
     known = labels >= 0
     cells = labels[known] * classes + predicted[known]
     return torch.bincount(cells, minlength=classes * classes).reshape(classes, classes).cpu().numpy()
@@ -99,5 +105,5 @@ def class_name(label: int, classes: Sequence[str]) -> str:
 
 
 def wrap_caption(caption: str, lines: int = CAPTION_LINES) -> str:
-    """Break a caption into at most `lines` lines that fit above an image, and truncate it if it is longer."""
+    """Break a caption into lines that fit above an image, and truncate the caption after `lines` lines."""
     return "\n".join(textwrap.wrap(caption, CAPTION_WIDTH, max_lines=lines, placeholder=" …"))

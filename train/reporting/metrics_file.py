@@ -12,13 +12,13 @@ from configs.utils.files import read_small_text
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl as mappings of numbers by name.
+    """Return the lines of a run's metrics.jsonl, each as a dict of numbers by name. A number can be None.
 
-    Reading ends at the first line that is not valid JSON, e.g. a last line that was truncated by a kill. A missing file
-    has no lines.
+    Reading ends at the first line that is not valid JSON, e.g. a last line that is truncated because the run was
+    killed. If the file is missing, the list is empty.
 
     Raises:
-        UserError: If the file cannot be read, or if a line is not a mapping of numbers that includes the epoch.
+        UserError: The file cannot be read, or a line is not a mapping of numbers by name that includes the epoch.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -46,7 +46,8 @@ def _is_metric(value: Any) -> bool:
 def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Return the lowest validation loss, the highest validation accuracy, and the first epoch with this accuracy.
 
-    If there is a moving average, its best results are included under other names. `metrics` is from `read_metrics`.
+    The best results of a moving average are included under separate keys, if there is one. `metrics` is from
+    `read_metrics`.
     """
     found: dict[str, float] = {}
     for average in ("", "ema_"):
@@ -62,10 +63,9 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
-    """Return the validation accuracy (top-1) of the weights that eval.weights selects.
+    """Return the top-1 validation accuracy of the weights that eval.weights selects, or None if there is none.
 
-    Returns None for an epoch without evaluation. `line` is from `read_metrics`, and `weights` is the value of
-    eval.weights.
+    `line` is an element of `read_metrics`, and `weights` is the value of eval.weights.
     """
     key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
     value: float | None = line.get(key)

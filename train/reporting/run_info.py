@@ -1,4 +1,4 @@
-"""Facts about a run, as plain values for trackers and checkpoints and as one line for the console."""
+"""Describe a run, in plain values for trackers and checkpoints and in one line for the console."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from train.optim.schedule import lr_factor
 
 
 def global_batch(config: Config, world_size: int) -> int:
-    """Return the number of samples per optimizer step, over all ranks. Ignores data.stages, which may change it."""
+    """Return the number of samples per optimizer step over all ranks. Batch sizes in data.stages are ignored."""
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
 def collect_run_info(
     config: Config, dataset: dict[str, Any], state: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return facts about a run that depend on its config, data set and machine.
+    """Return properties of a run that depend on its config, data set and machine.
 
     Args:
         config: Config of the run.
-        dataset: The contents of dataset.json.
+        dataset: Contents of dataset.json.
         state: The training state.
         loader: The training loader.
         ranks: Rank and world size of this process.
@@ -61,7 +61,7 @@ def collect_run_info(
 
 
 def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Return the entry "dataset" of a checkpoint, which makes the model usable without its data set."""
+    """Return the "dataset" entry of a checkpoint. With it, the model can be used without its data set."""
     return {
         **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
         "conversion": dataset.get("options", {}).get("encoding"),  # to store other images in the same way
@@ -84,7 +84,7 @@ def summary_line(config: Config, facts: dict[str, Any], device: torch.device) ->
 
 
 def stage_warnings(config: Config) -> list[str]:
-    """Return a list with one warning if stages start after the last epoch, and an empty list otherwise."""
+    """Return a list with one warning if any stage starts after the last epoch, and an empty list otherwise."""
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
     text = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
     return [text] if late else []

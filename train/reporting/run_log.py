@@ -1,7 +1,7 @@
-"""The log of a run: console, log.txt, metrics.jsonl, curves.png and trackers. Only rank 0 writes it.
+"""Write the log of a run: console, log.txt, metrics.jsonl, curves.png and trackers. Only rank 0 writes the log.
 
-A failing tracker or an unwritable log.txt is reported once and then ignored. metrics.jsonl and config.yaml are
-required, so failing to write them ends the run.
+A tracker that fails is reported once and then ignored. Lines lost from log.txt or the console only cause a warning.
+metrics.jsonl, config.yaml and facts.json are required, so failing to write them ends the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CURVES_INTERVAL_S = 30.0
 
 
 class _Console(logging.StreamHandler):
-    """Handler that prints a warning if lines cannot be written, instead of a traceback for each line."""
+    """Logging handler that warns if lines cannot be written, instead of printing a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         del record
@@ -56,19 +56,22 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 class RunLog:
-    """Writes the log of one run. As a context manager, it finishes the log on exit, as failed after an exception.
+    """Writes the log of one run. Leaving its context finishes the log, and marks the run as failed after an exception.
 
     Args:
         folder: The run folder, or None on ranks other than 0. Without a folder, the log does nothing.
-        peers_wait: True if other ranks wait for this one. After an error, the log is then finished quickly, since the
+        peers_wait: True if other ranks wait for this rank. After an error, the log is then finished quickly, since the
             other ranks learn of the error only afterwards.
         loss: The value of train.loss.
+
+    Raises:
+        UserError: log.txt cannot be opened.
     """
 
     def __init__(self, folder: Path | None, *, peers_wait: bool = False, loss: str = "cross-entropy") -> None:
         self._folder, self._peers_wait, self._loss = folder, peers_wait, loss
         self._trackers: list[Tracker] = []
-        self.fast_shutdown = False  # at the end, skip what can be done later, e.g. after a signal
+        self.fast_shutdown = False  # True: `finish` skips what can be done later, e.g. after a signal
         self._drawn_at = -CURVES_INTERVAL_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
@@ -106,7 +109,7 @@ class RunLog:
         self._logger.info(message)
 
     def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
-        """Start W&B and TensorBoard if they are configured.
+        """Start W&B and TensorBoard if they are configured. A tracker that fails to start is logged and left out.
 
         Args:
             config: Settings of the trackers.
@@ -131,13 +134,21 @@ class RunLog:
                 self._trackers += [tracker] if tracker is not None else []
 
     def write_config(self, config: str, facts: dict[str, Any]) -> None:
-        """Write config.yaml and facts.json, replacing the files of an earlier start."""
+        """Write config.yaml and facts.json, replacing the files of an earlier start.
+
+        Raises:
+            UserError: A file cannot be written.
+        """
         if self._folder is not None:
             _replace(self._folder / "config.yaml", config)
             _replace(self._folder / "facts.json", json.dumps(facts, indent=2) + "\n")
 
     def drop_epochs_from(self, first: int) -> None:
-        """Remove the metrics of epoch `first` and later ones, since a resumed run writes them again."""
+        """Remove the metrics of epoch `first` and all later epochs, since a resumed run writes them again.
+
+        Raises:
+            UserError: metrics.jsonl cannot be read or written.
+        """
         if self._folder is None:
             return
         kept = [line for line in read_metrics(self._folder) if line["epoch"] < first]
@@ -147,7 +158,8 @@ class RunLog:
         """Log values at an optimizer step to the console, log.txt and the trackers.
 
         Args:
-            values: Numbers by name, including step_loss, lr and images_per_s.
+            values: Numbers by name. They must include step_loss, lr and images_per_s, the only ones that the console
+                and log.txt show.
             step: Optimizer steps done so far.
         """
         loss, lr, rate = (values[name] for name in ("step_loss", "lr", "images_per_s"))
@@ -160,7 +172,7 @@ class RunLog:
         Also redraws curves.png if the last drawing was at least CURVES_INTERVAL_S ago.
 
         Raises:
-            UserError: If metrics.jsonl cannot be written.
+            UserError: metrics.jsonl cannot be written or read.
         """
         if self._folder is None:
             return
@@ -182,7 +194,7 @@ class RunLog:
             self.draw_curves()
 
     def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
-        """Show a figure in the trackers. Calls `draw` only if there is a tracker."""
+        """Show a figure in the trackers. `draw` is called only if there is a tracker, and its errors are logged."""
         if not self.has_trackers:
             return
         try:
@@ -197,7 +209,11 @@ class RunLog:
         self._each(lambda tracker: tracker.update_summary(values))
 
     def draw_curves(self) -> None:
-        """Draw curves.png from metrics.jsonl. If curves.png cannot be written, logs the error."""
+        """Draw curves.png from metrics.jsonl. If curves.png cannot be written, log the error.
+
+        Raises:
+            UserError: metrics.jsonl cannot be read.
+        """
         if self._folder is None or not (metrics := read_metrics(self._folder)):
             return
         self._drawn_at = time.monotonic()
@@ -207,7 +223,11 @@ class RunLog:
             self.info(str(error))
 
     def finish(self, *, failed: bool = False) -> None:
-        """Draw the final curves, finish the trackers and close the log."""
+        """Finish the trackers and close the log. Before that, draw the final curves unless `fast_shutdown` is set.
+
+        Raises:
+            UserError: metrics.jsonl cannot be read.
+        """
         if not self.fast_shutdown:
             self.draw_curves()
 
@@ -221,7 +241,7 @@ class RunLog:
             handler.close()
 
     def _each(self, use: Callable[[Tracker], None]) -> None:
-        """Call `use` for every tracker, and remove trackers that fail."""
+        """Call `use` for every tracker. Finish and remove trackers that fail."""
         for tracker in list(self._trackers):
             try:
                 use(tracker)

@@ -1,4 +1,4 @@
-"""Pictures of a run for trackers: augmented samples, predictions and the confusion matrix."""
+"""Show pictures of a run in the trackers: augmented samples, predictions and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRID_IMAGES = 20
 
 
 def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
-    """Show the first training images in the trackers, as the model sees them. Keeps the position of `loader`."""
+    """Show images of the next training batch in the trackers, as the model sees them. Keeps the position of `loader`."""
     if not log.has_trackers:
         return
     state = loader.state
@@ -51,6 +51,10 @@ def show_predictions(
         config: Config of the run.
         classes: Class names.
         step: Optimizer steps done so far.
+
+    Raises:
+        RuntimeError: Some samples were missed or counted twice.
+        UserError: A file of the data set has changed.
     """
     counts, shown, logits = collect_predictions(state, loader, config.eval.tta, len(classes))
     if not log.has_trackers:
@@ -66,7 +70,7 @@ def show_predictions(
 
 
 def collect_predictions(state: TrainState, loader: Loader, tta: str, classes: int) -> tuple[np.ndarray, Batch, Tensor]:
-    """Evaluate a split, and keep the predictions for some of its samples.
+    """Evaluate a split, and keep the predictions for some of its samples. All ranks must call this function.
 
     Args:
         state: Training state.
@@ -76,8 +80,12 @@ def collect_predictions(state: TrainState, loader: Loader, tta: str, classes: in
 
     Returns:
         A tuple (counts, batch, logits). `counts` are the confusion counts over all ranks, int64 [C, C]. `batch`
-        contains images and labels of up to GRID_IMAGES evenly spaced samples of this rank, and `logits` those of the
-        same samples.
+        contains images and labels of up to GRID_IMAGES evenly spaced samples of this rank, and `logits` contains the
+        logits of the same samples.
+
+    Raises:
+        RuntimeError: Some samples were missed or counted twice.
+        UserError: A file of the data set has changed.
     """
     samples = loader.plan.samples
     wanted = np.linspace(0, samples - 1, min(GRID_IMAGES, samples)).round().astype(int)

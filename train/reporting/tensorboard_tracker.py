@@ -1,4 +1,4 @@
-"""TensorBoard as a tracker: event files in the run folder, written by torch."""
+"""Log to TensorBoard, in event files in the run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-FLUSH_S = 30  # maximum delay until a reader sees a point
+FLUSH_S = 30  # maximum delay until a reader sees a point, in seconds
 
 
 class TensorBoardTracker:
@@ -18,7 +18,7 @@ class TensorBoardTracker:
     Args:
         folder: Folder of the event files.
         config: Plain nested values to show as the config of the run.
-        step: Optimizer steps done so far. TensorBoard discards later points, which an earlier start may have written.
+        step: Optimizer steps done so far. TensorBoard discards points of later steps that an earlier start wrote.
     """
 
     title = "TensorBoard"
@@ -52,5 +52,5 @@ class TensorBoardTracker:
 
 
 def as_code(values: dict[str, Any]) -> str:
-    """Format a nested dict as a Markdown code block, which preserves line breaks."""
+    """Format a nested dict as JSON in a Markdown code block, so that line breaks are preserved."""
     return "\n".join("    " + line for line in json.dumps(values, indent=2).splitlines())

@@ -1,4 +1,4 @@
-"""The interface of experiment trackers, i.e. services that show curves and images of a run.
+"""Interface of experiment trackers, i.e. services that show curves and images of a run.
 
 A tracker may raise any exception. `RunLog` reports it once and continues without the tracker. Calls that may block
 forever go through `call_with_timeout`.
@@ -22,7 +22,7 @@ class Tracker(Protocol):
     advice: str  # what a user can do after a failure
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at an optimizer step. Values of a whole epoch include the key `epoch`."""
+        """Log scalars at an optimizer step. Per-epoch metrics also contain the key `epoch`."""
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
         """Log an image, uint8 [H, W, 3]."""
@@ -31,7 +31,7 @@ class Tracker(Protocol):
         """Set results of the whole run. A new value replaces an earlier one of the same name."""
 
     def finish(self, *, failed: bool, fast: bool = False) -> str | None:
-        """Write or send the remaining data within a limited time, which is only seconds if `fast`.
+        """Write or send the remaining data, and give up after a limited time. If `fast`, the limit is a few seconds.
 
         Returns:
             A message for the user, or None.
@@ -39,10 +39,10 @@ class Tracker(Protocol):
 
 
 def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Result:
-    """Call a function in a thread, and return its result or raise its exception.
+    """Call a function in a thread, and return the result or raise the exception of this call.
 
     Raises:
-        TimeoutError: If the function does not return within `timeout_s`. Its thread continues.
+        TimeoutError: The function does not return within `timeout_s`. Its thread continues.
     """
     box: list[Result] = []
     errors: list[BaseException] = []

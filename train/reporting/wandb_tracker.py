@@ -1,8 +1,8 @@
-"""Weights & Biases as a tracker, which is online if possible and offline otherwise.
+"""Log to Weights & Biases, online if possible and offline otherwise.
 
-Failures of network, server or key never block the run. In this case, starting takes at most half a minute and finishing
-a little longer, the points are on disk, and the log shows the command that uploads them. wandb is imported only if it
-is used.
+Failures of the network, the server or the API key never block the run. In these cases, starting takes about half a
+minute at most and finishing less than a minute, the data is on disk, and the log shows the command that uploads it.
+wandb is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WandbTracker:
     """Sends values and images to a W&B run.
 
     Args:
-        run: From `wandb.init`.
+        run: The run that `wandb.init` returned.
         wandb: The wandb module.
     """
 
@@ -91,7 +91,10 @@ class WandbTracker:
     def _give(self, call: Callable[[], object]) -> None:
         """Execute `call` with a timeout.
 
-        If wandb's process is stopped or waits for a disk, its pipe fills up and writing to it blocks.
+        If wandb's process is stopped or waits for a disk, its pipe fills up and writing to the pipe blocks.
+
+        Raises:
+            TimeoutError: `call` takes longer than LOG_TIMEOUT_S. `finish` then does not wait for wandb's process.
         """
         try:
             call_with_timeout(LOG_TIMEOUT_S, call)
@@ -109,7 +112,7 @@ def start_wandb(
         config: Settings of W&B.
         folder: The run folder.
         run_config: Plain nested values to show as the config of the run.
-        log: Prints a message for the user.
+        log: Function that prints a message for the user.
 
     Returns:
         The tracker, or None if W&B is off.
@@ -167,7 +170,7 @@ def start_wandb(
 
 
 def end_service(wandb: Any) -> None:
-    """End wandb's service process. Otherwise this process would wait for it at exit without a limit.
+    """End wandb's service process. Otherwise this process could wait for it indefinitely at exit.
 
     Data that has not been uploaded yet stays on disk.
     """
