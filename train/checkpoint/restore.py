@@ -79,7 +79,7 @@ def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
 
 
 def _is_from_timm(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if timm implements the optimizer. Its state tensors can have different shapes than the weights."""
+    """Return True if timm implements the optimizer. Its state can then have different shapes than the weights."""
     return type(optimizer).__module__.startswith("timm.")
 
 

@@ -1,7 +1,7 @@
 """Create run folders (OUTPUT/NAME), find the one to resume, and lock it for one process at a time.
 
-Lists of checkpoints are in order of preference, since the first one may be damaged. Training looks for run folders,
-creates and locks them on rank 0 only, see `collectives.from_first_rank`.
+Lists of checkpoints are in order of preference, since the first one may be damaged. In training, run folders are found,
+created and locked on rank 0 only, see `collectives.from_first_rank`.
 """
 
 from __future__ import annotations

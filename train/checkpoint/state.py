@@ -1,4 +1,4 @@
-"""Collect the contents of a checkpoint and copy them to host memory, and check the entries of a loaded checkpoint."""
+"""Collect the contents of a checkpoint, copy them to host memory, and check the entries of loaded checkpoints."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ class Coordinator(FailureChannel):
                 self._all_connected.set()
 
     def _record(self, failure: Failure) -> Failure:
-        """Return the first failure of any rank. If it is the given failure, send the failure to the other ranks."""
+        """Record a failure, and send it to the other ranks if it is the first one. Return the first failure."""
         with self._lock:
             if self._first is None:
                 self._set_first(failure)

@@ -78,7 +78,7 @@ def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Seq
 def predicted_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predicted classes, int64 [N], and their probabilities, float32 [N], from logits [N, C].
 
-    Equal logits are common in bfloat16. They are ordered as in `loss_and_hits`, since argmax might choose a different
+    Equal logits are common in bfloat16. They are ordered as in `loss_and_hits`, whereas argmax might choose a different
     class.
     """
     best = logits.topk(min(5, logits.shape[1])).indices[:, :1]

@@ -109,7 +109,7 @@ class RunLog:
         self._logger.info(message)
 
     def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
-        """Start W&B and TensorBoard if they are configured. A tracker that fails to start is logged and left out.
+        """Start W&B and TensorBoard if they are configured. Failures are logged, and the run continues.
 
         Args:
             config: Settings of the trackers.
@@ -262,5 +262,5 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return None (null in JSON) for nan and infinity, which JSON cannot represent, and other values unchanged."""
+    """Return None for nan and infinity, since JSON cannot represent them. Return other values unchanged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,7 +23,10 @@ GRID_IMAGES = 20
 
 
 def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
-    """Show images of the next training batch in the trackers, as the model sees them. Keeps the position of `loader`."""
+    """Show images of the next training batch in the trackers, as the model sees them.
+
+    The position of `loader` is unchanged.
+    """
     if not log.has_trackers:
         return
     state = loader.state
