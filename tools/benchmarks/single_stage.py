@@ -1,4 +1,7 @@
-"""Measure one stage of tools/benchmark.py, and the limits of the machine if a bound needs them."""
+"""Measure one stage of tools/benchmark.py.
+
+The limits of the machine are measured as well, except for the stages `stages` and `scale`.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,15 @@ from train.distributed.process_group import Ranks
 
 CROP_SIDE = {96: 64}  # image size after augmentation by stored size, if no config sets one
 DEFAULT_BATCH_SIZE = 512  # batch size without a config
-DEFAULT_SIDE = 224  # side to assume for stored images that vary in size
+DEFAULT_SIDE = 224  # height and width to assume if stored images vary in size
 
 
 def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
-    """Measure the tables of `arguments.stage` and return them as a run."""
+    """Measure the tables of `arguments.stage` and return them as a run.
+
+    Raises:
+        UserError: An argument is missing or invalid, or data.stages has fewer than two stages for the stage `stages`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
     if arguments.stage == "stages":
@@ -84,7 +91,10 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    """Load the config of --cfg, or build one for the data set of --data-path."""
+    """Load the config of --cfg, or build one for the data set of --data-path.
+
+    Except for the stage `stages`, the result is the config of epoch 0.
+    """
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}
         config = load_config(arguments.cfg, arguments.opts, **replacements)

@@ -24,8 +24,7 @@ class Workload:
     Args:
         items: The iterator. Each item counts `units_per_item` images, bytes or operations.
         details: Called after the last round. Returns further fields of the row.
-        prefetches: Whether the iterator prepares items while it is not timed. One item is then dropped before each
-            round.
+        prefetches: Whether the iterator prepares items between rounds. If so, one item is dropped before each round.
     """
 
     items: Iterator[Any]
@@ -41,7 +40,8 @@ class Candidate:
     Args:
         build: Called with `arguments` in the candidate's process. Returns a context manager that yields workloads by
             name. The name of a single workload may be "".
-        monitor: Called with the process id while the process runs. Returns the reason to kill the process, or None.
+        monitor: Called repeatedly with the process id while a reply of the process is awaited. Returns the reason to
+            kill the process, or None.
     """
 
     name: str
@@ -54,8 +54,8 @@ def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
     """Build and warm up a candidate, then answer requests over `pipe`.
 
     The first message is {workload: error or None}, or an error if the candidate cannot be built. A request is the name
-    of a workload, and the reply is the rate of one round in units/s or an error. The request None is answered with
-    {workload: details} and is the last one.
+    of a workload, and the reply is the rate of one round in units/s or an error. The last request is None, and the
+    reply is {workload: details}.
     """
     os.setpgid(0, 0)  # a process group with its workers; the kernel ends stopped groups without parents
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -95,14 +95,15 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def error_text(error: BaseException) -> str:
-    """Return an exception as one line."""
+    """Return the type and message of an exception as one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _calibrate(workload: Workload, seconds: float) -> int:
     """Warm up the workload and return the number of items that take about `seconds`.
 
-    If the workload does not prefetch and its first item takes at least `seconds`, this item is the only warm-up.
+    The number is at least 2, unless the workload does not prefetch and its first item takes at least `seconds`. In that
+    case, the first item is the only warm-up.
     """
     min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
     if min_count == 2:
@@ -120,7 +121,11 @@ def _time_round(workload: Workload, count: int) -> float:
 
 
 def _time_items(items: Iterator[Any], count: int) -> float:
-    """Return the seconds for taking `count` items, including their pending work on the GPU."""
+    """Return the time in seconds to take `count` items, including their pending work on the GPU.
+
+    Raises:
+        RuntimeError: The iterator ends before `count` items.
+    """
     start = time.perf_counter()
     taken = sum(1 for _ in itertools.islice(items, count))
     if torch.cuda.is_available() and torch.cuda.is_initialized():

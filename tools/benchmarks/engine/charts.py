@@ -1,6 +1,6 @@
 """Bar chart of a run, with one panel per table.
 
-Bars are images/s with the range of the rounds. The names of this project's rows are bold.
+Bars show the median images/s, and error bars the range of the rounds. The names of this project's rows are bold.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from train.reporting.figures import save
 
 OURS, PEER, BOUND = "#c1440e", "#8a9ba8", "#d9dee2"
-LOG_SCALE_RATIO = 20.0  # ratio of largest to smallest rate from which a panel's axis is logarithmic
+LOG_SCALE_RATIO = 20.0  # minimum ratio of largest to smallest rate for a logarithmic axis
 COLUMNS = 2
 
 

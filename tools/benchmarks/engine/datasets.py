@@ -1,4 +1,4 @@
-"""Variants of a data set with another encoding, image size, number of samples or number of shards."""
+"""Write variants of a data set that differ in encoding, image size, number of samples or number of shards."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SPLIT = "train"
 
 
 def read_pixels(split: Split, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Return the images of rows `start` to `stop` of an npy split, uint8 [samples, H, W, 3]."""
+    """Return the images of samples `start` to `stop` (exclusive) of an npy split, uint8 [samples, H, W, 3]."""
     view, rows = split.pixel_rows()
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
 def limited_batch_size(folder: Path, batch_size: int, batches: int = 8) -> int:
-    """Return `batch_size`, or less so that the train split has at least `batches` batches."""
+    """Return `batch_size`, reduced if necessary so that the train split has at least `batches` batches."""
     return min(batch_size, len(open_split(folder, SPLIT)) // batches)
 
 
 @dataclass
 class RepeatedRows:
-    """A source for conversion that reads the train split of an npy data set, repeated up to `samples` rows."""
+    """Conversion source with `samples` rows: those of the train split of an npy data set, repeated as necessary."""
 
     folder: Path
     samples: int
@@ -66,14 +66,14 @@ def make_variant(
     """Write a variant of the train split of an npy data set to `out` and return its path.
 
     If `out` already contains a data set, nothing is written. The shard size is chosen for at least one shard per core,
-    but is not below 1 MiB.
+    and is limited to 1 to 512 MiB.
 
     Args:
         folder: Data set to convert.
         out: Folder of the variant.
         encoding: Encoding of the variant, npy or jpeg.
-        size: Side of the images in pixels. None: the stored size.
-        samples: Number of samples. Samples are repeated if the split has fewer. None: all samples of the split.
+        size: Height and width of the images in pixels, or None for the stored size.
+        samples: Number of samples, or None for all samples of the split. Samples are repeated if the split has fewer.
     """
     if (out / "dataset.json").is_file():
         return out

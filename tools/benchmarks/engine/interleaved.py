@@ -1,8 +1,8 @@
 """Interleaved measurement: candidates take turns in short rounds, each in a separate process.
 
-A candidate's process is stopped during the rounds of the others. A noisy machine therefore slows all candidates alike,
-and the threads and workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of
-memory loses only its own row.
+A candidate's process is stopped while other candidates run. A noisy machine therefore slows all candidates alike, and
+the threads and workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of memory
+loses only its own row.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def measure(
     show_progress: bool = True,
     after_round: Callable[[list[Measurement]], None] = lambda measurements: None,
 ) -> list[Measurement]:
-    """Measure candidates that take turns.
+    """Measure candidates in interleaved rounds.
 
     Args:
         candidates: Programs to measure.
         seconds: Duration of a round.
         rounds: Number of rounds per workload.
-        deadline: Time on the clock of time.monotonic(). Candidates that are not warm by then get the error OUT_OF_TIME.
-            After the deadline no round starts, except the first.
+        deadline: Time on the clock of time.monotonic(), or None for no deadline. Candidates that are not warm by then
+            get the error OUT_OF_TIME. After the deadline no round starts, except the first.
         warm_up_timeout_s: Time limit for one candidate to build and warm up.
         show_progress: Whether to show progress bars.
         after_round: Called after each round with the measurements so far.
@@ -79,7 +79,10 @@ def measure(
     """
 
     def timeout(limit_s: float, grace_s: float = 0.0) -> tuple[float, str | None]:
-        """Return the time to wait for a reply, and the error to report if the deadline shortens this time."""
+        """Return the time to wait for a reply in seconds, and the error to report if the deadline shortens this time.
+
+        Otherwise the error is None.
+        """
         left_s = math.inf if deadline is None else max(1.0, deadline + grace_s - time.monotonic())
         return (limit_s, None) if limit_s <= left_s else (left_s, OUT_OF_TIME)
 
@@ -111,11 +114,11 @@ def measure(
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
     """Call a function in a subprocess and return its result.
 
-    CUDA is initialised only in the subprocess.
+    CUDA is initialized only in the subprocess.
 
     Raises:
-        TimeoutError: If the deadline passes before the function returns.
-        RuntimeError: If the function fails.
+        TimeoutError: The function did not return before the deadline.
+        RuntimeError: The function failed, crashed or took longer than WARM_UP_TIMEOUT_S.
     """
     candidate = Candidate(getattr(function, "__name__", ""), _call_once, (function, arguments))
     (measurement,) = measure([candidate], 0.001, 1, deadline, show_progress=False)
@@ -162,9 +165,10 @@ class _CandidateProcess:
         self._process.join()
 
     def warm_up(self, timeout_s: float, timeout_error: str | None) -> list[Measurement]:
-        """Wait until the candidate is warm. Return an empty measurement for each of its workloads.
+        """Wait until the candidate is warm. Return a measurement without rates for each of its workloads.
 
-        If the candidate cannot be built or warmed up, return a single measurement with the error.
+        A workload whose warm-up failed has its error. If the candidate cannot be built or does not reply in time, the
+        result is a single measurement with the error.
         """
         name = self._candidate.name
         reply = self._receive(timeout_s, timeout_error)
@@ -182,7 +186,10 @@ class _CandidateProcess:
             measurement.rates.append(reply)
 
     def fetch_details(self, measurements: list[Measurement]) -> None:
-        """Fetch the details of all workloads and store them in the measurements."""
+        """Fetch the details of all workloads and store them in the measurements.
+
+        If no workload has a rate or the process does not reply, the details are empty.
+        """
         has_rates = any(measurement.rates for measurement in measurements)
         details = self._request(None, DETAILS_TIMEOUT_S) if has_rates else {}
         if isinstance(details, dict):

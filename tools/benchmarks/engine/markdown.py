@@ -40,12 +40,12 @@ STAGES_HEADER = ("stage", "images/s after a change", "of the next epoch", "ratio
 
 
 def run_markdown(run: dict[str, Any]) -> str:
-    """Return all tables of a run, followed by the headline."""
+    """Return all tables of a run, followed by the peers that are not installed and the headline."""
     return tables_markdown(run["groups"], run)
 
 
 def tables_markdown(entries: Sequence[Entry], run: dict[str, Any]) -> str:
-    """Return tables of a run, followed by the peers that are not installed and the headline."""
+    """Return `entries` as tables, followed by the run's peers that are not installed and its headline."""
     text = [table_markdown(entry) for entry in entries]
     if run["missing_peers"]:
         text.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
@@ -69,7 +69,7 @@ def headline(run: dict[str, Any]) -> str:
 
 
 def parts_table(run: dict[str, Any]) -> str:
-    """Return a table of the date, duration and command of each part of a run.
+    """Return a table of the date, duration, completeness and command of each part of a run.
 
     Versions of a part are listed if they differ from those in the headline.
     """
@@ -85,7 +85,7 @@ def parts_table(run: dict[str, Any]) -> str:
 
 
 def table(entry: Entry) -> str:
-    """Return the rows of an entry as a table. The columns are those listed in the entry or those of its stage."""
+    """Return the rows of an entry as a table, with the columns in the entry or, by default, those of its stage."""
     rows = entry["rows"]
     if "columns" in entry:
         return _columns_table(entry)
@@ -116,7 +116,7 @@ def _columns_table(entry: Entry) -> str:
 
 
 def shown(name: str) -> str:
-    """Return the column header of a field: images/s for images_per_s, "time mean, s" for time_s_mean."""
+    """Return the column header of a field, such as images/s for images_per_s and "time mean, s" for time_s_mean."""
     words = re.sub(r"^(.*)_(gib|s)(_mean|_std)?$", r"\1\3, \2", name.replace("_per_", "/"))
     return words.replace(", gib", ", GiB").replace("_", " ").replace("gb/", "GB/")
 
@@ -140,7 +140,7 @@ def _scale_cells(row: Row) -> tuple[str, ...]:
 
 
 def _augmentations_table(rows: list[Row]) -> str:
-    """Return a table with one line per kind of augmentation, our rate and the peer's."""
+    """Return a table that compares our rate to the peer's, with one line per kind of augmentation."""
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows if "kind" in row):
         cells = {row["ours"]: row for row in rows if row.get("kind") == kind}
@@ -158,7 +158,7 @@ def _augmentations_table(rows: list[Row]) -> str:
 
 
 def _rate(row: Row) -> str:
-    """Return images/s, or "failed" if the row has no rate. An empty row gives an empty string."""
+    """Return images/s as text, "failed" if the row has no rate, or an empty string if the row is empty."""
     return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row else ""
 
 

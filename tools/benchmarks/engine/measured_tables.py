@@ -21,8 +21,9 @@ def _discard(entry: Entry) -> None:
 class TableSpec(Protocol):
     """A table that can be measured.
 
-    `run` measures rounds of `seconds` seconds each until `deadline`, a time on the clock of time.monotonic(). It calls
-    `keep` with the unfinished table whenever a round or row is complete.
+    `run` measures the table and returns it. Tables of candidates that take turns have `rounds` rounds of `seconds`
+    seconds each, up to `deadline`, a time on the clock of time.monotonic(). Other tables ignore these arguments. `keep`
+    is called with the unfinished table after each round or row.
     """
 
     title: str
@@ -69,7 +70,7 @@ class RowTable:
 
 @dataclass
 class WholeTable:
-    """Table that is measured by one function, without intermediate results."""
+    """Table that is measured by one function. `keep` is not called."""
 
     title: str  # name of the row that is shown if the table cannot be measured
     stage: str
@@ -87,11 +88,12 @@ class InterleavedTable:
         candidates: Programs to measure.
         rows: Fields of the rows of each candidate, such as `ours`, in the order of the candidates.
         details: Further fields of the entry.
-        add_bounds: Called with the measured rows and the limits of the machine. Adds bounds and ratios to the rows.
+        add_bounds: Called after each round with the measured rows and the limits of the machine. Adds bounds and ratios
+            to the rows.
     """
 
     title: str
-    stage: str  # reading, loading, training, limits
+    stage: str  # reading, loading, decoding, training or augment
     candidates: list[Candidate]
     rows: list[dict[str, Any]]
     details: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ OURS = "Model Zhu"  # name of our candidates
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)  # no augmentation
 WARM_ITEMS = 4  # items after which memory usage is stable
-DISTINCT_IMAGES = 2048  # images of a resident batch; a larger batch repeats them
+DISTINCT_IMAGES = 2048  # maximum number of distinct images in a resident batch; a larger batch repeats them
 READ_BATCH_SIZE = 256  # batch size for reading the distinct images
 
 
@@ -41,16 +41,15 @@ def loading(
 ) -> Iterator[dict[str, Workload]]:
     """Build workloads that iterate over the train loader alone.
 
-    On a GPU the details contain the GPU memory that the loader uses once it is warm: DALI's pools, buffers and resident
-    data. The value is a difference of the GPU's total memory in use. It is correct since other candidates are stopped
-    during the warm-up.
+    On a GPU, the details contain the GPU memory that the loader uses once it is warm: DALI's pools, buffers and
+    resident data. The value is the increase of the GPU's total memory in use. Other candidates do not affect it, since
+    they are stopped during the warm-up.
 
     Args:
         data: Settings of the loader.
         aug: Augmentation settings.
         device: "cpu" or "cuda".
-        variants: Names of the workloads, and the fields of `data` that each of them changes. None: one unchanged
-            workload.
+        variants: Fields of `data` to change, by name of the workload. If None, there is one workload without changes.
     """
 
     def workload(changes: dict[str, Any]) -> Workload:
@@ -72,13 +71,13 @@ def loading(
 
 @contextmanager
 def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
-    """Build workloads that run the training step on one resident batch, and end-to-end training for each variant.
+    """Build a workload that trains on one resident batch, and a workload of end-to-end training for each variant.
 
     All workloads share one compiled network, so that they differ only in the loader.
 
     Args:
         config: Config of the training.
-        variants: Names of workloads, and the fields of `config.data` that each of them changes.
+        variants: Fields of `config.data` to change, by name of the end-to-end workload.
     """
     with process_group(Ranks()) as device:
         state, loader = _build(config, device)
@@ -99,14 +98,14 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
 def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None) -> Iterator[dict[str, Workload]]:
     """Build a workload that runs the training step on one resident batch of any size.
 
-    The details contain the memory usage. On a GPU the peaks exclude the loader, which is freed before the network is
-    built.
+    The details contain the memory usage. On a GPU, the peaks exclude the loader, since the loader is freed before the
+    network is built.
 
     Args:
         config: Config of the training.
-        synthetic: Whether to train on noise of side data.image_size instead of images of the data set. Both are
-            repeated to fill the batch.
-        limit_bytes: GPU memory that torch may allocate. None: all of it.
+        synthetic: Whether to train on noise images of size data.image_size instead of images of the data set. In both
+            cases, a limited number of images is repeated to fill the batch.
+        limit_bytes: Maximum GPU memory for torch to allocate, or None for no limit.
     """
     process_memory.prefer_oom_kill()
     with process_group(Ranks()) as device:
@@ -133,7 +132,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
 
 
 def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return distinct images as yielded by the config's loader, and the description of the data set."""
+    """Return up to DISTINCT_IMAGES images from the config's train loader, and the description of the data set."""
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
@@ -146,7 +145,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return random images with random labels, and a description like that of a data set."""
+    """Return random images with random labels, and a description of them like that of a data set."""
     count, side, classes = (
         min(config.data.batch_size, READ_BATCH_SIZE),
         config.data.image_size,
@@ -160,9 +159,9 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
 
 
 def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
-    """Yield the items. On a GPU, record memory use in `details` at item WARM_ITEMS.
+    """Yield the items. On a GPU, add the memory usage to `details` at item WARM_ITEMS.
 
-    The peak and pools include what earlier workloads in this process used.
+    The usage includes that of earlier workloads in this process.
     """
     for number, item in enumerate(items, 1):
         if number == WARM_ITEMS and device.type == "cuda":

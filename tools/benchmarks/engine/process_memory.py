@@ -1,9 +1,9 @@
 """Memory of a candidate's process: its usage, its limit, and errors that mean out of memory.
 
-On the CPU another process checks the limit. RLIMIT_AS and RLIMIT_DATA would count gigabytes that torch, DALI and thread
-stacks reserve but never touch, and libraries fail in many ways if an allocation is refused. The check reads the peak
-resident memory that the kernel records (VmHWM), so it misses no peak between two checks. Libraries and mapped data sets
-count towards the limit, but child processes do not.
+On the CPU, the limit is checked by another process instead of being set with RLIMIT_AS or RLIMIT_DATA. These would
+count gigabytes that torch, DALI and thread stacks reserve but never touch, and libraries fail in many ways if an
+allocation is refused. The check reads the peak resident memory that the kernel records (VmHWM), and thus includes peaks
+between two checks. Libraries and mapped data sets count towards the limit, but child processes do not.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def is_out_of_memory(error: str) -> bool:
 
 
 def has_ulimit() -> bool:
-    """Return True if this process has a limit of `ulimit -v` or `ulimit -d`, which candidates inherit."""
+    """Return True if a limit is set by `ulimit -v` or `ulimit -d`. Candidates inherit these limits."""
     return any(
         resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     )
@@ -65,7 +65,7 @@ def limit_error(limit_bytes: int) -> str:
 
 
 def check_limit(limit_bytes: int, pid: int) -> str | None:
-    """Return an error if the process has ever used more than `limit_bytes`, else None.
+    """Return an error if the process has ever used more than `limit_bytes`, or None if it has not.
 
     `partial(check_limit, limit_bytes)` can be used as `Candidate.monitor`.
     """

@@ -4,8 +4,8 @@ Rows are plain dicts that are written to a JSON file and read again. Their field
     name
     ours: True for rows of this project
     device, placement, encoding, batch_size
-    error: text if the measurement failed, else None
-    note: reason why a row that did not fail has no figure
+    error: text if the measurement failed, or None
+    note: reason why a row that did not fail has no figures, or incomplete ones
     images_per_s, lowest, highest: median, minimum and maximum of the rounds
     ratio: our rate divided by the rate of this row, in rows of peers
     bound: {name, images_per_s} of the tightest bound
@@ -49,7 +49,7 @@ PACKAGES = {  # packages whose versions are recorded
 
 
 def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: Any) -> Row:
-    """Return the row of one workload."""
+    """Return the row of one workload. If time ran out before the first round, the row has a note and no error."""
     name = ", ".join(filter(None, (measurement.candidate, measurement.workload)))
     result: Row = {"name": name, "ours": ours, **fields, **measurement.details, "error": measurement.error}
     if measurement.error in (None, OUT_OF_TIME):
@@ -104,8 +104,8 @@ def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
     """Set the tightest bound of a row, the share of this bound that is reached, and the limiting factor.
 
     Args:
-        row: Row to change. A row without a rate is left unchanged.
-        bounds: images/s by name.
+        row: Row to change. It is left unchanged if it has no rate or no bound is positive.
+        bounds: Upper bounds of the rate in images/s, by name. Bounds of 0 are ignored.
         otherwise: Limiting factor to name if the share is below BINDS_FROM.
     """
     bounds = {name: rate for name, rate in bounds.items() if rate > 0}

@@ -37,7 +37,7 @@ Limits = dict[str, float]  # bytes/s or FLOP/s by name
 
 COPIED_BYTES = 2**28
 OUT_OF_CACHE_BYTES = 2**28
-MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (2048, torch.float32)}  # side of the square matrices, dtype
+MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (2048, torch.float32)}  # rows and columns of the matrices, dtype
 DISK_FILE_BYTES = 2**28
 DISK_BLOCK_BYTES = 2**24
 
@@ -75,7 +75,10 @@ def _arithmetic(device: str) -> Workload:
 
 @contextmanager
 def one_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
-    """Build workloads that copy one batch in memory, which is the minimum work of a loader on the CPU."""
+    """Build workloads that copy one batch in memory, on one or all threads, with or without streaming stores.
+
+    One copy is the minimum work of a loader on the CPU.
+    """
     workloads: dict[str, Workload] = {}
     sources = max(2, OUT_OF_CACHE_BYTES // batch_bytes)
     for threads in sorted({1, torch.get_num_threads()}):  # one thread may be faster when the cores are busy
@@ -108,7 +111,7 @@ def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor
 
 
 def streaming_copies(size: int, sources: int, threads: int) -> Iterator[None]:
-    """Copy `size` bytes per item in sequential order with streaming stores.
+    """Copy `size` bytes per item, rounded up to whole pages, with streaming stores.
 
     Streaming stores bypass the cache and do not read the target first.
     """

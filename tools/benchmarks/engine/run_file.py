@@ -28,7 +28,7 @@ def command() -> str:
 
 
 def new_run(environment: dict[str, Any], missing: list[str]) -> Run:
-    """Return a run without parts and tables."""
+    """Return a run without parts or tables."""
     return {
         "format": results.FORMAT,
         "version": results.VERSION,
@@ -81,7 +81,7 @@ class RunFile:
     def complete(self) -> None:
         """Mark the current part as complete.
 
-        Tables of the part from earlier runs are removed if this run has not measured them again.
+        Tables of the part that come from an earlier run and were not added again are removed.
         """
         groups = self.run["groups"]
         self.run["groups"] = [

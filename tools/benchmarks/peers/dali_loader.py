@@ -17,7 +17,7 @@ def dali(task: PeerTask) -> Batches:
 
     Settings: readers.webdataset with index files and a shuffle buffer of 1,024 samples; decoders.numpy or
     decoders.image (image_random_crop for a random-resized crop of JPEG); `task.workers` threads; 2 batches prefetched,
-    the default; on a GPU mixed decoding and GPU operators.
+    the default; on a GPU, mixed decoding and GPU operators.
     """
     files = list(task.split.files)
     device_id = 0 if task.on_gpu else None

@@ -23,9 +23,9 @@ Batches = Iterator[tuple[Any, Any]]
 
 @lru_cache(maxsize=2)
 def _opened(folder: Path) -> Split:
-    """Open the train split of a data set, with a cache.
+    """Open the train split of a data set, or return it from a cache.
 
-    PeerTask does not store the split, since tasks are pickled and memory maps cannot be.
+    PeerTask does not store the split, since tasks are pickled, but memory maps cannot be.
     """
     return open_split(folder, SPLIT)
 
@@ -61,7 +61,7 @@ class PeerTask:
 
     @property
     def stats(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each colour channel, for pixels scaled to the range 0 to 1."""
+        """Mean and standard deviation of each color channel, for pixels scaled to the range 0 to 1."""
         return self.split.dataset["mean"], self.split.dataset["std"]
 
     def pil_image(self, index: int) -> Image.Image:
@@ -76,9 +76,9 @@ class PeerTask:
         return self.scratch / f"{self.folder.name}-{self.encoding}-{QUALITY}{ending}"
 
     def shards_for_workers(self) -> Split:
-        """Return the split with at least as many shards as workers, for libraries that distribute whole shards.
+        """Return the split, for libraries that distribute whole shards to workers.
 
-        Only npy splits are converted to more shards.
+        If an npy split has fewer shards than workers, a copy of it with smaller shards is returned, see `make_variant`.
         """
         if len(self.split.files) >= self.workers or self.encoding != "npy":
             return self.split

@@ -44,7 +44,7 @@ class PILDataset(torch.utils.data.Dataset):
 
 
 class PickledImages(torch.utils.data.Dataset):
-    """Images of a pickle file, held in memory and converted to PIL images on access, as in torchvision's CIFAR10."""
+    """Images from a pickle file, kept in memory and converted to PIL images on access, as in torchvision's CIFAR10."""
 
     def __init__(self, path: Path, transform: Any) -> None:
         content = pickle.loads(path.read_bytes())  # written by `homework_dataset`
@@ -58,7 +58,7 @@ class PickledImages(torch.utils.data.Dataset):
 
 
 class Hdf5Rows(torch.utils.data.Dataset):
-    """Rows of an HDF5 file with the channels first, as in the homework's loader for MediumImageNet."""
+    """Images [3, H, W] and labels from an HDF5 file, as in the homework's loader for MediumImageNet."""
 
     def __init__(self, path: Path, samples: int, transform: Any) -> None:
         self.path, self.samples, self.transform = path, samples, transform
@@ -77,7 +77,7 @@ def torchvision_v2(task: PeerTask) -> Batches:
     """Yield batches of uint8 images [B, 3, H, W].
 
     Settings: torchvision's transforms v2 on PIL images; `task.workers` persistent workers with 2 batches prefetched
-    each; on a GPU pinned memory and non_blocking copies.
+    each; on a GPU, pinned memory and non_blocking copies.
     """
     steps = [*crop_and_flip(v2, task), *_colors(task.aug), v2.PILToTensor()]
     steps += _erasing(task.aug)
@@ -87,9 +87,9 @@ def torchvision_v2(task: PeerTask) -> Batches:
 def homework(task: PeerTask) -> Batches:
     """Yield batches of the homework's DataLoader, with images [B, 3, H, W].
 
-    Images are float32 and normalised on the CPU. Without augmentation (`task.aug` is None) they are uint8.
+    Images are float32 and normalized on the CPU. Without augmentation (`task.aug` is None) they are uint8.
 
-    Settings: torchvision's transforms v1; 8 workers, as in the homework's config, restarted in every epoch; on a GPU
+    Settings: torchvision's transforms v1; 8 workers, as in the homework's config, restarted in every epoch; on a GPU,
     pinned memory and blocking copies.
     """
     loader = homework_loader(task)
@@ -104,10 +104,10 @@ def homework_loader(task: PeerTask) -> torch.utils.data.DataLoader:
 
 
 def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
-    """Build the homework's dataset, which reads images of CIFAR's size from a pickle and larger ones from HDF5.
+    """Build the homework's dataset, and write its pickle file or HDF5 file if necessary.
 
-    As in the homework, the pixels of larger images are divided by 256 instead of 255. Without augmentation, they stay
-    uint8.
+    Images of up to MAX_PICKLED_SIDE pixels are pickled. Larger images are read from HDF5 and, as in the homework, their
+    pixels are divided by 256 instead of 255. Without augmentation, pixels stay uint8.
     """
     mean, std = task.stats
     after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(mean, std)]
@@ -165,7 +165,11 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
 
 
 def _colors(aug: AugConfig | None) -> list[Any]:
-    """Build the color transforms. They take PIL images, on which they are faster than on single-image tensors."""
+    """Build the color transforms. They are applied to PIL images, since they are slower on tensors of one image.
+
+    Raises:
+        ValueError: torchvision does not have the policy.
+    """
     if aug is None:
         return []
     steps: list[Any] = []
@@ -198,7 +202,7 @@ def _erasing(aug: AugConfig | None) -> list[Any]:
 def float_transform(task: PeerTask) -> Any:
     """Build the augmentation of torchvision's reference training.
 
-    The transform takes a PIL image and returns a normalised tensor, float32 [3, H, W].
+    The transform takes a PIL image and returns a normalized tensor, float32 [3, H, W].
     """
     mean, std = task.stats
     steps = [

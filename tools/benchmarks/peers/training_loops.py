@@ -26,7 +26,7 @@ def training(peer: PeerSpec, task: PeerTask, config: Config) -> Iterator[dict[st
 
 
 def _network(task: PeerTask, config: Config) -> nn.Module:
-    """Build our model without its normalisation layer, since the loaders of peers yield normalised floats."""
+    """Build our model without its normalization layer, since the loaders of peers yield normalized floats."""
     classes = config.model.num_classes or len(task.split.classes)
     torch.manual_seed(config.seed)
     half = (0.5, 0.5, 0.5)
@@ -63,7 +63,7 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
     """Run the training loop of torchvision's references/classification.
 
     Settings: transforms v2 on PIL images; `task.workers` workers; pinned memory and non_blocking copies; SGD with
-    momentum; NCHW; cudnn.benchmark; on a GPU --amp (float16 with a GradScaler). Loss and accuracy are read back after
+    momentum; NCHW; cudnn.benchmark; on a GPU, --amp (float16 with a GradScaler). Loss and accuracy are read back after
     every step, as torchvision's metric logger does.
     """
     device = torch.device(task.device)
@@ -91,11 +91,11 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
     """Run the training loop of timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem.
 
-    On the CPU the loop runs in float32.
+    On the CPU, the loop runs in float32.
 
-    Settings: create_loader with its prefetcher, which collates uint8 and normalises on the device; `task.workers`
-    persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default. The loss is read back every 50
-    steps.
+    Settings: create_loader with its prefetcher, so that images are collated as uint8 and normalized on the device;
+    `task.workers` persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default. The loss is read
+    back every 50 steps.
 
     timm's loader cannot crop from padded images. Unless the crop is random-resized, the loader only resizes and flips.
     """

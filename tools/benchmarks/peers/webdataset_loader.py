@@ -16,8 +16,8 @@ def webdataset(task: PeerTask) -> Batches:
     """Yield batches of uint8 images [B, 3, H, W].
 
     Settings: shuffled shards and a shuffle buffer of 1,000 samples; torchvision's transforms v2 on tensors (npy) or PIL
-    images (JPEG); at most `task.workers` workers, which also build the batches; on a GPU pinned memory and non_blocking
-    copies.
+    images (JPEG); at most `task.workers` workers, which also build the batches; on a GPU, pinned memory and
+    non_blocking copies.
     """
     import webdataset as wds
 

@@ -57,7 +57,8 @@ def augmentation_table(
         folder: Data set.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
-        scratch: Folder for files of the peer. If given, torchvision is measured on the kinds that it has.
+        scratch: Folder for files of the peer, or None to measure only our loader. torchvision is measured on the KINDS
+            that it supports.
         workers: Worker processes of the peer.
         placement: data.placement of our loader.
     """

@@ -26,8 +26,8 @@ from tools.benchmarks.suites.settings import Settings, is_out_of_time
 
 SIDE = 224
 BATCHES = 4  # number of batches that are fed cyclically
-HOLD_CYCLES = 2**32  # clock cycles for which a stream is held: about 2 s
-FOLLOWING_BATCHES = 8  # number of batches taken while the stream is held
+HOLD_CYCLES = 2**32  # clock cycles for which a stream is kept busy, about 2 s
+FOLLOWING_BATCHES = 8  # number of batches taken while the stream is busy
 
 
 @contextmanager
@@ -85,14 +85,14 @@ def _copy_pipeline(batch_size: int) -> Pipeline:
 
 
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
-    """Check that DALI keeps a batch until pending reads on the GPU are complete, although Python has dropped it.
+    """Check that DALI keeps a batch dropped by Python until pending reads of the batch on the GPU are complete.
 
     A CUDA stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
 
     Returns:
         equal: Whether the busy stream read the original bytes.
         held: Whether this stream was still busy after the last batch. If not, the check is void.
-        reused: Whether a later batch was at the address of the dropped one.
+        reused: Whether a later batch was at the address of the dropped batch.
         batches: Number of batches taken in the meantime.
     """
     expected = next(iter(build_train_loader(data, aug, device="cuda"))).images.clone()
@@ -116,7 +116,7 @@ def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
 
 
 def output_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
-    """Run `output_survives` on raw pixels and on JPEG, and yield a row for each."""
+    """Run `output_survives` on raw pixels and on JPEG, and yield a row for each encoding."""
     del limits
     for encoding in ("npy", "jpeg"):
         folder = image_dataset(settings, 96, encoding)
@@ -138,7 +138,7 @@ def transfer_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
 
 
 def memory_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
-    """Measure the GPU memory of several loaders, one at a time."""
+    """Measure the GPU memory of several loaders, one at a time, and yield a row for each loader."""
     del limits
     cases = [
         (224, "npy", "host"),

@@ -1,4 +1,4 @@
-"""Data sets of a whole run. They are given by the user or generated."""
+"""Data sets of a whole run, given by the user or generated."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ GIB = 2**30
 def small_dataset(settings: Settings) -> Path:
     """Return a converted data set of 32x32 images, and write it if necessary.
 
-    The first of these that exists is used: `settings.small` (by default data/cifar10), the raw CIFAR-10 in
-    `settings.source`, and scikit-learn's digits.
+    The data set is `settings.small` (by default data/cifar10) if that folder contains one. Otherwise the raw CIFAR-10
+    in `settings.source` is converted or, if `settings.source` is None, scikit-learn's digits.
     """
     given = settings.small or ROOT / "data" / "cifar10"
     if (given / "dataset.json").is_file():
@@ -47,10 +47,10 @@ def small_dataset(settings: Settings) -> Path:
 
 
 def medium_dataset(settings: Settings) -> Path:
-    """Return a converted data set of 96x96 images.
+    """Return a converted data set of 96x96 images, and write it if necessary.
 
-    It is `settings.medium` (by default data/medium-imagenet-96). If that does not exist, the small data set is
-    enlarged.
+    The data set is `settings.medium` (by default data/medium-imagenet-96) if it exists, otherwise the enlarged small
+    data set.
     """
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
@@ -60,10 +60,10 @@ def medium_dataset(settings: Settings) -> Path:
 
 
 def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return a data set for a GPU with images of `side` pixels in this encoding, and generate it if necessary.
+    """Return a data set of `side` x `side` images in this encoding for parts on a GPU, and generate it if necessary.
 
     Raises:
-        TimeoutError: If too little time is left to generate the data set.
+        TimeoutError: Too little time is left to generate the data set.
     """
     if (side, encoding) == (32, "npy"):
         return small_dataset(settings)
@@ -78,21 +78,24 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
 
 
 def load_config_on(name: str, folder: Path, **data: Any) -> Config:
-    """Load one of the project's configs, but for the data set in `folder`.
+    """Load one of the project's configs with data.path set to `folder`.
 
-    `data` overrides other settings of the data section.
+    `data` replaces further settings of the data section.
     """
     changes = {f"data.{key}": value for key, value in {"path": str(folder), **data}.items()}
     return load_config(ROOT / "configs" / f"{name}.yaml", **changes)
 
 
 def check_free_space(folder: Path, needed_bytes: int, option: str) -> None:
-    """Raise UserError if the disk has too little space for the data sets that are still to be generated.
+    """Check that the disk has enough space for the data sets that are still to be generated.
 
     Args:
         folder: Folder for generated data sets.
-        needed_bytes: Size of all data sets. The size of those already in the folder is subtracted.
+        needed_bytes: Size of all data sets. The size of data sets that are already in the folder is subtracted.
         option: Command-line option that sets the folder, for the error message.
+
+    Raises:
+        UserError: The disk has too little free space.
     """
     stat = os.statvfs(folder)
     free_bytes = stat.f_bavail * stat.f_frsize

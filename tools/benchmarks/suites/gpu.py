@@ -31,7 +31,7 @@ PLACEMENTS = {"npy, device": {"placement": "device"}, "npy, host": {"placement":
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
-BATCH_SIZES_SHARE = 0.5  # share of the time of part resnet50; the profile gets the rest
+BATCH_SIZES_SHARE = 0.5  # share of the time of part resnet50 for its first table
 DEFAULT_BATCH_SIZE = 256  # batch size in part resnet50 if none was measured
 PROFILED_STEPS = 20
 
@@ -46,17 +46,17 @@ def _training(
     jpeg: bool = False,
     policy: str | None = None,
 ) -> InterleavedTable:
-    """Return a table of training on a resident batch, and end to end with raw pixels on the device and on the host.
+    """Return a table of training on a resident batch, and of end-to-end training on raw pixels on the device and host.
 
     Args:
         settings: Settings of the run.
         title: Model and image size.
         name: Name of one of this project's configs.
-        side: Side of the stored images in pixels.
+        side: Height and width of the stored images in pixels.
         batch_size: Maximum batch size.
-        image_size: Side after augmentation. None: the stored side.
-        jpeg: Whether to measure end-to-end training on JPEG, too.
-        policy: Value of aug.auto.policy. None: the config's.
+        image_size: Height and width after augmentation in pixels, or None for those of the stored images.
+        jpeg: Whether to also measure end-to-end training on JPEG.
+        policy: Value of aug.auto.policy, or None for the config's.
     """
     raw = image_dataset(settings, side)
     config = load_config_on(name, raw, batch_size=limited_batch_size(raw, batch_size), image_size=image_size or side)
@@ -76,7 +76,7 @@ def cifar_training(settings: Settings) -> Iterator[TableSpec]:
 
 
 def speedrun(settings: Settings) -> Iterator[TableSpec]:
-    """Measure this project's speedrun to 94 %, then the published airbench94_muon.py."""
+    """Yield a table of this project's speedrun to 94 % and the published airbench94_muon.py, measured in this order."""
 
     def rows(limits: Limits) -> Iterator[Row]:
         last: Row = {}
@@ -107,9 +107,9 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 
 
 def loaders(settings: Settings) -> Iterator[TableSpec]:
-    """Measure loaders of raw pixels, for images of 224 and 96 pixels on the host and of 32 pixels on the device.
+    """Yield tables of our loader on raw pixels: 224x224 and 96x96 images on the host, and 32x32 images on the device.
 
-    On the host the loader's bound is the copy from pinned memory, which takes turns with the loader.
+    On the host, the loader's bound is a copy from pinned memory, measured in turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):
@@ -125,7 +125,7 @@ def _loading(settings: Settings, side: int, aug: AugConfig | None, placements: t
 
 
 def decoding(settings: Settings) -> Iterator[TableSpec]:
-    """Measure JPEG decoding by number of threads and hw_decoder_load, and RandAugment on raw pixels."""
+    """Yield tables of JPEG decoding by number of threads and hw_decoder_load, and of RandAugment on raw pixels."""
     cores = len(os.sched_getaffinity(0))
     for threads in dict.fromkeys((cores, max(1, cores // 2), max(1, cores // 4))):
         for side in (224, 96):
@@ -149,10 +149,10 @@ def _decoding(settings: Settings, side: int, threads: int) -> InterleavedTable:
 
 
 def resnet50(settings: Settings) -> Iterator[TableSpec]:
-    """Measure the training step of timm's ResNet-50 by batch size, then its profile and end-to-end training.
+    """Yield tables of timm's ResNet-50: the training step by batch size, its profile, and training.
 
-    The profile and end-to-end training use the fastest batch size. If no batch size was measured, because of --only or
-    because the time was over, they use DEFAULT_BATCH_SIZE.
+    The profile and training use the fastest batch size, or DEFAULT_BATCH_SIZE if no batch size was measured, because of
+    --only or a lack of time. They are left out if all measured batch sizes failed or did not fit.
     """
     raw = image_dataset(settings, 224)
     config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)
@@ -188,7 +188,7 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
 
 
 def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], limits: Limits) -> Iterator[Row]:
-    """Measure batch sizes in ascending order. Append each trial to `trials` and yield its row."""
+    """Measure increasing batch sizes. Append each trial to `trials` and yield its row."""
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - BATCH_SIZES_SHARE) * settings.part_s
@@ -214,7 +214,10 @@ def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], li
 
 
 def accuracy(settings: Settings) -> Iterator[TableSpec]:
-    """Train ResNet-18 and AlexNet to their target accuracies. A third of the part's time is reserved for AlexNet."""
+    """Yield a table of ResNet-18 and AlexNet trained to their target accuracies.
+
+    A third of the part's time is reserved for AlexNet.
+    """
 
     def rows(limits: Limits) -> Iterator[Row]:
         del limits

@@ -42,15 +42,15 @@ def loading_table(
 
     Args:
         folder: Data set.
-        aug: Augmentation. None: reading alone.
-        size: Side of the images after augmentation, in pixels.
+        aug: Augmentation, or None to measure reading alone.
+        size: Height and width of the images after augmentation, in pixels. Not used if `aug` is None.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
-        scratch: Folder for files of the peers. None: the peers are not measured.
+        scratch: Folder for files of the peers, or None to leave out the peers.
         workers: Worker processes of the peers.
         data: Further settings of our loader. The other arguments take precedence.
-        placements: Placements of raw pixels on a GPU. With "host", the copy of a batch from pinned memory is measured
-            as well.
+        placements: Placements of raw pixels to measure on a GPU. With "host", the copy of a batch from pinned memory is
+            measured as well.
     """
     split = open_split(folder, SPLIT)
     encoding, is_raw, on_gpu = split.encoding, split.encoding == "npy", device == "cuda"
@@ -127,7 +127,7 @@ class _LoadingBounds:
 
 
 def describe(aug: AugConfig) -> str:
-    """Return the names of all active augmentations as a list in words, or "no augmentation"."""
+    """Return the names of the enabled augmentations, separated by commas, or "no augmentation"."""
     jitter = aug.color_jitter
     names = {
         "pad and crop": aug.crop == "pad",
@@ -144,5 +144,5 @@ def describe(aug: AugConfig) -> str:
 
 
 def crop_and_flip(aug: AugConfig) -> AugConfig:
-    """Return an augmentation reduced to its crop and flip, which all peers support."""
+    """Return an augmentation with only the crop and flip of `aug`, so that all peers do the same work."""
     return AugConfig(crop=aug.crop, padding=aug.padding, scale=aug.scale, ratio=aug.ratio, flip=aug.flip)

@@ -1,7 +1,7 @@
-"""Rows from programs: speedruns, the published script, runs to a target accuracy, the profile of a step.
+"""Rows from programs: speedruns, the published airbench94_muon.py, runs to a target accuracy, the profile of a step.
 
-A program's output is read while the program runs, so that results are kept if it is interrupted. The program is stopped
-at the deadline.
+Except for the profile, the output is read while the program runs, so that results are kept if the program is
+interrupted. Programs are stopped at the deadline.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _libc = ctypes.CDLL(None)
 class Program:
     """A program in a separate process group.
 
-    The group is killed when the generator of `run` ends or is closed. If the calling process is killed, the kernel
-    kills the program, but not the program's child processes.
+    The group is killed when the generator returned by `run` ends or is closed. If the calling process is killed, the
+    kernel kills the program, but not the program's child processes.
     """
 
     def __init__(self, command: list[str], log: Path, deadline: float | None, folder: Path = ROOT) -> None:
@@ -103,7 +103,7 @@ class Program:
         yield
 
     def _stop(self) -> None:
-        """Send SIGTERM, so that training saves a checkpoint. After at most TERMINATE_S, kill the whole group."""
+        """Send SIGTERM, so that training saves a checkpoint. At most TERMINATE_S later, kill the whole group."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -114,7 +114,7 @@ class Program:
 
     @property
     def error(self) -> str | None:
-        """Reason why the program failed. None if it is running, succeeded or was stopped at the deadline."""
+        """Reason why the program failed, or None if it is running, has succeeded or was stopped at the deadline."""
         code = self._process.poll()
         if code in (None, 0) or self.is_late:
             return None
@@ -145,7 +145,10 @@ def _config_path(name: str) -> Path:
 
 
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
-    """Run tools/speedrun.py on a config. Rows contain the program's JSON output as `result`."""
+    """Run tools/speedrun.py on a config and yield rows with the results so far.
+
+    `result` of a row is the JSON output of the program.
+    """
     output = scratch / f"{name}.json"
     options = ("--cfg", _config_path(name), "--data-path", data, "--runs", seeds, "--json", output)
     command = _command("tools/speedrun.py", *options)
@@ -162,14 +165,17 @@ def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float |
 def reference(
     checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
 ) -> Iterator[Row]:
-    """Run the published airbench94_muon.py on the same pixels, and stop it after `seeds` runs.
+    """Run the published airbench94_muon.py on the images of `data` and yield rows with the results so far.
+
+    The script is stopped after `seeds` runs.
 
     Args:
-        checkout: Folder of a cifar10-airbench checkout. None: the row is skipped.
+        checkout: Folder of a cifar10-airbench checkout. If it is None or lacks the script, only a skipped row is
+            yielded.
         data: Converted CIFAR-10.
         seeds: Number of runs.
         folder: Folder whose subfolder "reference" receives the log and the images in the script's format.
-        ours: Row of this project's speedrun. The ratio is the script's mean time divided by the mean time in this row.
+        ours: Row of this project's speedrun. `ratio` is the script's mean time divided by the mean time in this row.
         deadline: Time on the clock of time.monotonic().
     """
     folder = folder / "reference"
@@ -201,7 +207,7 @@ def reference(
 
 
 def write_reference_data(data: Path, split: str, path: Path) -> None:
-    """Write a split in the format of the published script, unless the file exists.
+    """Write a split in the format that airbench94_muon.py reads, unless the file exists.
 
     The file contains images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes.
     """
@@ -217,7 +223,7 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
-    """Parse the table that the published script prints. Leave out the first run, which is the warm-up.
+    """Parse the table that airbench94_muon.py prints, and leave out its first run, the warm-up.
 
     Returns:
         The accuracy with test-time augmentation and the time in seconds of each run.
@@ -246,7 +252,7 @@ def train_to_accuracy(
 
 
 def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
-    """Return accuracy, rates, memory, and the training time until `target` was reached, for a run so far.
+    """Return the best accuracy, rates and memory of a run so far, and the training time until `target` was reached.
 
     The result is empty before the end of the first epoch.
     """
@@ -269,9 +275,10 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
 
 
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
-    """Run tools/benchmark.py profile on a config.
+    """Run tools/benchmark.py profile on a config and yield its results when it ends.
 
-    Yields a row for each phase of the step, then a row for the whole step without and, if used, with CUDA graph.
+    There is a row for each phase of the step, and one for the whole step without and, if used, with a CUDA graph. If
+    there are no results, the only row has the reason.
     """
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")

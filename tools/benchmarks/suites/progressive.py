@@ -1,6 +1,6 @@
 """Cost of a stage change (data.stages).
 
-The rate of the epoch after each change is compared to that of the next epoch of the same stage.
+The rate of the epoch after each change is compared to the rate of the next epoch of the same stage.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from train.engine.warm_up import warm_up
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
     """Measure the rates of epochs after a stage change, with the real loader and training step.
 
-    A round trains two epochs per stage, so it enters each stage once. The first round is a warm-up and does not count.
+    A round trains two epochs per stage, so it enters each stage once. A warm-up round precedes the `rounds` that count.
     `ratio` is the rate of the epoch after a change divided by the rate of the next epoch, as the median over the
     rounds.
 
     Returns:
-        A table for a run file, with a row per stage.
+        A table for a run file, with a row per combination of image size and batch size.
     """
     stage_sizes = [stage.model_copy(update={"epoch": 0}) for stage in config.data.stages]
     epochs = 2 * len(stage_sizes) * (rounds + 1)
@@ -81,9 +81,9 @@ def title(config: Config) -> str:
 
 
 def stage_changes(settings: Settings) -> Iterator[TableSpec]:
-    """Measure stage changes of ResNet-18 on a GPU, or of LeNet on the CPU.
+    """Yield a table of stage changes, of ResNet-18 on a GPU or of LeNet on the CPU.
 
-    The stages of LeNet use the two ends of its range of image sizes, 32 and 35 pixels.
+    LeNet has two stages, with the smallest and the largest image size that it accepts: 32 and 35 pixels.
     """
     if settings.device == "cuda":
         folder = medium_dataset(settings)

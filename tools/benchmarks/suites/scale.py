@@ -41,9 +41,9 @@ PREFETCHED_BATCHES = 20  # maximum number of batches that the loader prepares be
 
 
 def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
-    """Return a table with a row per size of the data set.
+    """Measure the loader on data sets of several sizes, and return a table with a row per size.
 
-    Rows contain µs per sample, memory, and the time from opening the data set to the first batch in seconds.
+    Rows contain µs per sample, memory, and the time in seconds from opening the data set to the first batch.
     """
     rows = []
     for samples in sizes:
@@ -66,7 +66,10 @@ def title(side: int = SIDE) -> str:
 
 @contextmanager
 def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
-    """Measure one size while building the workload, which itself does nothing and only carries the results."""
+    """Measure the loader on a data set of this size while building a workload.
+
+    The workload itself only sleeps. Its details are the results.
+    """
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
     torch.set_num_threads(1)
@@ -83,7 +86,7 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
     memory = private_bytes() - before
 
     def epoch_part() -> float:
-        """Return the loader's time in µs per sample over the first batches of epoch 0, except the very first."""
+        """Return the loader's time in µs per sample for up to BATCHES batches of epoch 0, without the first one."""
         loader.state = {"epoch": 0, "step": 0}
         remaining = iter(loader)
         next(remaining)
@@ -132,13 +135,13 @@ def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
 
 
 def private_bytes() -> int:
-    """Return the resident memory of this process, without mapped files, whose pages all ranks share."""
+    """Return the resident memory of this process in bytes, without mapped files, since all ranks share their pages."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
 
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
-    """Read these samples into the page cache with single reads.
+    """Read these samples into the page cache, with one read per sample.
 
     Page faults on the memory map would read megabytes around each sample.
     """
@@ -153,7 +156,7 @@ def read_into_cache(folder: Path, samples: np.ndarray) -> None:
 
 
 def make_sparse_set(folder: Path, samples: int, side: int) -> None:
-    """Write a data set with a real index and sparse shard files, whose images are black."""
+    """Write a data set of black images, with a real index and sparse shard files."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = (side, side, 3)
     size = len(tar_format.npy_header(shape)) + side * side * 3

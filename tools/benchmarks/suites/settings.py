@@ -36,6 +36,6 @@ def is_out_of_time(settings: Settings, needed_s: float = 0.0) -> bool:
 
 
 def check_time(settings: Settings, needed_s: float = 0.0) -> None:
-    """Raise TimeoutError if less than `needed_s` is left until the deadline."""
+    """Raise TimeoutError if fewer than `needed_s` seconds are left until the deadline."""
     if is_out_of_time(settings, needed_s):
         raise TimeoutError(OUT_OF_TIME)

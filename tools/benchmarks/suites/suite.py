@@ -34,15 +34,15 @@ class Part:
 
 
 def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> list[Part]:
-    """Return the selected parts in their order.
+    """Return the selected parts, in the order of `parts`.
 
     Args:
         parts: All parts.
-        names: Names of parts to keep. Empty: all names.
-        only: Stages. Parts with at least one of them are kept. Empty: all stages.
+        names: Names of the parts to keep, or empty for all parts.
+        only: Stages, or empty for all stages. Parts with none of these stages are left out.
 
     Raises:
-        UserError: If a name is unknown or no part is left.
+        UserError: A name is unknown or no part is left.
     """
     known = [part.name for part in parts]
     if unknown := [name for name in names if name not in known]:
@@ -59,7 +59,10 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
 
 
 def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
-    """Measure the parts in order. After a failure, a row with the error is recorded and the next part runs."""
+    """Measure the parts in order and add their tables to the run file.
+
+    If a part fails, a row with the error is added and the next part runs.
+    """
     start = time.monotonic() - RunTimer().command_s  # start-up counts towards the first part
     for part in tqdm(parts, desc="parts", leave=False):
         deadlines = [settings.deadline, settings.part_s and start + settings.part_s]
@@ -75,7 +78,7 @@ def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
 def machine_limits(settings: Settings, file: RunFile) -> Limits:
     """Return the limits of the machine from the run file, or measure them.
 
-    Limits in the file are used if they are complete and were measured on the same day with the same versions.
+    Limits in the file are used if they are complete and have the date and versions of this run.
     """
     info, environment = file.run["parts"].get(LIMITS, {}), file.run["environment"]
     rows = [row for entry in file.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
@@ -93,12 +96,12 @@ def machine_limits(settings: Settings, file: RunFile) -> Limits:
 
 
 def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entry], None]) -> bool:
-    """Measure and print the tables of a part.
+    """Measure and print the tables of a part, and pass them to `add`.
 
     If a table cannot be built, a table with one failed row is added and the part ends.
 
     Returns:
-        True if all tables of the part were measured in time and without a failure.
+        True if all tables of the part were measured in time and without a failure, and `settings.only` excluded none.
     """
     is_complete = True
     try:
@@ -126,5 +129,5 @@ def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entr
 
 
 def one_row_table(title: str, row: results.Row) -> Entry:
-    """Return a table of one row without figures."""
+    """Return a table whose only row has no figures."""
     return {"title": title, "stage": "failed", "rows": [row]}

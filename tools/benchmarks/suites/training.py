@@ -19,7 +19,7 @@ from tools.benchmarks.engine.results import Row, add_bound, add_ratios
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask, training_loops
 
-STEP_BINDS_FROM = 0.95  # share of the resident batch's rate from which the step limits training, not the loader
+STEP_BINDS_FROM = 0.95  # minimum share of the resident batch's rate for which the step, not the loader, limits training
 
 
 def training_table(
@@ -37,10 +37,10 @@ def training_table(
     Args:
         title: Title without the prefix "training".
         config: Config of the training.
-        variants: Names of end-to-end workloads, and the fields of `config.data` that each of them changes.
+        variants: Fields of `config.data` to change, by name of the end-to-end workload.
         device: "cpu" or "cuda".
         details: Further fields of the entry.
-        scratch: Folder for files of the peers. None: the peers are not measured.
+        scratch: Folder for files of the peers, or None to leave out the peers.
         workers: Worker processes of the peers.
     """
     candidates = [Candidate(OURS, ours.training, (config, variants))]
