@@ -1,4 +1,4 @@
-"""Translate the homework's keys to settings, including its behaviour that depends on several keys or on none.
+"""Translate the homework's keys to settings, including its behavior that depends on several keys or on none.
 
 `configs.load` passes the values with their origins to `translate`, and validates the result.
 """
@@ -14,7 +14,7 @@ from configs.homework_keys import KEYS, HomeworkValue
 from configs.suggestions import format_value, one_line_error
 
 CLASSES = {"cifar10": 10, "medium_imagenet": 200}  # values of DATA.DATASET
-# Homework behaviour that has no key; for example, its optimizers decay every parameter.
+# Behavior of the homework that has no key; for example, its optimizers decay every parameter.
 IMPLICIT_SETTINGS = {
     "aug.crop": "squash",
     "aug.flip": 0.5,
@@ -48,10 +48,10 @@ def translate(
     """Translate values of homework keys to settings.
 
     Args:
-        given: values by homework key.
-        settings: nested settings that the config contains directly; they take precedence over the translation.
-        with_defaults: whether missing keys get the homework's defaults instead of the schema's.
-        source: name of the config, for messages.
+        given: Values by homework key.
+        settings: Nested settings that the config contains directly. They take precedence over the translation.
+        with_defaults: Whether missing keys get the homework's defaults instead of the schema's.
+        source: Name of the config, for messages.
 
     Raises:
         UserError: DATA.DATASET is unknown, MODEL.NAME is missing, or a value cannot be converted.
@@ -107,6 +107,9 @@ def _set_data_set(
 
     Returns:
         Warnings for the user.
+
+    Raises:
+        UserError: DATA.DATASET is unknown and no path is given.
     """
     named = given.get("DATA.DATASET", HomeworkValue("cifar10", ""))
     dataset = named.value.lower() if isinstance(named.value, str) else format_value(named.value)
@@ -139,7 +142,7 @@ def _set_data_set(
 def _add_defaults(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig, source: str
 ) -> dict[str, Any]:
-    """Adjust the homework's defaults to the other settings, and set the name of the run.
+    """Add and remove defaults of the homework depending on the other settings, and set the name of the run.
 
     Returns:
         The settings that were added, by dotted key.
@@ -197,7 +200,7 @@ def _resolve_contradictions(
 
 
 def _name_run(name: str, settings: Mapping[str, Any], result: TranslatedConfig) -> None:
-    """Set name and output so that the run folder is OUTPUT/NAME, or OUTPUT if that path already ends in NAME."""
+    """Set name and output so that the run folder is OUTPUT/NAME, or OUTPUT if OUTPUT already ends in NAME."""
     result.values["name"] = name
     output = result.values["output"]
     if isinstance(output, str) and PurePath(output).name == name and _lookup(settings, "name") is _UNSET:
@@ -210,7 +213,7 @@ def _describe_defaults(
     result: TranslatedConfig,
     implicit: Mapping[str, Any],
 ) -> str:
-    """Return a sentence that lists the homework's defaults in use. `implicit` is from `_add_defaults`."""
+    """Return a sentence that lists the homework's defaults in use. `implicit` is the result of `_add_defaults`."""
     keys = [
         f"{key}={rule.without or str(rule.default)}"
         for key, rule in KEYS.items()

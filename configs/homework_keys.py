@@ -1,10 +1,10 @@
 """Keys of the homework's configs (`TRAIN.LR`), with the settings and defaults that they translate to.
 
-A default is the value that the homework's code effectively uses, which may differ from the one that it declares. The
-code never reads the keys for warm-up, minimum learning rate, interpolation, RandAugment, colour jitter, dropout, the
-scheduler and others.
+A default is the value that the homework's code effectively uses. It may differ from the default that the code declares,
+since the code never reads the keys for warm-up, minimum learning rate, interpolation, RandAugment, color jitter,
+dropout, the scheduler and others.
 
-Values without a translation are passed on unchanged, and the schema validates them.
+Values that cannot be translated are passed on unchanged, and the schema validates them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class KeyRule:
     default: Any = None  # the homework's value if the key is missing; None: the schema's default
     convert: Callable[[Any], Any] = lambda value: value
     null: Any = None  # value that replaces a null of the file; None: use the default
-    without: str = ""  # description of the behaviour if the key is missing; empty: `default`
+    without: str = ""  # description of the behavior if the key is missing; empty: `default`
     optimizers: tuple[str, ...] = ()  # optimizers to which the default applies; empty: all
 
 
@@ -130,12 +130,12 @@ def flatten_keys(
     """Return the values of nested homework keys by dotted key.
 
     Args:
-        values: nested values.
-        origins: file and line, or --opts, of each key.
-        path: key of the section that contains `values`.
+        values: Nested values.
+        origins: File and line, or --opts, of each key.
+        path: Key of the section that contains `values`.
 
     Raises:
-        UserError: a key is not one of the homework's, or a section has a single value.
+        UserError: A key is not one of the homework's keys, or a section has a single value.
     """
     found: dict[str, HomeworkValue] = {}
     for name, value in values.items():

@@ -1,7 +1,7 @@
 """Load a validated `Config` from a YAML file and command-line overrides, and write a config to YAML.
 
-Settings are merged in the following order, and later ones win: bases (`base:`), the file, `--opts`, replacements. Keys
-in upper case are the homework's, which `configs.homework` translates.
+Settings are merged in this order, with later ones taking precedence: bases (`base:`), the file, `--opts`, and the
+keyword arguments of `load_config`. Uppercase keys are homework keys, which `configs.homework` translates.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     """Load a config file with its bases, then apply overrides, then replacements.
 
     Args:
-        path: YAML file; its name without suffix is the default of `name`.
-        overrides: items after `--opts`, e.g. `train.epochs=5`, or `train.epochs` followed by `5`. The homework's keys,
-            in upper case, are also allowed.
-        replacements: values by top-level key or, with `**{...}`, by dotted key. A mapping is merged into its section.
+        path: YAML file. Its name without suffix is the default of `name`.
+        overrides: Items after `--opts`, e.g. `train.epochs=5`, or `train.epochs` followed by `5`. Homework keys are
+            also allowed.
+        replacements: Values by top-level key or, with `**{...}`, by dotted key. A mapping is merged into its section.
             None is ignored.
 
     Raises:
-        UserError: the file, a base or a value is invalid.
+        UserError: The file, a base or a value is missing or invalid.
     """
     path = path_argument(str(path))
     layers = [_read_file(path, (), []), *_parse_overrides(overrides)]
@@ -84,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
 def _cut_warm_up(
     config: Config, values: Mapping[str, Any], origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str]
 ) -> list[str]:
-    """Return a list with a warning if the warm-up in `values` is longer than the run. Otherwise the list is empty."""
+    """Return a list with a warning if the warm-up in `values` is longer than the run, or an empty list."""
     asked, epochs = values.get("train", {}).get("warmup_epochs", 0), config.train.epochs
     if asked <= epochs:
         return []
@@ -96,7 +96,8 @@ def _cut_warm_up(
 def parse_config(text: str, source: str) -> Config:
     """Parse a config written by `to_yaml`, as stored in checkpoints.
 
-    Errors name `source` as the origin of the config.
+    Raises:
+        UserError: The text is not a valid config. The message names `source` as its origin.
     """
     document = yaml.parse(text, source)
     return _validate(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
@@ -111,9 +112,9 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
     """Read a config file and its bases.
 
     Args:
-        path: the file.
-        including: files that include this one, directly or through other bases, outermost first.
-        opened: all files read so far, extended in place; the first is the one that the user named.
+        path: The file.
+        including: Files that include this one, directly or through other bases, outermost first.
+        opened: All files read so far, extended in place. The first is the one that the user named.
     """
     place = f"{including[-1]}: base {path}" if including else str(path)
     if path.resolve() in [file.resolve() for file in including]:
@@ -167,7 +168,7 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
 
 
 def _check_base(path: Path, place: str, first: Path) -> None:
-    """Raise `UserError` unless a base is a YAML file in an allowed folder.
+    """Raise `UserError` if a base is not named like a YAML file, not in an allowed folder, or not a regular file.
 
     Allowed are the folder of the user's config, the working folder and the folder of this module, including subfolders,
     and the folders above the user's config without subfolders. A config may come from an untrusted source, and error

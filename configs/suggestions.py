@@ -19,13 +19,13 @@ def one_line_error(message: str) -> UserError:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as one line of JSON, which is also YAML, shortened to 80 characters."""
+    """Return a value as one line of JSON (also valid YAML), shortened to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=lambda it: dict(it) if isinstance(it, Section) else str(it))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def suggest_keys(key_path: KeyPath, known: Sequence[str]) -> str:
-    """Return suggestions for an unknown key, which are similar `known` keys and all keys of its section."""
+    """Return suggestions for an unknown key: similar keys in `known`, and all keys of the section."""
     *parents, leaf = key_path
     prefix = "".join(f"{parent}." for parent in parents)
     siblings = {

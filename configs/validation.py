@@ -18,16 +18,16 @@ from configs.suggestions import KeyPath, format_value, suggest_keys
 def describe_error(
     error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
 ) -> str:
-    """Describe the first error in one sentence, followed by the number of other errors.
+    """Describe the first error in one sentence, followed by the number of other errors. Unknown keys come first.
 
     Args:
         error: pydantic's errors.
-        origins: file and line of each key.
-        labels: homework keys that the user wrote, by the key of the setting that they translate to.
-        path: origin of keys that are not in `origins`.
+        origins: File and line of each key.
+        labels: Homework keys that the user wrote, by the key of the setting that they translate to.
+        path: Origin of keys that are not in `origins`.
     """
     errors = error.errors(include_url=False)
-    errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key explains a missing one
+    errors.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelled key explains a missing one
     first = errors[0]
     key_path = tuple(part for part in first["loc"] if isinstance(part, str))  # without positions in a list
     field, rest = _setting(key_path)
@@ -66,7 +66,8 @@ def _requirement(problem: Any, key_path: KeyPath, field: FieldInfo | None) -> st
 def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
     """Return the setting that a key belongs to, and the rest of the key.
 
-    The rest is a key within a mapping, or pydantic's name of a type in a union. The setting is None if there is none.
+    The rest is a key within a mapping, or pydantic's name of a type in a union. If the key belongs to no setting, the
+    result is None and the whole key.
     """
     settings = dict(all_settings())
     for key, field in all_settings():

@@ -1,8 +1,8 @@
 """Parse YAML text to plain values, and write plain values as YAML.
 
-The parser accepts the core types of YAML 1.2, None for null, and numbers in parentheses, but no aliases and no tags. A
-repeated key is an error, except in and below top-level keys in upper case (the homework's style), where the last
-value counts.
+The parser accepts the core types of YAML 1.2, None for null, and numbers in parentheses, but rejects aliases and tags.
+A repeated key is an error, except in and below uppercase top-level keys (the homework's style). There the last value
+counts.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _ValueLoader(_Loader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper that quotes a string if YAML 1.1 or 1.2 would read it as another type."""
+    """Dumper that quotes a string if YAML 1.1 or 1.2 would read it as a different type."""
 
 
 for _tag, _pattern in _CORE_TYPES.items():
@@ -88,7 +88,7 @@ def parse(text: str, source: str) -> Document:
     """Parse one YAML document.
 
     Raises:
-        UserError: the document is invalid; the message names `source` and, if known, the line.
+        UserError: The document is invalid. The message names `source` and, if known, the line.
     """
     return _parse(_Loader, text, source, line_numbers=True)
 
@@ -97,7 +97,7 @@ def parse_value(text: str, source: str) -> Any:
     """Parse one command-line value, in which `#` does not start a comment and a leading `&` does not start an anchor.
 
     Raises:
-        UserError: the value is empty or invalid YAML; the message names `source`.
+        UserError: The value is empty or invalid YAML. The message names `source`.
     """
     text = text.strip()
     if not text:

@@ -1,7 +1,7 @@
 """All settings of a config, with their types, defaults, allowed ranges and documentation.
 
 A config is frozen, an unknown key is an error, and every field is read somewhere in the code (a test checks this).
-`configs.load` loads a config file. `python -m configs.schema` prints all settings as a markdown table.
+`configs.load` loads a config file. `python -m configs.schema` prints all settings as a Markdown table.
 """
 
 from configs.schema.aug import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, EraseConfig, MixConfig

@@ -1,4 +1,4 @@
-"""Print every setting as a markdown table: `python -m configs.schema`."""
+"""Print every setting as a Markdown table: `python -m configs.schema`."""
 
 from configs.schema import Config
 from configs.schema.documentation import markdown_table

@@ -20,7 +20,10 @@ POLICIES = (
 
 
 class ColorJitterConfig(Section):
-    """torchvision's ColorJitter: strength b draws a factor from [max(0, 1 - b), 1 + b]."""
+    """Color jitter as in torchvision's ColorJitter.
+
+    Brightness, contrast and saturation factors are drawn from [max(0, 1 - strength), 1 + strength].
+    """
 
     brightness: float = Field(default=0.0, ge=0)
     """Strength; 0: off."""
@@ -29,15 +32,15 @@ class ColorJitterConfig(Section):
     saturation: float = Field(default=0.0, ge=0)
     """Strength; 0: off."""
     hue: float = Field(default=0.0, ge=0, le=0.5)
-    """Maximum hue shift as a share of the colour circle; shifts are drawn from [-hue, hue]; 0: off."""
+    """Maximum hue shift as a share of the color circle; shifts are drawn from [-hue, hue]; 0: off."""
     probability: float = Field(default=1.0, ge=0, le=1)
     """Probability that a sample is jittered."""
 
 
 def color_jitter_section(value: Any) -> Any:
-    """Expand one number to equal strengths of brightness, contrast and saturation.
+    """Expand a number to a section with this strength of brightness, contrast and saturation.
 
-    Other values are returned unchanged.
+    Return other values unchanged.
     """
     if type(value) not in (int, float):
         return value
@@ -45,7 +48,7 @@ def color_jitter_section(value: Any) -> Any:
 
 
 def auto_augment_section(value: Any) -> Any:
-    """Expand a string to a section with this policy. Other values are returned unchanged."""
+    """Expand a policy name to a section. Return other values unchanged."""
     return {"policy": value} if isinstance(value, str) else value
 
 
@@ -57,15 +60,15 @@ class AutoAugmentConfig(Section):
     autoaugment-cifar10 or autoaugment-svhn (arXiv:1805.09501), as defined by torchvision; or a timm RandAugment string
     such as rand-m9-mstd0.5-inc1."""
     num_ops: int = Field(default=2, ge=1, le=8)
-    """Operations per sample, for policy randaugment."""
+    """Operations per sample, for the randaugment policy."""
     magnitude: int = Field(default=9, ge=0)
-    """Magnitude bin, counted from 0, for policy randaugment."""
+    """Magnitude bin, counted from 0, for the randaugment policy."""
     bins: int = Field(default=31, ge=2, validate_default=True)
-    """Number of magnitude bins, for policies randaugment and trivialaugment."""
+    """Number of magnitude bins, for the randaugment and trivialaugment policies."""
     interpolation: Literal["nearest", "bilinear"] | None = None
     """Resampling of shears, translations and rotations; null: bilinear for timm strings, nearest for other policies."""
     fill: Literal["black", "mean"] | None = None
-    """Colour of pixels from outside the image: black, or the data set's mean; null: mean for timm strings, black for
+    """Color of pixels from outside the image: black, or the data set's mean; null: mean for timm strings, black for
     other policies."""
 
     @field_validator("policy")
@@ -98,7 +101,7 @@ class BlurConfig(Section):
 
 
 class EraseConfig(Section):
-    """Random erasing (arXiv:1708.04896): paints over a rectangle."""
+    """Random erasing (arXiv:1708.04896) of a rectangle."""
 
     probability: float = Field(default=0.0, ge=0, le=1)
     """Probability that a rectangle of a sample is erased; 0: off."""
@@ -107,7 +110,7 @@ class EraseConfig(Section):
     ratio: Pair = (0.3, 3.3)
     """Minimum and maximum height / width."""
     fill: Literal["mean", "black", "random"] = "mean"
-    """Fill of the rectangle: the data set's mean colour, black, or a colour drawn from the normal distribution with the
+    """Fill of the rectangle: the data set's mean color, black, or a color drawn from the normal distribution with the
     data set's mean and standard deviation."""
 
     @field_validator("scale", "ratio")
@@ -119,7 +122,7 @@ class EraseConfig(Section):
 class MixConfig(Section):
     """Mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899).
 
-    Each sample of a batch is mixed with its neighbour, both images and labels.
+    The image and label of each sample are mixed with those of its neighbor in the batch.
     """
 
     mixup: float = Field(default=0.0, ge=0)
@@ -131,7 +134,7 @@ class MixConfig(Section):
     switch_probability: float = Field(default=0.5, ge=0, le=1)
     """Probability of CutMix instead of mixup, if both are enabled."""
     mode: Literal["batch", "pair", "elem"] = "batch"
-    """Draw mixing parameters once for all samples of an optimizer step (batch), for each pair of neighbours (pair), or
+    """Draw mixing parameters once for all samples of an optimizer step (batch), for each pair of neighbors (pair), or
     for each sample (elem)."""
     off_epoch: int | None = Field(default=None, ge=0)
     """First epoch without mixing; null: mix in all epochs."""
@@ -144,16 +147,16 @@ class AugConfig(Section):
     """
 
     crop: Literal["none", "squash", "pad", "random-resized"] = "none"
-    """Central square of the image (none), the whole image with both sides resized to image_size (squash), a random crop
-    of the padded central square (pad), or torchvision's RandomResizedCrop (random-resized)."""
+    """Central square of the image (none), the whole image resized to image_size x image_size (squash), a random crop of
+    the padded central square (pad), or torchvision's RandomResizedCrop (random-resized)."""
     padding: int = Field(default=4, ge=0)
-    """Padding in pixels on each side, for crop pad; with padding_mode reflect it must be less than the image's side."""
+    """Padding in pixels on each side, for the pad crop; with padding_mode reflect, it must be less than image_size."""
     padding_mode: Literal["constant", "reflect"] = "constant"
-    """Content of the padding, for crop pad: black, or the image mirrored at its edge pixels."""
+    """Content of the padding, for the pad crop: black, or the image mirrored at its edge pixels."""
     scale: Pair = (0.08, 1.0)
-    """Minimum and maximum share of the image's area, for crop random-resized."""
+    """Minimum and maximum share of the image's area, for the random-resized crop."""
     ratio: Pair = (3 / 4, 4 / 3)
-    """Minimum and maximum width / height, for crop random-resized."""
+    """Minimum and maximum width / height, for the random-resized crop."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip; 0: off."""
     flip_mode: Literal["random", "alternating"] = "random"
@@ -171,7 +174,7 @@ class AugConfig(Section):
     mix: MixConfig = MixConfig()
     """Mixup and CutMix."""
     cutout: int = Field(default=0, ge=0)
-    """Side in pixels of a square inside the image filled with the data set's mean colour; 0: off."""
+    """Height and width in pixels of a square of the image to fill with the data set's mean color; 0: off."""
 
     @field_validator("color_jitter", mode="before")
     @classmethod

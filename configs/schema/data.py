@@ -32,7 +32,7 @@ class DataConfig(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter for resizing images, in training and evaluation."""
     antialias: bool = True
-    """Whether to widen the filter with the scale when reducing an image, like Pillow."""
+    """Whether to widen the filter by the scale factor when downscaling, like Pillow."""
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(as_tuple)] = ()
     """Progressive resizing: image and batch size by epoch, as [{epoch: 0, image_size: 160}, {epoch: 8, image_size:
     192}]. Before the first stage, data.image_size and data.batch_size apply. Evaluation uses eval.image_size."""
@@ -46,7 +46,7 @@ class DataConfig(Section):
     """Training order: a random permutation of all samples per epoch, or shards in random order with samples shuffled
     within a window of shards."""
     window_shards: int = Field(default=8, ge=1)
-    """Shards per shuffle window, for order sequential-window."""
+    """Shards per shuffle window, for the sequential-window order."""
     prefetch: int = Field(default=3, ge=1, le=16)
     """Batches to prepare ahead of training."""
     threads: int | None = Field(default=None, ge=1)

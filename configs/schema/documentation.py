@@ -1,4 +1,4 @@
-"""Document all settings as a markdown table, which `python -m configs.schema` prints."""
+"""Document all settings as a Markdown table, printed by `python -m configs.schema`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def markdown_table(config: type[Section]) -> str:
-    """Return a markdown table with one row per setting. The keys of a list of sections follow the row of the list."""
+    """Return a Markdown table with one row per setting. The keys of a list of sections follow the row of the list."""
     rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
     for key, field in _rows(config):
         meaning = " ".join((field.description or "").split())  # a line break would end the row

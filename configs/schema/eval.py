@@ -19,9 +19,9 @@ class EvalConfig(Section):
     image_size: int | None = Field(default=None, ge=1)
     """Height and width in pixels; null: data.image_size."""
     crop_mode: Literal["center", "squash"] = "center"
-    """Central square of the image, or the whole image with both sides resized to image_size (squash)."""
+    """Central square of the image (center), or the whole image resized to image_size x image_size (squash)."""
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the shorter side kept by the centre crop: the shorter side is resized to round(image_size /
+    """Share of the shorter side kept by the center crop: the shorter side is resized to round(image_size /
     crop_fraction)."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Weights used for best.pt, predictions and exports; auto: the moving average (ema) if there is one."""

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     for a timm model."""
     pretrained: Annotated[bool | str, IsPath] = False
     """Initial weights. true: timm's published weights, which must be in the hub's cache on this machine; or the path of
-    a weights file (.safetensors, .pth). Images are then normalised by the mean and std in a config.json beside the
+    a weights file (.safetensors, .pth). Images are then normalized by the mean and std in a config.json beside the
     file, else by timm's for this model, else by the data set's."""
     finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
     """Checkpoint of this project, or a run's folder, to take initial weights from; the head is new if the classes

@@ -21,8 +21,9 @@ class OptimizerConfig(Section):
     with Nesterov momentum for all other parameters; any other name, such as lamb, lion or timm/muon: timm's optimizer,
     with its own defaults where betas, eps and nesterov are null."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Weight decay: decoupled from the gradient for adamw, added to it for sgd. Each step subtracts train.lr times this
-    share, also from parameters with norm_bias_lr, bias_lr or linear_lr; layer_decay and lr_scales scale it as well."""
+    """Weight decay: decoupled from the gradient for adamw and muon's filters, added to the gradient for sgd, adam and
+    rmsprop. The learning rate that scales it is train.lr, also for parameters with norm_bias_lr, bias_lr or linear_lr,
+    times the factors of layer_decay and lr_scales."""
     decay_biases: bool = False
     """Whether to apply weight decay to biases and norm parameters too."""
     betas: tuple[float, ...] | None = Field(default=None, validate_default=True)
@@ -112,7 +113,7 @@ class ScheduleConfig(Section):
     """First learning rate divided by the last one, for one-cycle."""
     per_epoch: bool = False
     """Whether to change the learning rate only at the start of each epoch, like a torch scheduler stepped once per
-    epoch; does not apply to one-cycle and to the warm-up."""
+    epoch; does not apply to one-cycle or the warm-up."""
 
 
 class EmaConfig(Section):
@@ -130,7 +131,7 @@ class LookaheadConfig(Section):
     """Lookahead (arXiv:1907.08610): slow weights that follow the trained weights and periodically replace them."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two synchronisations of slow and trained weights; null: off."""
+    """Optimizer steps between two synchronizations of slow and trained weights; null: off."""
     decay: float = Field(default=0.75, ge=0, lt=1)
-    """Share of the slow weights kept by a synchronisation at the end of training; it grows with the cube of the
+    """Share of the slow weights kept by a synchronization at the end of training; it grows with the cube of the
     progress."""

@@ -1,4 +1,4 @@
-"""Parser of timm's RandAugment strings such as `rand-m9-mstd0.5-inc1`.
+"""Parse timm's RandAugment strings such as `rand-m9-mstd0.5-inc1`.
 
 Parts, defaults and limits follow timm's `rand_augment_transform` (timm.data.auto_augment).
 """
@@ -20,7 +20,7 @@ class RandAugmentSpec:
 
     magnitude: float = 10.0
     deviation: float = 0.0  # standard deviation of the magnitude; inf: uniform from 0 to magnitude
-    largest: float = 10.0  # upper limit to which magnitudes are clipped
+    largest: float = 10.0  # magnitudes are clipped to this upper limit
     layers: int = 2  # operations per sample
     probability: float = 0.5  # of each operation
     increasing: bool = False  # whether every operation gets stronger as the magnitude grows

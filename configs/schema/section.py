@@ -12,9 +12,9 @@ from configs.utils.files import expand_home
 
 
 class Section(BaseModel):
-    """Base class of all sections, which are frozen, reject unknown keys, and check types strictly.
+    """Base class of all sections. Sections are frozen, reject unknown keys, and check types strictly.
 
-    Strict means that `epochs: "5"` and `epochs: true` are errors rather than 5 and 1. A float may be given as an
+    Strict means that `epochs: "5"` and `epochs: true` are errors rather than 5 and 1. A float can be given as an
     integer.
     """
 
@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 def two_numbers(value: Any) -> Any:
-    """Return a list of two numbers as a tuple. Raises ValueError for any other value."""
+    """Return a list or tuple of two numbers as a tuple. Raises ValueError for any other value."""
     numbers = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
     if not numbers or len(value) != 2:
         raise ValueError("must be two numbers, such as [0.5, 1.0]")
@@ -32,7 +32,7 @@ def two_numbers(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list as a tuple. Other values are returned unchanged."""
+    """Convert a list to a tuple. Return other values unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -46,10 +46,10 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
-    """Return `pair` if it is an ascending range of positive numbers, with an upper limit of 1 if `at_most_one`.
+    """Return `pair` unchanged if its numbers are positive and in ascending order and, if `at_most_one`, at most 1.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: The numbers are not a valid range.
     """
     if not 0 < pair[0] <= pair[1]:
         raise ValueError("must be positive and in ascending order")
@@ -72,6 +72,6 @@ def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def item_section(field: FieldInfo) -> Any:
-    """Return the class of the sections in a field that is a list of sections, and None for any other field."""
+    """Return the class of the sections in a field that is a list of sections, or None for any other field."""
     kinds = [kind for kind in get_args(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
     return kinds[0] if kinds else None

@@ -11,7 +11,7 @@ from configs.schema.section import Section
 
 
 class ProxyConfig(Section):
-    """A small network, trained alongside the model, that selects the samples with the highest loss for it."""
+    """A small network, trained alongside the model, that selects the samples on which its own loss is highest."""
 
     model: str | None = Field(default=None, min_length=1)
     """Name of the small network, as in model.name; null: off, train on every sample."""
@@ -36,7 +36,7 @@ class TrainConfig(Section):
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """How to scale learning rates with the ratio of the global batch to lr_batch_size."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Final learning rate of schedules cosine, linear and polynomial, and the minimum of the others; at most lr."""
+    """Final learning rate of the cosine, linear and polynomial schedules, and minimum of the others; at most lr."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs (fractions allowed) of linear warm-up from warmup_lr to lr; cut to epochs if longer."""
     warmup_lr: float = Field(default=0.0, ge=0)
@@ -59,11 +59,12 @@ class TrainConfig(Section):
     whiten_bias_epochs: int | None = Field(default=None, ge=0)
     """Epochs in which to train the bias of a whitening first layer; null: all."""
     whiten_bias_anneal: bool = False
-    """Whether that bias's learning rate falls linearly to 0 over these epochs, instead of following schedule."""
+    """Whether the learning rate of this bias falls linearly from lr to 0 over whiten_bias_epochs, if set, instead of
+    following schedule."""
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
     """Cross-entropy, or binary cross-entropy per class (arXiv:2110.00476)."""
     bce_threshold: float | None = Field(default=None, gt=0, lt=1)
-    """Threshold above which targets count as 1 and below as 0, for loss bce with mixed labels; null: keep soft
+    """Threshold above which targets become 1; all others become 0. For the bce loss with mixed labels; null: keep soft
     targets."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability spread evenly over all classes, in training only."""
@@ -81,14 +82,13 @@ class TrainConfig(Section):
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """Mode of torch.compile; auto: depends on the device."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay the whole step as one CUDA graph; auto: on a single GPU, unless fp16 or compile=reduce-overhead is
-    used."""
+    """Replay the whole step as one CUDA graph; auto: on a single GPU, unless fp16, compile=reduce-overhead or an
+    optimizer that cannot be captured is used."""
     channels_last: bool = True
     """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """Action if a loss or weight becomes nan or infinite: end the run (stop); skip optimizer steps with non-finite
-    gradients (skip); or return to the last checkpoint and skip the steps in which it happened, at most a few times
-    (rewind)."""
+    gradients (skip); or return to the last checkpoint and skip the affected steps, at most a few times (rewind)."""
     save_every_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; null: every five minutes. Checkpoints are also written at the end of
     epochs."""

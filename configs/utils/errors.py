@@ -61,7 +61,7 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 
 
 def _use_utf8() -> None:
-    """Restart in Python's UTF-8 mode if the locale has another encoding, e.g. de_DE.ISO-8859-1.
+    """Restart in Python's UTF-8 mode if the locale's encoding is not UTF-8, e.g. de_DE.ISO-8859-1.
 
     In other encodings, file names could not contain all characters. Child processes of multiprocessing inherit the
     mode. They are not restarted, since their command line cannot be repeated.
@@ -98,10 +98,10 @@ def _open_standard_streams() -> None:
 
 
 def _flush() -> str | None:
-    """Flush the standard streams, and return the reason if stdout failed, otherwise None.
+    """Flush stdout and stderr. Return the reason if flushing stdout failed, or None.
 
     A closed pipe (`| head`) is not a failure. A stream that failed is replaced, since Python would flush it again at
-    exit and change the exit code to 120.
+    exit and exit with code 120.
     """
     lost: dict[str, OSError] = {}
     for name in ("stdout", "stderr"):

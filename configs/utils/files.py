@@ -1,7 +1,7 @@
 """Expand paths from users, read files of unknown origin, and write files atomically and durably.
 
-Reads never wait for a pipe or device, and are limited in size. Writes go to a temporary file that is flushed to disk
-and then renamed, so the file is complete at every instant, even if the program is killed.
+Reads never wait for a pipe or device, and reads of text are limited in size. Writes go to a temporary file that is
+flushed to disk and then renamed, so the file is complete at every instant, even if the program is killed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from configs.utils.errors import UserError
 
-MAX_TEXT_BYTES = 2**26  # of a text file that a run wrote; a line of metrics has about 500
+MAX_TEXT_BYTES = 2**26  # limit for text files written by runs; a line of metrics has about 500 bytes
 
 
 # Paths
@@ -66,11 +66,11 @@ def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEX
     Args:
         path: The file.
         errors: How to handle invalid UTF-8, see `bytes.decode`.
-        max_bytes: The largest size allowed.
+        max_bytes: Maximum size of the file.
 
     Raises:
-        OSError: If the file cannot be read, is not a regular file, or is too large.
-        ValueError: If the file is not valid UTF-8 and `errors` is "strict".
+        OSError: The file cannot be read, is not a regular file, or is too large.
+        ValueError: The file is not valid UTF-8 and `errors` is "strict".
     """
     with open_plain(path) as file:
         content = file.read(max_bytes + 1)
@@ -90,8 +90,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write `path` like `atomic_write`, and keep the existing file as `previous`.
 
-    Two complete files exist at every instant. These are the old file and its predecessor before the new file is in
-    place, and the new file and one of the other two afterwards.
+    Two complete files exist at every instant if the file system supports hard links. These are the old file and its
+    predecessor before the new file is in place, and the new file and one of these two afterwards.
     """
     remove_temporary(previous)
     temporary, kept = _write_temporary(path, write), _temporary(previous)
@@ -106,7 +106,7 @@ def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], obj
 
 
 def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]) -> None:
-    """Complete a call of `replace_and_keep` that was killed, and remove its temporary files.
+    """Complete a call of `replace_and_keep` that was killed, and remove the temporary files it left.
 
     Args:
         path: The file that was replaced.
