@@ -170,9 +170,9 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
 def _check_base(path: Path, place: str, first: Path) -> None:
     """Raise `UserError` if a base is not named like a YAML file, not in an allowed folder, or not a regular file.
 
-    Allowed are the folder of the user's config, the working folder and the folder of this module, including subfolders,
-    and the folders above the user's config without subfolders. A config may come from an untrusted source, and error
-    messages quote the content of its bases.
+    The allowed folders are the folder of the user's config, the working folder and the folder of this module, including
+    subfolders, and the folders above the user's config without subfolders. A config may come from an untrusted source,
+    and error messages quote the content of its bases.
     """
     beside = first.resolve().parent
     allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))

@@ -24,7 +24,7 @@ class DataConfig(Section):
     """The data set and how it is loaded."""
 
     path: Annotated[str, IsPath] = Field(min_length=1)
-    """Folder of the converted data set, which contains dataset.json, such as data/cifar10."""
+    """Folder of the converted data set (with dataset.json), such as data/cifar10."""
     batch_size: int = Field(default=128, ge=1)
     """Samples per rank and forward pass."""
     image_size: int | None = Field(default=None, ge=1)
@@ -40,8 +40,8 @@ class DataConfig(Section):
     """Location of the samples: memory-mapped files on the host, or the whole split in GPU memory; auto: depends on
     the split's size and the free memory."""
     verify: Literal["changed", "off"] = "changed"
-    """Shards to verify by sha256 at the start. changed: those that changed since their last check, which is recorded in
-    the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
+    """Shards to verify by sha256 at the start. changed: those that changed since their last check (recorded in the
+    user's cache); off: none, only file sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
     """Training order: a random permutation of all samples per epoch, or shards in random order with samples shuffled
     within a window of shards."""

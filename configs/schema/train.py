@@ -18,7 +18,7 @@ class ProxyConfig(Section):
     keep: float = Field(default=0.5, gt=0, le=1)
     """Share of each batch to select."""
     every_steps: int = Field(default=4, ge=1)
-    """Optimizer steps between two updates of the small network, which learns from the selected samples."""
+    """Optimizer steps between two updates of the small network, each on the selected samples."""
 
 
 class TrainConfig(Section):

@@ -147,7 +147,7 @@ def _config_path(name: str) -> Path:
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
     """Run tools/speedrun.py on a config and yield rows with the results so far.
 
-    `result` of a row is the JSON output of the program.
+    Each row contains the JSON output of the program as `result`, once there is one.
     """
     output = scratch / f"{name}.json"
     options = ("--cfg", _config_path(name), "--data-path", data, "--runs", seeds, "--json", output)
@@ -275,10 +275,10 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
 
 
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
-    """Run tools/benchmark.py profile on a config and yield its results when it ends.
+    """Run tools/benchmark.py profile on a config and yield rows with its results after it ends.
 
-    There is a row for each phase of the step, and one for the whole step without and, if used, with a CUDA graph. If
-    there are no results, the only row has the reason.
+    The first rows are the phases of the step. Then the whole step follows, without a CUDA graph and, if used, with one.
+    If the program fails, the only row has the reason.
     """
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")

@@ -135,7 +135,10 @@ def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
 
 
 def private_bytes() -> int:
-    """Return the resident memory of this process in bytes, without mapped files, since all ranks share their pages."""
+    """Return the resident memory of this process in bytes, without mapped files.
+
+    The pages of mapped files are shared by all ranks.
+    """
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
 
