@@ -65,8 +65,8 @@ def make_variant(
 ) -> Path:
     """Write a variant of the train split of an npy data set to `out` and return its path.
 
-    If `out` already contains a data set, nothing is written. The shard size is chosen for at least one shard per core,
-    and is limited to 1 to 512 MiB.
+    If `out` already contains a data set, nothing is written. The shard size is between 1 and 512 MiB, and is chosen for
+    at least one shard per core if possible.
 
     Args:
         folder: Data set to convert.

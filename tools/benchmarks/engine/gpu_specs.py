@@ -1,7 +1,7 @@
 """Peak rates of dense matrix products according to NVIDIA's data sheets and white papers.
 
 Where a data sheet states the rate with sparsity, half of it is listed ("halved"). For GeForce cards, the listed rate is
-the one with float32 accumulation, which torch uses.
+that with float32 accumulation, as used by torch.
 """
 
 from __future__ import annotations

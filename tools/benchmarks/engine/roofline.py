@@ -111,7 +111,7 @@ def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor
 
 
 def streaming_copies(size: int, sources: int, threads: int) -> Iterator[None]:
-    """Copy `size` bytes per item, rounded up to whole pages, with streaming stores.
+    """Copy `size` bytes (rounded up to whole pages) per item with streaming stores.
 
     Streaming stores bypass the cache and do not read the target first.
     """

@@ -1,4 +1,4 @@
-"""Training loops of other projects, with their own loader and precision, on our models, images and batch size.
+"""Training loops of other projects, with their own loaders and precision, on our models, images and batch size.
 
 A loop is a function that takes a PeerTask and a Config and returns an endless iterator. Each item is one training step.
 """
