@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -559,6 +560,8 @@ def test_call_in_subprocess_returns_result_or_raises() -> None:
         run_in_subprocess(int, "7", deadline=time.monotonic() - 1)
     with pytest.raises(RuntimeError, match="invalid literal"):
         run_in_subprocess(int, "seven")
+    with pytest.raises(RuntimeError, match="the result of Lock could not be sent from its process"):
+        run_in_subprocess(multiprocessing.Lock)  # cannot be pickled
 
 
 def test_program_is_read_while_running_and_stopped_at_deadline(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ class Ranks:
         """Read the ranks from the variables that torchrun sets. If any is missing, this process is the only rank.
 
         Raises:
-            UserError: A variable is missing although WORLD_SIZE is set to a value other than 1.
+            UserError: A variable is missing although WORLD_SIZE is set to a value other than 1, or is not a whole
+                number.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
@@ -48,7 +49,13 @@ class Ranks:
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set without {' and '.join(missing)}; start with "
                 f"torchrun, or set {', '.join(names)}, MASTER_ADDR and MASTER_PORT"
             )
-        return cls() if missing else cls(*(int(os.environ[name]) for name in names))
+        if missing:
+            return cls()
+        if wrong := [f"{name}={os.environ[name]}" for name in names if not os.environ[name].isdecimal()]:
+            raise UserError(
+                f"{', '.join(wrong)} is not a whole number; start with torchrun, which sets it, or unset it"
+            )
+        return cls(*(int(os.environ[name]) for name in names))
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:

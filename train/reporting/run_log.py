@@ -209,16 +209,13 @@ class RunLog:
         self._each(lambda tracker: tracker.update_summary(values))
 
     def draw_curves(self) -> None:
-        """Draw curves.png from metrics.jsonl. If curves.png cannot be written, log the error.
-
-        Raises:
-            UserError: metrics.jsonl cannot be read.
-        """
-        if self._folder is None or not (metrics := read_metrics(self._folder)):
+        """Draw curves.png from metrics.jsonl. If one cannot be read or the other written, log the error."""
+        if self._folder is None:
             return
         self._drawn_at = time.monotonic()
         try:
-            figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
+            if metrics := read_metrics(self._folder):
+                figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
         except UserError as error:  # must not end the run
             self.info(str(error))
 

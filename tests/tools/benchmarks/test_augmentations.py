@@ -11,6 +11,7 @@ import torch
 from tools.benchmarks.engine import markdown
 from tools.benchmarks.engine.interleaved import Measurement
 from tools.benchmarks.engine.measured_tables import InterleavedTable
+from tools.benchmarks.engine.results import skipped_row
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.suites import augmentations
 from tools.benchmarks.suites.augmentations import KINDS, PEER
@@ -69,3 +70,12 @@ def test_table_has_shares_of_flip_and_ratios_to_torchvision(npy_data: Path, tmp_
     assert lines["flip alone"] == ["4,000", "1.00", "500", "8.0"]
     assert lines["cutout"] == ["3,000", "0.75", "", ""]
     assert lines["RandAugment"] == ["1,000", "0.25", "failed", ""]
+
+
+def test_kinds_that_were_not_measured_in_time_have_not_failed() -> None:
+    rows = [
+        {"kind": "blur", **skipped_row("ours", ours=True)},
+        {"kind": "blur", "name": PEER, "ours": False, "error": "x"},
+    ]
+    cells = markdown._augmentations_table(rows).splitlines()[-1].split("|")[1:-1]
+    assert [cell.strip() for cell in cells] == ["blur", "", "", "failed", ""]

@@ -56,3 +56,14 @@ def test_tightest_bound_is_named() -> None:
     row = {"images_per_s": 5e6}
     add_bound(row, host, otherwise="the cores")
     assert row["binds"] == "the cores"
+
+
+def test_file_of_the_disk_limit_is_deleted_after_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        with roofline.limit_workloads("cpu", tmp_path):
+            assert (tmp_path / "disk-read").exists()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())

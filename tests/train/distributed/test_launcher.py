@@ -260,6 +260,13 @@ def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         Ranks.from_environment()
 
 
+def test_rank_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "first", "LOCAL_RANK": "0", "WORLD_SIZE": "", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"RANK=first, WORLD_SIZE= is not a whole number"):
+        Ranks.from_environment()
+
+
 def test_ranks_ended_by_torchrun_are_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 failed while others were starting, and torchrun stopped them meanwhile."""
 

@@ -134,6 +134,13 @@ def test_unwritable_curves_do_not_end_the_run(tmp_path: Path, capsys: pytest.Cap
     assert len(read_metrics(tmp_path)) == 2
 
 
+def test_damaged_metrics_do_not_prevent_the_end_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run_log(tmp_path, metrics(0))
+    (tmp_path / "metrics.jsonl").write_text("[]\n")
+    written.finish()
+    assert "metrics.jsonl:1 is not a line of a run's metrics" in capsys.readouterr().out
+
+
 def test_curves_name_the_loss_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels: list[str] = []
     save = figures.save

@@ -118,7 +118,8 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: f
 
     Raises:
         TimeoutError: The function did not return before the deadline.
-        RuntimeError: The function failed, crashed or took longer than WARM_UP_TIMEOUT_S.
+        RuntimeError: The function failed, crashed or took longer than WARM_UP_TIMEOUT_S, or its result could not be
+            sent to this process.
     """
     candidate = Candidate(getattr(function, "__name__", ""), _call_once, (function, arguments))
     (measurement,) = measure([candidate], 0.001, 1, deadline, show_progress=False)
@@ -126,6 +127,8 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: f
         raise TimeoutError(OUT_OF_TIME)
     if measurement.error is not None:
         raise RuntimeError(measurement.error)
+    if "result" not in measurement.details:
+        raise RuntimeError(f"the result of {candidate.name or 'the function'} could not be sent from its process")
     return measurement.details["result"]
 
 

@@ -158,8 +158,8 @@ def _augmentations_table(rows: list[Row]) -> str:
 
 
 def _rate(row: Row) -> str:
-    """Return images/s as text, "failed" if the row has no rate, or an empty string if the row is empty."""
-    return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row else ""
+    """Return images/s as text, "failed" for an error, or an empty string for a row that was not measured."""
+    return f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "failed" if row.get("error") else ""
 
 
 def _rates_table(rows: list[Row]) -> str:

@@ -53,13 +53,15 @@ def limit_workloads(device: str, scratch: Path) -> Iterator[dict[str, Workload]]
         workloads[DEVICE_MEMORY] = Workload(_copies(source, torch.empty_like(source)), source.numel())
     workloads[ARITHMETIC] = _arithmetic(device)
     file = scratch / "disk-read"
-    with file.open("wb") as output:
-        for _ in range(DISK_FILE_BYTES // DISK_BLOCK_BYTES):
-            output.write(os.urandom(DISK_BLOCK_BYTES))  # a file system may compress zeros or not store them
-        os.fsync(output.fileno())
-    workloads[DISK] = Workload(_disk_reads(file), DISK_BLOCK_BYTES)
-    yield workloads
-    file.unlink()
+    try:
+        with file.open("wb") as output:
+            for _ in range(DISK_FILE_BYTES // DISK_BLOCK_BYTES):
+                output.write(os.urandom(DISK_BLOCK_BYTES))  # a file system may compress zeros or not store them
+            os.fsync(output.fileno())
+        workloads[DISK] = Workload(_disk_reads(file), DISK_BLOCK_BYTES)
+        yield workloads
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
