@@ -1,4 +1,4 @@
-"""Build the training state of a config, for all commands that run a model."""
+"""Build the training state described by a config. All commands that run a model use this module."""
 
 from __future__ import annotations
 
@@ -32,18 +32,23 @@ def build_all(
     *,
     trains: bool = True,
 ) -> TrainState:
-    """Build the model, its optimizer, and the other parts of config.train.
+    """Build the model, its optimizer, and the moving average, Lookahead and proxy that config.train enables.
 
     The learning rates are scaled to the global batch. To load a checkpoint into the result, pass
-    `without_pretrained(config)`. For evaluation only, pass `inference_config(config)` and trains=False.
+    `without_pretrained(config)`. For evaluation only, pass `inference_config(config)` and trains=False. All ranks must
+    call this function.
 
     Args:
         config: Config of the run. `config.seed` seeds the initialization of the model.
         dataset: Contents of dataset.json.
         classes: Number of outputs of the model.
-        image_size: Image size in pixels.
+        image_size: Height and width of the images in pixels.
         device: Device of the model.
         trains: False if only forward passes are run.
+
+    Raises:
+        UserError: The model, its weights or the optimizer cannot be built with these settings, or train.cuda_graph is
+            on, but CUDA graphs cannot be used.
     """
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []
@@ -76,10 +81,11 @@ def build_all(
 
 
 def check_classes(config: Config, dataset: dict[str, Any]) -> int:
-    """Return the number of classes of the data set, which is the number of outputs of the model.
+    """Check model.num_classes and the configured splits against the data set, and return its number of classes.
 
     Raises:
-        UserError: model.num_classes is another number, or a configured split does not exist or has no labels.
+        UserError: model.num_classes differs from the number of classes, or a configured split does not exist or has no
+            labels.
     """
     classes = len(dataset["classes"])
     wanted = config.model.num_classes

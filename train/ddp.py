@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train, evaluate or measure throughput, as the command line asks, and return the exit status."""
+    """Train, evaluate or measure throughput, depending on the arguments and the config, and return the exit status."""
     clock = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
     replacements = {
@@ -132,7 +132,7 @@ def main() -> int:
                 print(f"{which}: {result.sentence(config.data.val_split)}")
             return 0
         source, content = load_newest_on_all_ranks(candidates) if candidates else (None, None)
-        if content is None or "threads" not in content:  # otherwise `restore_threads` sets them
+        if content is None or "threads" not in content:  # otherwise `restore_threads` sets the number
             limit_threads(device)
 
         stream = stream_info(config, dataset, ranks.world_size * config.train.accumulation_steps)

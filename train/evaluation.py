@@ -1,4 +1,4 @@
-"""Build the model of --eval from a checkpoint of train/ddp.py or from weights of another program."""
+"""Build the model that --eval evaluates, from a checkpoint of train/ddp.py or weights written by another program."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from train.checkpoint.restore import restore_weights
 from train.checkpoint.store import load_newest_on_all_ranks
 from train.engine.state import TrainState
 
-# Mean and standard deviation of the homework, for pixels from 0 to 1. The homework divides MediumImageNet's pixels by
-# 256, not 255, before it subtracts ImageNet's mean.
+# Means and standard deviations used by the homework, for pixel values from 0 to 1. The homework divides the pixels of
+# MediumImageNet by 256, not 255, before it subtracts ImageNet's mean.
 CIFAR10_STATS = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 IMAGENET_STATS = (
     [value * 256 / 255 for value in (0.485, 0.456, 0.406)],
@@ -33,20 +33,21 @@ IMAGENET_STATS = (
 def build_for_evaluation(
     config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
 ) -> tuple[TrainState, str]:
-    """Build the model of --resume, and return its state and a description of the weights for messages.
+    """Build the model to evaluate, and return its training state and a description of its weights for messages.
 
-    A file of another program contains no config. The model is then built from `config`, with as many outputs as the
-    weights have, and pixels are normalized as in the homework.
+    Weights written by another program come without a config. The model is then built from `config`, with as many
+    outputs as the weights have, and pixels are normalized as in the homework. All ranks must call this function.
 
     Args:
         config: Config of the command.
         dataset: Contents of dataset.json.
         candidates: Checkpoints in order of preference. The first intact one is used.
-        image_size: Image size of the evaluation in pixels.
+        image_size: Height and width of the images in pixels.
         device: Device of the model.
 
     Raises:
-        UserError: There is no checkpoint, or the checkpoint does not fit the model or the data set.
+        UserError: There is no intact checkpoint, the checkpoint does not fit the model or the data set, or eval.weights
+            is "ema" but the checkpoint has no moving average.
     """
     if len(candidates) == 1 and store.is_foreign(candidates[0]):
         return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
@@ -84,7 +85,7 @@ def _build_foreign(
 
 
 def _outputs(config: Config, weights: dict[str, Tensor], classes: int, image_size: int) -> int:
-    """Return the number of outputs of the weights, or `classes` if the weights have no last layer of the model."""
+    """Return the number of outputs of the head in the weights, or `classes` if the weights do not include a head."""
     with torch.device("meta"):
         model = build_from_config(
             config.model, classes, image_size=image_size, mean=CIFAR10_STATS[0], std=CIFAR10_STATS[1]

@@ -1,4 +1,4 @@
-"""Measure the training throughput of a config, for --throughput and tools/benchmark.py."""
+"""Measure the training throughput of a config, for train/ddp.py --throughput and for tools."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from train.optim.freeze import set_training_mode
 
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
-    """Yield the batches of all epochs, one epoch after another, without end."""
+    """Yield batches epoch after epoch. The iterator never ends."""
     while True:
         yield from loader
 
 
 def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run a micro-step and, if `optimizer_step` is True, update the moving average.
+    """Run a micro-step and, if `optimizer_step` is True, update the moving average. Lookahead is not updated.
 
-    `step` counts micro-steps from 1.
+    `step` is the number of the micro-step, counted from 1.
     """
     run_step(state, batch, step, optimizer_step=optimizer_step)
     if optimizer_step and state.ema is not None:
@@ -40,15 +40,19 @@ def measure_images_per_s(
 ) -> float:
     """Return the training throughput in images/s over all ranks.
 
-    Steps are run in groups of about one second. The device is synchronized only between groups. The result is the
-    median of the groups.
+    Micro-steps are run in groups of about one second, and the result is the throughput of the group with the median
+    duration. The device is synchronized only between groups. All ranks must call this function.
 
     Args:
         state: Training state.
         loader: Data loader of one stage.
         world_size: Number of ranks.
-        warmup_steps: Number of steps before the measurement, for compilation, caches and clocks. They are run twice.
+        warmup_steps: Number of micro-steps to run before the measurement, for compilation, caches and clocks. They are
+            run twice, and the second time determines the number of micro-steps in a group.
         seconds: Approximate duration of the measurement. At least three groups are run.
+
+    Raises:
+        UserError: The training step cannot be captured, or the data cannot be read or have changed.
     """
     warm_up(state, loader)
     set_training_mode(state.forward)
@@ -76,7 +80,7 @@ def measure_images_per_s(
 
 
 def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
-    """Measure the training throughput of each stage and print it on rank 0."""
+    """Measure the training throughput of each stage and print it on rank 0. All ranks must call this function."""
     for stage in train_loader.stages:
         throughput = measure_images_per_s(state, stage, ranks.world_size)
         if ranks.is_first:

@@ -1,7 +1,8 @@
-"""The training loop over epochs: logging, evaluation, checkpoints, early stop and rewind.
+"""The training loop over epochs: logging, evaluation, checkpoints, stopping on a signal, and rewinding.
 
-`done` counts the finished optimizer steps of the run. No checkpoint contains a state trained on files that changed
-during the run, since each rank checks its files before the sums are reduced.
+`done` is the number of optimizer steps of the run so far. Before a checkpoint is saved, each rank checks that the data
+files are unchanged and only then joins the reduction of the metric sums. No checkpoint therefore contains a state that
+was trained on changed files.
 """
 
 from __future__ import annotations
@@ -63,16 +64,20 @@ class Trainer:
 
 
 def fit(trainer: Trainer, position: dict[str, int], pending: PendingSignal) -> None:
-    """Run the epochs from `position` on, with the checkpoints of train.save_every_*.
+    """Train from `position` to the end of the last epoch, with evaluations, logs and checkpoints.
+
+    All ranks must call this function.
 
     Args:
         trainer: Parts of the run.
-        position: Epoch to start in, and number of steps done in it.
+        position: Epoch to start in, and number of optimizer steps already done in this epoch.
         pending: Signal that this process has received, if any.
 
     Raises:
         Preempted: A signal asked to stop. The state is saved in a checkpoint.
-        UserError: Values are not finite and the run cannot continue.
+        RuntimeError: An evaluation missed samples or counted them twice.
+        UserError: Values are not finite and the run cannot continue, the data cannot be read or have changed, or a
+            checkpoint or metrics.jsonl cannot be written.
     """
     config, loader = trainer.config.train, trainer.train_loader
     is_due = trainer.saving.is_due if config.save_every_steps is None else lambda: False
@@ -103,7 +108,7 @@ def fit(trainer: Trainer, position: dict[str, int], pending: PendingSignal) -> N
 
 
 def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCheck, consensus: StopConsensus) -> None:
-    """Train the rest of an epoch in which `step` steps are done."""
+    """Train the rest of an epoch after its first `step` optimizer steps."""
     config, state, loader = trainer.config, trainer.state, trainer.train_loader
     timeline, log = trainer.timeline, trainer.log
     first, steps, save_every = timeline.first_step(epoch), timeline.steps[epoch], config.train.save_every_steps
@@ -131,7 +136,7 @@ def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCh
             return
         if saves:
             loader.check_unchanged()
-        sums = finite_check.sums(done)  # synchronizes, once per log interval
+        sums = finite_check.sums(done)  # synchronizes, but only to log or save
         if logs:
             loss, _, seen = sums.tolist()
             measured = {**meter.read(done, loss, seen), "lr": lr, **memory_usage(state.device)}
@@ -164,20 +169,20 @@ def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCh
 
 
 def _global_batch(trainer: Trainer, epoch: int) -> int:
-    """Return the number of images in an optimizer step over all ranks."""
+    """Return the number of images in an optimizer step of an epoch, over all ranks."""
     batch_size = trainer.train_loader.at(epoch).plan.batch_size
     return batch_size * trainer.ranks.world_size * trainer.config.train.accumulation_steps
 
 
 def _decays(trainer: Trainer) -> int:
-    """Return the number of decays of schedule plateau so far."""
+    """Return the number of decays of the plateau schedule so far."""
     return int(trainer.progress.get("plateau", {}).get("decays", 0))
 
 
 def _finish_epoch(
     trainer: Trainer, epoch: int, pending: PendingSignal, finite_check: FiniteCheck, consensus: StopConsensus
 ) -> None:
-    """Evaluate if due, and write metrics and checkpoints."""
+    """Evaluate if due, log the metrics of the epoch, and save checkpoints if due."""
     config, state, progress = trainer.config, trainer.state, trainer.progress
     done, is_last = trainer.timeline.first_step(epoch + 1), epoch + 1 == config.train.epochs
     trainer.train_loader.check_unchanged()
@@ -221,10 +226,10 @@ def _finish_epoch(
 
 
 def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
-    """Evaluate the weights and, if there is one, the moving average.
+    """Evaluate the weights and, if it is enabled, the moving average.
 
     Returns:
-        The metrics by name, and the top-1 accuracy of the weights that eval.weights selects.
+        The metrics by name, and the top-1 accuracy of the weights selected by eval.weights.
     """
     state, tta = trainer.state, trainer.config.eval.tta
     what = trainer.val_loader, trainer.val_samples, tta, lambda: pending.number != 0
@@ -237,7 +242,7 @@ def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float
 
 
 def _stop(trainer: Trainer, signal: int, done: int) -> None:
-    """Wait until the checkpoint is written, log that the run stops, and raise Preempted."""
+    """Wait until the checkpoint is written, log the stop, and raise Preempted."""
     collectives.from_first_rank(trainer.saving.wait)
     stopped = Preempted(signal)
     trainer.log.info(
@@ -248,10 +253,10 @@ def _stop(trainer: Trainer, signal: int, done: int) -> None:
 
 
 def _report_skipped(trainer: Trainer, finite_check: FiniteCheck, done: int) -> None:
-    """Log the steps that train.on_nonfinite=skip has skipped since the last report.
+    """Count and log the optimizer steps skipped by train.on_nonfinite=skip since the last report.
 
     Raises:
-        UserError: All steps since the last report were skipped, and there are at least MAX_SKIPPED_STEPS.
+        UserError: At least MAX_SKIPPED_STEPS steps were run since the last report, and all of them were skipped.
     """
     count, since = finite_check.skipped()
     if count:
@@ -273,13 +278,14 @@ def _last_checkpoint(trainer: Trainer) -> str:
 
 
 def _rewind(trainer: Trainer, found: NonFiniteError) -> tuple[int, int]:
-    """Restore the last checkpoint if train.on_nonfinite=rewind, so that the run skips the non-finite steps.
+    """Restore the last checkpoint, and mark the steps named by `found` to be skipped.
 
     Returns:
-        The epoch to continue in, and the number of steps done in it.
+        The epoch to continue in, and the number of optimizer steps already done in this epoch.
 
     Raises:
-        UserError: Rewinding is not enabled, or there were too many rewinds.
+        UserError: train.on_nonfinite is not "rewind", the run has already been rewound MAX_REWINDS times, or the
+            checkpoint could not be written or loaded.
     """
     train, skipped = trainer.config.train, trainer.progress.get("passed_over", [])
     collectives.from_first_rank(trainer.saving.wait)  # so that the checkpoint in the message exists
@@ -314,17 +320,20 @@ def _rewind(trainer: Trainer, found: NonFiniteError) -> tuple[int, int]:
 def restore_run(
     state: TrainState, loader: TrainLoader, timeline: Timeline, content: dict[str, Any], source: Path
 ) -> dict[str, int]:
-    """Load the training state and the loader's position from a checkpoint, and return the position.
+    """Load a checkpoint into the training state and the loader, and return the position of the checkpoint.
 
     Args:
-        state: Training state.
-        loader: Training loader.
-        timeline: Number of steps in each epoch of the run.
+        state: Training state to load into.
+        loader: Training loader to move to the position.
+        timeline: Timeline of the run.
         content: Contents of the checkpoint.
-        source: File of the checkpoint, for messages.
+        source: Path of the checkpoint, for messages.
+
+    Returns:
+        The epoch, and the number of optimizer steps done in this epoch, with the keys epoch and step.
 
     Raises:
-        UserError: The position does not exist in this run.
+        UserError: The checkpoint does not fit this run, or its position does not exist in this run.
     """
     restore_state(state, content, source)
     if not is_first_rank():

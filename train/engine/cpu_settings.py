@@ -1,4 +1,4 @@
-"""Number of threads and memory allocation for training on the CPU.
+"""Set the number of threads and the memory allocation for training on the CPU.
 
 OpenMP threads spin while they wait for each other after each parallel loop. If another process preempts one of the
 threads, all the others wait for that thread. On two cores shared with two busy processes, LeNet trained at 200 to 1,800
@@ -27,9 +27,9 @@ HINT = f"set {FIXED_BY} to choose another number"
 
 
 def limit_threads(device: torch.device) -> None:
-    """Reduce torch's CPU threads in proportion to the share of cores that other processes keep busy.
+    """Reduce the number of torch's CPU threads in proportion to the share of cores that other processes keep busy.
 
-    No-op if training does not run on the CPU or OMP_NUM_THREADS is set.
+    Warn if the number is reduced. No-op if `device` is not a CPU or OMP_NUM_THREADS is set.
     """
     if device.type != "cpu" or FIXED_BY in os.environ:
         return
@@ -45,8 +45,8 @@ def limit_threads(device: torch.device) -> None:
 def restore_threads(threads: int) -> None:
     """Set the number of CPU threads to that of the checkpoint, so that a resumed run computes bitwise equal weights.
 
-    At most one thread per core is used. Warn if there are more threads than idle cores. No-op if OMP_NUM_THREADS is set
-    or the number is unknown.
+    At most one thread per available core is used. Warn if several threads are used but fewer cores are idle. No-op if
+    OMP_NUM_THREADS is set or the number is unknown.
 
     Args:
         threads: Number of threads in the checkpoint, or 0 if unknown.
@@ -64,10 +64,10 @@ def restore_threads(threads: int) -> None:
 
 
 def busy_cores() -> float:
-    """Return how many of this process's cores other processes keep busy, or 0 if unknown.
+    """Return how many of the cores available to this process are kept busy by other processes, or 0 if unknown.
 
-    This process sleeps for up to three windows of 0.1 s. The result is the minimum over the windows, so that short
-    bursts of load do not count.
+    The load is measured while this process sleeps, in up to three windows of 0.1 s. The result is the minimum over the
+    windows, so that short bursts of load do not count.
     """
     least = float("inf")
     try:
@@ -85,7 +85,7 @@ def busy_cores() -> float:
 
 
 def _busy_between(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]) -> float:
-    """Return the number of busy cores between two readings of `_times`."""
+    """Return how many of the cores available to this process were busy on average between two results of `_times`."""
     busy = 0.0
     for core in os.sched_getaffinity(0) & before.keys() & after.keys():
         idle, total = (now - then for now, then in zip(after[core], before[core], strict=True))
@@ -94,7 +94,7 @@ def _busy_between(before: dict[int, tuple[int, int]], after: dict[int, tuple[int
 
 
 def _times() -> dict[int, tuple[int, int]]:
-    """Return (idle, total) times since boot by core, in clock ticks. The total excludes stolen time."""
+    """Return (idle, total) time since boot for each core, in clock ticks. The total excludes stolen time."""
     found = re.findall(r"^cpu(\d+) (.*)$", Path("/proc/stat").read_text(encoding="ascii"), re.MULTILINE)
     times = {int(core): [int(value) for value in values.split()[:7]] for core, values in found}  # user to softirq
     return {core: (values[3] + values[4], sum(values)) for core, values in times.items()}
@@ -103,7 +103,8 @@ def _times() -> dict[int, tuple[int, int]]:
 def keep_freed_memory() -> None:
     """Let glibc keep the freed memory of large tensors instead of returning it to the operating system.
 
-    Otherwise, the memory of the activations is mapped, zeroed and faulted in again, page by page, in each step.
+    Otherwise, the memory of the activations is mapped, zeroed and faulted in again, page by page, in each step. No-op
+    with other C libraries.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc

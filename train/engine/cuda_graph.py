@@ -1,7 +1,7 @@
 """A training step captured as CUDA graphs.
 
 A graph contains the forward and backward pass of a micro-step, the metric sums and, in the last micro-step, the weight
-update. It reads its inputs from static buffers. The host launches one graph per micro-step instead of hundreds of
+update. Graphs read their inputs from static buffers. The host launches one graph per micro-step instead of hundreds of
 kernels.
 """
 
@@ -33,8 +33,9 @@ class CapturedStep:
         Args:
             state: Training state.
             batches: One batch of each shape. The batches become the input buffers of the graphs.
-            optimizer_steps: Kinds of micro-steps to capture. True: with an optimizer step. False: without.
-            stream: Stream to capture on, see `side_stream`.
+            optimizer_steps: Kinds of micro-steps to capture: True for micro-steps that update the weights, False for
+                micro-steps that do not.
+            stream: Stream to capture on, from `side_stream`.
 
         Raises:
             UserError: The step cannot be captured.
@@ -71,13 +72,13 @@ class CapturedStep:
 
 @contextmanager
 def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
-    """Make a new stream current, since the default stream cannot be captured. No-op without CUDA graphs.
+    """Make a new stream current inside the context, since the default stream cannot be captured.
 
     The steps before a capture must run on the stream of the capture, since libraries keep handles and workspaces per
     stream.
 
     Yields:
-        The new stream, or None without CUDA graphs.
+        The new stream, or None if the state does not use CUDA graphs. The current stream is then unchanged.
     """
     if not state.uses_cuda_graph:
         yield None

@@ -1,6 +1,7 @@
 """The loop over the batches of an epoch.
 
-The loop waits for the device only at the end of the epoch. The callback `after_step` may wait more often.
+The loop synchronizes the device only at the end of the epoch. The callback `after_step` may synchronize more often, and
+so may a step in fp16 or with train.on_nonfinite=skip.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_l
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Micro-steps and host times of an epoch, or of the rest of an epoch after a resume."""
+    """Number of micro-steps, including skipped ones, and durations of an epoch or of its rest after a resume."""
 
     micro_steps: int
     time_s: float
@@ -37,10 +38,11 @@ class EpochTimes:
 def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     """Return the timeline of a run with this loader.
 
-    If the batch size differs between stages, the timeline has learning rate factors according to train.lr_scaling.
+    If the batch size differs between stages and train.lr_batch_size is set, the timeline contains learning rate factors
+    according to train.lr_scaling.
 
     Args:
-        config: Train section, with learning rates at the global batch; see `schedule.scale_learning_rates`.
+        config: Train section returned by `schedule.scale_learning_rates`.
         loader: Data loader of the run.
     """
     accumulation = config.accumulation_steps
@@ -64,21 +66,24 @@ def train_epoch(
     decays: int = 0,
     skip_steps: Collection[int] = (),
 ) -> EpochTimes:
-    """Train the rest of the loader's epoch.
+    """Train from the loader's position to the end of the epoch, and return the durations.
 
-    The random generator, e.g. of dropout, is seeded for each batch, so that a resumed run draws the same numbers as an
-    uninterrupted run.
+    The default random generator of the device, which dropout uses, is seeded for each batch. A resumed run therefore
+    draws the same numbers as an uninterrupted run.
 
     Args:
         state: Training state.
         loader: Data loader, at the position to start from.
         seed: Seed of the run.
         rank: Rank of this process.
-        after_step: Called as after_step(step, lr) after each optimizer step. `step` counts the optimizer steps of the
-            run from 0.
+        after_step: Called as after_step(step, lr) after each optimizer step, with the number of the step and its
+            learning rate. Steps of the run are counted from 0.
         timeline: Timeline of the run, or None to build it from the loader.
-        decays: Number of decays of schedule plateau so far.
-        skip_steps: Optimizer steps of the run to skip. `after_step` is not called for them.
+        decays: Number of decays of the plateau schedule so far.
+        skip_steps: Optimizer steps of the run to skip, counted from 0. `after_step` is not called for these steps.
+
+    Raises:
+        UserError: The data cannot be read or have changed.
     """
     set_training_mode(state.forward)
     set_whitening_bias_grad(state, loader.state["epoch"])
@@ -110,11 +115,11 @@ def train_epoch(
 
 
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
-    """Exclude the bias of a whitening layer from the backward pass after `whiten_bias_epochs`.
+    """Exclude the bias of a whitening layer from the backward pass if `epoch` is not below train.whiten_bias_epochs.
 
-    The learning rate of the bias is then 0, so the exclusion only saves the time to compute a gradient over the largest
-    activations. The bias stays in the backward pass with DDP or CUDA graphs, which need the same gradients in every
-    step.
+    The learning rate of the bias is 0 in these epochs, so excluding the bias only saves the time to compute a gradient
+    over the largest activations. DDP and CUDA graphs need the same gradients in every step, so with them the bias is
+    never excluded.
     """
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
@@ -124,5 +129,5 @@ def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
 
 
 def is_trained(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if the optimizer updates the parameter. Parameters frozen by model.freeze are not updated."""
+    """Return True if a group of the optimizer contains the parameter. Frozen parameters are in none of the groups."""
     return any(parameter is one for group in optimizer.param_groups for one in group["params"])

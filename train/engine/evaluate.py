@@ -42,11 +42,12 @@ class EvaluationInterrupted(Exception):
 def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (logits, labels) of each batch, in the order of the loader.
 
-    Logits are float32 [B, num_classes]. Labels are int64 [B], with -1 for unlabelled samples. The last batch is padded
-    to the size of the other batches, so that a compiled model sees one shape. The logits of the padding are removed.
+    Logits are float32 [B, num_classes]. Labels are int64 [B], with -1 for unlabeled samples. A smaller last batch is
+    padded to the size of the other batches, so that a compiled model sees one shape. The logits of the padding are
+    removed. All ranks must iterate, and use the buffers of rank 0.
 
     Args:
-        state: Training state.
+        state: Training state. The network is left in evaluation mode.
         loader: Batches of this rank.
         tta: Test-time augmentation, see eval.tta.
     """
@@ -69,18 +70,19 @@ def evaluate(
     tta: str = "none",
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Return the loss and accuracy on a split, over all ranks.
+    """Return the loss and accuracy on a split, over all ranks. All ranks must call this function.
 
     Args:
-        state: Training state.
+        state: Training state. The network is left in evaluation mode.
         loader: Batches of this rank.
         samples: Number of samples in the split, over all ranks.
         tta: Test-time augmentation, see eval.tta.
-        is_interrupted: Called for each batch. Returning True stops the evaluation.
+        is_interrupted: Called for each batch. If it returns True, the remaining batches of this rank are skipped.
 
     Raises:
         EvaluationInterrupted: `is_interrupted` returned True on any rank.
-        RuntimeError: Some samples were missed or counted twice.
+        RuntimeError: Some samples have no label, were missed or were counted twice.
+        UserError: The data cannot be read or have changed.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=state.device)  # the last one counts interrupted ranks
     for logits, labels in predictions(state, loader, tta):
@@ -98,7 +100,7 @@ def evaluate(
 
 
 def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sums of loss, top-1 hits, top-5 hits and labelled samples over a batch, float64 [4].
+    """Return the sums of loss, top-1 hits, top-5 hits and labeled samples over a batch, float64 [4].
 
     Samples with label -1 do not count. Does not synchronize.
     """
@@ -111,10 +113,11 @@ def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
 def check_full_coverage(loader: Iterable[Batch]) -> None:
     """Check that the last evaluation pass visited every sample of the split exactly once across all ranks.
 
-    All ranks must call this function. Batches that do not come from a `Loader`, e.g. for warm-up, are not checked.
+    All ranks must call this function. No-op for batches that do not come from a `Loader`, e.g. in warm-up.
 
     Raises:
         RuntimeError: Some samples were missed or counted twice.
+        UserError: A file of the data set has changed.
     """
     if not isinstance(loader, Loader):
         return
@@ -158,7 +161,7 @@ def shift(images: Tensor, by: int) -> Tensor:
 
     Args:
         images: Images to shift.
-        by: 1: down and right. -1: up and left.
+        by: 1 to shift down and right, -1 to shift up and left.
     """
     for axis in (2, 3):
         length = images.shape[axis]

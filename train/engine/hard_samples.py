@@ -1,7 +1,8 @@
-"""Selection of hard samples by the losses of a small proxy network, which is trained along with the model.
+"""Select hard samples by their losses in a proxy, a small network that is trained along with the model.
 
-The published method first trains the proxy for a whole run and records the selected samples. Here, batches are a pure
-function of the step, so selecting during training gives the same samples without a record.
+The published script, airbench96_faster (github.com/KellerJordan/cifar10-airbench), trains the proxy before the model
+and stores the samples that it selects in each step. Here, batches are a pure function of the step, so training both
+together selects the same samples, and nothing needs to be stored.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ class HardSampleSelector:
     """Selects the samples with the highest losses from each batch.
 
     Attributes:
-        state: Training state of the small network, built from the same `train` section as that of the model. A training
-            step of the small network can be captured, except in fp16.
+        state: Training state of the proxy, built from the same train section as the state of the model.
     """
 
     def __init__(self, state: TrainState, config: ProxyConfig) -> None:
@@ -35,13 +35,13 @@ class HardSampleSelector:
         self._losses = state.compiled(sample_losses)
 
     def select(self, batch: Batch, step: int) -> Batch:
-        """Return the samples with the highest losses. Their number depends only on the batch size.
+        """Return the samples with the highest losses, a share train.proxy.keep of the batch.
 
-        Every few optimizer steps (train.proxy.every_steps), also train the small network on these samples.
+        If `step` is a multiple of train.proxy.every_steps, also train the proxy on these samples.
 
         Args:
             batch: Batch on the device.
-            step: Optimizer step of the run, from 0.
+            step: Optimizer step of the run, counted from 0.
         """
         state, learns = self.state, step % self._config.every_steps == 0
         smoothing = state.config.label_smoothing
@@ -63,28 +63,31 @@ class HardSampleSelector:
 
 
 def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Return the loss of each sample, float [B]. This is a function of its own so that it is compiled as a whole."""
+    """Return the loss of each sample, float [B]. It is a separate function so that it can be compiled as a whole."""
     return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
 
 
 def build_proxy(
     config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device
 ) -> HardSampleSelector | None:
-    """Build the selector of train.proxy, or return None if train.proxy.model is not set.
+    """Build the sample selector configured by train.proxy, or return None if train.proxy.model is not set.
 
-    The bias of a whitening layer in the small network is not trained.
+    The bias of a whitening layer in the proxy is not trained.
 
     Args:
         config: Train section.
-        build: Returns the model of the given name, for raw pixels and on `device`.
+        build: Builds a model by name, on `device` and for raw pixels.
         device: Device of the model.
+
+    Raises:
+        UserError: The proxy or its optimizer cannot be built with these settings.
     """
     if config.proxy.model is None:
         return None
     network = build(config.proxy.model)
     if (whitening := find_whitening(network)) is not None:
         whitening.bias.requires_grad_(False)
-    # these settings refer to layers of the model, which the small network does not have
+    # these settings refer to layers of the model, which the proxy does not have
     settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
     optimizer = build_optimizer(network, settings, config.lr)
     state = build_state(network, optimizer, config, device)
@@ -99,7 +102,7 @@ def kept_samples(batch_size: int, config: ProxyConfig) -> int:
 def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
     """Check that the settings allow selection by a proxy. No-op if train.proxy.model is not set.
 
-    The selected samples must not depend on how a global batch is split, and the proxy ranks whole samples by
+    The selected samples must not depend on how a global batch is split, and the proxy ranks unmixed samples by their
     cross-entropy.
 
     Args:
@@ -108,7 +111,8 @@ def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> No
         mixes: True if batches use mixup or CutMix.
 
     Raises:
-        UserError: There are several ranks or micro-steps per step, mixed samples, or a loss other than cross-entropy.
+        UserError: There are several ranks, several micro-steps per optimizer step, mixed samples, or a loss other than
+            cross-entropy.
     """
     if config.proxy.model is None:
         return

@@ -20,12 +20,12 @@ LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
 
 def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
-    """Return the loss function of train.loss, which can be compiled as a whole.
+    """Return the loss function for train.loss. It can be compiled as a whole.
 
     The loss function takes (model, batch, label_smoothing) and returns the mean loss and the sums (loss * samples,
-    correct, samples), float64 [3]. In a `MixedBatch`, each sample is mixed with a partner. A prediction then counts as
-    correct by the share of the sample if the sample's label is predicted, and by the rest if the partner's label is
-    predicted.
+    correct, samples), float64 [3]. In a `MixedBatch`, each sample is mixed with a partner, and correct predictions are
+    counted as fractions: predicting the label of the sample counts with the share of the sample, and predicting the
+    label of the partner counts with the rest.
 
     Args:
         config: Train section.
@@ -43,7 +43,10 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of a batch that is not mixed, and the sums of `build_loss`."""
+    """Return the mean cross-entropy of a batch without mixing, and the sums (loss * samples, correct, samples).
+
+    See `build_loss`.
+    """
     logits = model(batch.images)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
     correct = (logits.detach().argmax(1) == batch.labels).sum()
@@ -51,15 +54,18 @@ def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> t
 
 
 def mixed_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of a batch that may be mixed, and the sums of `build_loss`."""
+    """Return the mean cross-entropy of a batch that may be mixed, and the sums (loss * samples, correct, samples).
+
+    See `build_loss`.
+    """
     logits, targets, correct = _soft(model, batch, label_smoothing)
     return _with_counts(F.cross_entropy(logits, targets), correct, batch)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None) -> Tensor:
-    """Return the mean binary cross-entropy over samples and classes of [B, C], like timm's BinaryCrossEntropy.
+    """Return the mean binary cross-entropy over samples and classes, like timm's BinaryCrossEntropy.
 
-    If `threshold` is given, targets above the threshold become 1 and all others 0.
+    `logits` and `targets` are float [B, C]. If `threshold` is given, targets above it become 1 and all others 0.
     """
     if threshold is not None:
         targets = (targets > threshold).to(targets.dtype)
@@ -67,18 +73,18 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | Non
 
 
 def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """Return smoothed one-hot targets [B, classes] of labels, int64 [B].
+    """Return smoothed one-hot targets [B, classes] for labels, int64 [B].
 
-    Label smoothing spreads its share over all classes, including the true class.
+    The share `label_smoothing` is spread evenly over all classes, including the true class.
     """
     is_label = labels[:, None] == torch.arange(classes, device=labels.device)
     return is_label.to(dtype) * (1.0 - label_smoothing) + label_smoothing / classes
 
 
 def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits [B, C], targets [B, C], and the number of correct predictions, which mixing makes fractional.
+    """Return the logits [B, C], the targets [B, C], and the number of correct predictions.
 
-    Logits and targets are float32 or wider.
+    The number is fractional if samples are mixed. Logits and targets have at least the precision of float32.
     """
     images, labels = batch
     mix = batch.mix if isinstance(batch, MixedBatch) else None
@@ -94,22 +100,22 @@ def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tenso
 
 
 def _with_counts(loss: Tensor, correct: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the loss, and the sums of `build_loss`."""
+    """Return the loss and the sums (loss * samples, correct, samples), see `build_loss`."""
     samples = torch.full_like(correct, len(batch.labels))
     return loss, torch.stack([loss.detach().double() * len(batch.labels), correct.double(), samples.double()])
 
 
 def swap_pairs(values: Tensor) -> Tensor:
-    """Return values [B, ...] with samples 2i and 2i + 1 swapped, for every i, with unchanged strides."""
+    """Return a copy of values [B, ...] with the samples 2i and 2i + 1 swapped for every i. The strides are the same."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix_images(images: Tensor, mix: Tensor) -> Tensor:
-    """Mix the images of each pair (2i, 2i + 1), by mixup or CutMix.
+    """Mix the images 2i and 2i + 1 with each other for every i, by mixup or CutMix.
 
     Args:
         images: uint8 [B, 3, H, W].
-        mix: Table of `pipelines.augment.mixup.mix_table`, float32 [B, 5].
+        mix: Table returned by `pipelines.augment.mixup.mix_table`, float32 [B, 5].
 
     Returns:
         float32 [B, 3, H, W] in 0..255, with the strides of `images`.
@@ -132,13 +138,13 @@ def identity_mix(batch: Batch) -> MixedBatch:
 
 
 class RenderedBatch(NamedTuple):
-    """A batch for pictures in logs, as the model sees it.
+    """A batch as the model sees it, for images in logs.
 
     Attributes:
         images: uint8 [B, 3, H, W], mixed and rounded.
         labels: Labels of the samples, int64 [B].
-        others: Labels of the partners mixed into the samples, int64 [B].
-        shares: Shares of `labels`, float32 [B]. `others` have the rest.
+        others: Labels of the partners mixed into the samples, int64 [B]. Without mixing, they are equal to `labels`.
+        shares: Shares of `labels` in the targets, float32 [B]. `others` have the rest.
     """
 
     images: Tensor
@@ -148,7 +154,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(batch: Batch) -> RenderedBatch:
-    """Render a batch into copies, which stay valid when the loader reuses the buffers of the batch."""
+    """Render a batch as the model sees it. The tensors are copies, so they stay valid when the loader reuses buffers."""
     if not isinstance(batch, MixedBatch):
         labels = batch.labels.clone()
         return RenderedBatch(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))
