@@ -28,7 +28,7 @@ class CapturedStep:
     def __init__(
         self, state: TrainState, batches: list[Batch], optimizer_steps: list[bool], stream: torch.cuda.Stream
     ) -> None:
-        """Capture the step for each shape.
+        """Capture a graph for each shape and each kind of micro-step.
 
         Args:
             state: Training state.
@@ -46,7 +46,7 @@ class CapturedStep:
         pool = torch.cuda.graph_pool_handle()  # shared, since no graph reads another's results
         try:
             for (shape, optimizer_step), graph in self._graphs.items():
-                # thread_local: calls of loader and NCCL threads must not fail the capture
+                # thread_local, so that calls in loader and NCCL threads do not invalidate the capture
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     train_step(state, self._batches[shape], optimizer_step=optimizer_step)
         except RuntimeError as error:
@@ -74,11 +74,11 @@ class CapturedStep:
 def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
     """Make a new stream current inside the context, since the default stream cannot be captured.
 
-    The steps before a capture must run on the stream of the capture, since libraries keep handles and workspaces per
-    stream.
+    No-op without CUDA graphs. The steps before a capture must run on the stream of the capture, since libraries keep
+    handles and workspaces per stream.
 
     Yields:
-        The new stream, or None if the state does not use CUDA graphs. The current stream is then unchanged.
+        The new stream, or None without CUDA graphs.
     """
     if not state.uses_cuda_graph:
         yield None

@@ -115,7 +115,7 @@ def train_epoch(
 
 
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
-    """Exclude the bias of a whitening layer from the backward pass if `epoch` is not below train.whiten_bias_epochs.
+    """Exclude the bias of a whitening layer from the backward pass from epoch train.whiten_bias_epochs on.
 
     The learning rate of the bias is 0 in these epochs, so excluding the bias only saves the time to compute a gradient
     over the largest activations. DDP and CUDA graphs need the same gradients in every step, so with them the bias is

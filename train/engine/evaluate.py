@@ -44,7 +44,7 @@ def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -
 
     Logits are float32 [B, num_classes]. Labels are int64 [B], with -1 for unlabeled samples. A smaller last batch is
     padded to the size of the other batches, so that a compiled model sees one shape. The logits of the padding are
-    removed. All ranks must iterate, and use the buffers of rank 0.
+    removed. All ranks must iterate, even without batches, since the buffers of rank 0 are broadcast first.
 
     Args:
         state: Training state. The network is left in evaluation mode.

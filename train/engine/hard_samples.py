@@ -1,8 +1,8 @@
 """Select hard samples by their losses in a proxy, a small network that is trained along with the model.
 
 The published script, airbench96_faster (github.com/KellerJordan/cifar10-airbench), trains the proxy before the model
-and stores the samples that it selects in each step. Here, batches are a pure function of the step, so training both
-together selects the same samples, and nothing needs to be stored.
+and stores the samples that the proxy selects in each step. Here, batches are a pure function of the step, so training
+both together selects the same samples, and nothing needs to be stored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HardSampleSelector:
         self._losses = state.compiled(sample_losses)
 
     def select(self, batch: Batch, step: int) -> Batch:
-        """Return the samples with the highest losses, a share train.proxy.keep of the batch.
+        """Return the samples with the highest losses. train.proxy.keep is their share of the batch.
 
         If `step` is a multiple of train.proxy.every_steps, also train the proxy on these samples.
 

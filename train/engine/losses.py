@@ -154,7 +154,7 @@ class RenderedBatch(NamedTuple):
 
 
 def render_batch(batch: Batch) -> RenderedBatch:
-    """Render a batch as the model sees it. The tensors are copies, so they stay valid when the loader reuses buffers."""
+    """Return the batch as the model sees it. The tensors are copies, so the loader can reuse its buffers."""
     if not isinstance(batch, MixedBatch):
         labels = batch.labels.clone()
         return RenderedBatch(batch.images.clone(), labels, labels, torch.ones(len(labels), device=labels.device))

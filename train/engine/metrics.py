@@ -1,4 +1,4 @@
-"""Throughput, times and memory of a run. Reading them does not synchronize the device."""
+"""Measure the throughput, duration and memory use of a run. No function of this module synchronizes the device."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ GIB = 2**30
 
 
 class ThroughputMeter:
-    """Measures the loss and the rates between two readings within an epoch."""
+    """Measures the mean loss, the throughput and the data-wait fraction between two readings within an epoch."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
         self.start(0, 0.0, 0.0, images_per_step=0)
 
     def start(self, steps: int, loss: float, seen: float, *, images_per_step: int) -> None:
-        """Start an epoch or the rest of an epoch.
+        """Start measuring at the start of an epoch or at a position within it.
 
         Args:
             steps: Number of optimizer steps of the run so far.
             loss: Sum of the losses of the `seen` samples.
-            seen: Number of samples in the epoch so far.
-            images_per_step: Number of images in an optimizer step over all ranks.
+            seen: Number of samples trained on in the epoch so far, over all ranks.
+            images_per_step: Number of images in an optimizer step, over all ranks.
         """
         self._steps, self._loss, self._seen = steps, loss, seen
         self._images_per_step = images_per_step
         self._time_s, self._wait_s = time.perf_counter(), self._loader.wait_s
 
     def read(self, steps: int, loss: float, seen: float) -> dict[str, float]:
-        """Return metrics by name since `start` or the previous reading. The device must be synchronized.
+        """Return step_loss, images_per_s and data_wait_fraction since `start` or the previous call.
+
+        step_loss is nan if no samples were added to `seen`. The device must be synchronized before the call.
 
         Args:
             steps: Number of optimizer steps of the run so far.
             loss: Sum of the losses of the `seen` samples.
-            seen: Number of samples in the epoch so far.
+            seen: Number of samples trained on in the epoch so far, over all ranks.
         """
         duration_s = max(time.perf_counter() - self._time_s, 1e-9)
         values = {
@@ -58,10 +60,11 @@ class ThroughputMeter:
 
 
 class RunTimer:
-    """Measures the times of a run, including the processes before each resume.
+    """Measures how long a run takes, across resumes.
 
-    Every checkpoint contains `times`. A rewind restores the times of its checkpoint, so the times exclude discarded
-    steps. A time that an older checkpoint lacks is nan. The times exclude start-up and compilation.
+    `times` is saved in every checkpoint and restored on resume and rewind, so discarded steps are not counted. Start-up
+    and compilation are not counted either. If a checkpoint has no `times`, training_s is nan, and so are the epoch
+    entries if the checkpoint was saved within an epoch.
 
     Attributes:
         times: Dict with four entries.
@@ -96,18 +99,20 @@ class RunTimer:
             self.add(time.perf_counter() - self._entered_s)
 
     def start_epoch(self, steps: int, loader: TrainLoader, *, images_per_step: int) -> None:
-        """Start an epoch or the rest of an epoch.
+        """Start timing an epoch or the rest of an epoch.
 
         Args:
             steps: Number of optimizer steps of the run so far.
             loader: Data loader that measures the time spent waiting for data.
-            images_per_step: Number of images in an optimizer step over all ranks.
+            images_per_step: Number of images in an optimizer step, over all ranks.
         """
         self._steps, self._loader, self._images_per_step = steps, loader, images_per_step
         self._time_s, self._wait_s = time.perf_counter(), loader.wait_s
 
     def count(self, steps: int) -> None:
-        """Add the time and images since `start_epoch` or the previous call. The device must be synchronized.
+        """Add the time, the data wait and the images since `start_epoch` or the previous call to `times`.
+
+        The device must be synchronized before the call.
 
         Args:
             steps: Number of optimizer steps of the run so far.
@@ -119,7 +124,7 @@ class RunTimer:
         self._steps, self._time_s, self._wait_s = steps, now_s, wait_s
 
     def rates(self) -> dict[str, float]:
-        """Return images/s, the share of time spent waiting, and the seconds of the current epoch, by metric name."""
+        """Return the throughput, data-wait fraction and elapsed time (s) of the current epoch, keyed by metric name."""
         time_s = max(self.times["epoch_time_s"], 1e-9)
         return {
             "images_per_s": self.times["epoch_images"] / time_s,
@@ -128,12 +133,12 @@ class RunTimer:
         }
 
     def end_epoch(self) -> None:
-        """Add the time of the current epoch to training_s and reset the values of the epoch."""
+        """Add epoch_time_s to training_s, and reset the entries of the epoch to 0."""
         self.add(self.times["epoch_time_s"])
         self.times |= {"epoch_time_s": 0.0, "epoch_wait_s": 0.0, "epoch_images": 0.0}
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Restore the times from the contents of a checkpoint."""
+        """Restore `times` from the contents of a checkpoint."""
         within_epoch = nan if content["position"]["step"] else 0.0
         unknown = {key: nan if key == "training_s" else within_epoch for key in self.times}
         self.times |= content.get("times") or unknown
@@ -145,18 +150,18 @@ class RunTimer:
 
 
 def command_start_s() -> float:
-    """Return the start time of this process, or of its torchrun, in seconds since boot."""
+    """Return the start time of this process, or of torchrun if torchrun started it, in seconds since boot."""
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in clock ticks
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Return the memory in use by metric name, in GiB.
+    """Return the memory use in GiB, keyed by metric name.
 
-    memory_gib is the peak memory of torch's tensors on a GPU since warm-up, or the peak resident set of this process on
-    the CPU.
-    device_memory_gib is present on a GPU only; see `device_memory_bytes`.
+    On a GPU, memory_gib is the peak memory of torch's tensors since `warm_up_training` last reset the peak, and
+    device_memory_gib is the memory in use by all processes, see `device_memory_bytes`. On the CPU, memory_gib is the
+    peak resident set of this process.
     """
     if device.type != "cuda":
         return {"memory_gib": (peak_rss_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / GIB}

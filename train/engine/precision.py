@@ -14,7 +14,7 @@ MAX_COMPILED_MODELS = 64  # models compiled in one process, for benchmarks; torc
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype of a train.amp setting on this device, or None for float32."""
+    """Return the autocast dtype for a value of train.amp on this device, or None for float32."""
     if name == "auto":
         if device.type != "cuda":
             return None
@@ -28,10 +28,10 @@ def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype 
     Args:
         config: Train section.
         device: Device of the model.
-        amp: Autocast dtype of `amp_dtype`.
+        amp: Autocast dtype returned by `amp_dtype`.
 
     Raises:
-        UserError: train.cuda_graph=on is not possible. The message gives the reasons.
+        UserError: train.cuda_graph is "on", but CUDA graphs cannot be used. The message gives the reasons.
     """
     obstacles = {
         f"the device is a {device.type}": device.type != "cuda",

@@ -36,7 +36,8 @@ class SampleSelector(Protocol):
 class TrainState:
     """Everything a training step reads or updates.
 
-    `forward` (DDP) and `infer` (compiled) wrap `network`, which owns the weights.
+    `network` owns the weights. `forward` is `network`, wrapped in DDP if there are several ranks. `infer` is `network`,
+    compiled if train.compile enables compilation.
     """
 
     network: nn.Module
@@ -73,8 +74,7 @@ class TrainState:
     def floating_tensors(self) -> list[Tensor]:
         """Return the floating-point tensors on the device that a step reads or updates.
 
-        These are the weights, buffers and optimizer state of the network and, if present, the proxy, plus Lookahead's
-        slow weights.
+        These are the weights, buffers and optimizer states of all `parts`, and Lookahead's slow weights.
         """
         tensors = [
             tensor
@@ -100,7 +100,10 @@ def build_state(
     mixes: bool = False,
     trains: bool = True,
 ) -> TrainState:
-    """Wrap a network for training.
+    """Build the training state of a network, without moving average, Lookahead and proxy.
+
+    Also set process-wide options of torch, and prepare the optimizer for CUDA graphs if they are used. All ranks must
+    call this function.
 
     Args:
         network: The model, on its device and in its final memory format.
@@ -109,6 +112,9 @@ def build_state(
         device: Device of the network.
         mixes: True if batches use mixup or CutMix.
         trains: False if only forward passes are run.
+
+    Raises:
+        UserError: train.cuda_graph is "on", but CUDA graphs cannot be used.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes are static, so the fastest convolution is searched once
@@ -124,7 +130,7 @@ def build_state(
     mode = config.compile if config.compile != "auto" else (GPU_COMPILE_MODE if device.type == "cuda" else "off")
     if mode != "off":
         torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
-        # As in pipelines.gpu.triton_crop_flip; compile workers inherit it.
+        # As in pipelines.gpu.triton_crop_flip. Compile workers inherit the variable.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     captures = uses_cuda_graph(config, device, amp)
     if captures:
@@ -134,7 +140,7 @@ def build_state(
     parallel = data_parallel(network, device, config.accumulation_steps)
 
     def compiled(function: Any) -> Any:
-        # Kernels for each shape: dynamic ones are slower, and there are few shapes.
+        # Compile kernels for each shape, since there are few shapes and dynamic kernels are slower.
         return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
 
     return TrainState(
@@ -159,7 +165,7 @@ def build_state(
 
 
 def restart_in_place(state: TrainState, fresh: TrainState) -> None:
-    """Start another run in the tensors of `state`, which keeps its compiled and captured steps.
+    """Reset a training state to the start of another run, in place, so that compiled and captured steps stay valid.
 
     Args:
         state: Training state to reset.

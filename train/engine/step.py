@@ -1,6 +1,6 @@
 """The training step.
 
-With gradient accumulation, a step consists of several micro-steps. The last micro-step updates the weights.
+With gradient accumulation, an optimizer step consists of several micro-steps. The last micro-step updates the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from train.optim.schedule import Timeline
 def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
     """Run the forward and backward pass on one batch and, if `optimizer_step` is True, update the weights.
 
-    Does not synchronize, unless fp16 or train.on_nonfinite=skip checks the gradients on the host.
+    Also add the loss and the counts of the batch to `state.sums`. Does not synchronize, unless fp16 or
+    train.on_nonfinite=skip checks the gradients on the host.
     """
     config = state.config
     with nullcontext() if optimizer_step else without_reduction(state.forward):
@@ -44,14 +45,14 @@ def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) 
 
 
 def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run a step, captured if the state has a captured step.
+    """Run a micro-step, by replaying a CUDA graph if the state has a captured step.
 
-    With a proxy, the step trains on the samples that the proxy selects from the batch.
+    With a proxy, the micro-step trains on the samples that the proxy selects from the batch.
 
     Args:
         state: Training state.
         batch: Batch on the device.
-        step: Optimizer step of the run, from 0.
+        step: Optimizer step of the run, counted from 0.
         optimizer_step: True to update the weights.
     """
     if state.proxy is not None:
@@ -60,7 +61,7 @@ def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool
 
 
 def update_averages(state: TrainState, step: int, timeline: Timeline) -> None:
-    """Update the moving average and Lookahead after optimizer step `step` of the run, from 0."""
+    """Update the moving average and Lookahead after optimizer step `step` of the run, counted from 0."""
     if state.lookahead is not None:
         state.lookahead.update(step, timeline.total)
     if state.ema is not None:
@@ -73,7 +74,7 @@ def clips_gradients(config: TrainConfig) -> bool:
 
 
 def clip_gradients(network: nn.Module, config: TrainConfig) -> None:
-    """Clip the gradients by norm, by value or adaptively. Does not synchronize.
+    """Clip the gradients by norm, by value or adaptively, as configured. Does not synchronize.
 
     Adaptive clipping excludes the last linear layer, as in the paper (AGC, Brock et al., arXiv:2102.06171).
     """

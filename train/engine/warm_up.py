@@ -1,6 +1,6 @@
-"""Compile, tune and capture the training step and the evaluation before training.
+"""Compile and tune the training step and the evaluation, and capture the step, before training starts.
 
-Warm-up leaves the training state unchanged. The times of a run do not include warm-up.
+Warm-up leaves the training state unchanged. Its duration does not count as training time (`RunTimer.times`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ WARM_UP_STEPS = 3  # steps before a capture: the first compiles kernels, the fir
 
 
 def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
-    """Prepare the state for the batches of the loaders and return the duration in seconds.
+    """Prepare the state for the batches of the loaders, and return the duration in seconds.
 
-    No-op for a single CPU process without compilation. DDP rebuilds its buckets after the first backward pass, which
-    changes the summation order. Running that pass here keeps resumed runs bitwise identical to uninterrupted runs.
+    No-op for a single CPU process without compilation. All ranks must call this function, and call it again after
+    loading the state of the optimizer.
 
-    Call this function again after loading the state of the optimizer.
+    DDP rebuilds its buckets after the first backward pass. The new buckets change the summation order, so running the
+    first pass here keeps resumed runs bitwise identical to uninterrupted runs.
 
     Args:
         state: Training state.
@@ -68,9 +69,9 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
     """Check that the model accepts all image sizes of training.
 
     Args:
-        state: Training state.
+        state: Training state. The network is left in evaluation mode.
         loader: Training loader.
-        built_for: Image size of the evaluation in pixels, for which the model was built.
+        built_for: Image size in pixels for which the model was built, i.e. the image size of the evaluation.
 
     Raises:
         UserError: The model does not accept one of the sizes.
@@ -93,11 +94,18 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
 
 
 def warm_up_training(state: TrainState, *batches: Batch) -> None:
-    """Run all kinds of steps on each batch, undo their changes, and capture the steps if configured.
+    """Run all kinds of micro-steps on each batch, undo their changes, and capture them if CUDA graphs are used.
 
-    With CUDA graphs, state that the optimizer creates in its first step is undone by setting it to zero. Such state
-    must therefore start at zero, as in torch's optimizers. On a GPU, the peak memory statistics are reset before the
+    With CUDA graphs, tensors that the optimizer creates in its first step are kept and set to zero. Such tensors must
+    therefore start at zero, as in torch's optimizers. On a GPU, the peak memory statistics are reset before the
     capture, since compiling and tuning need buffers that training does not need.
+
+    Args:
+        state: Training state.
+        batches: One batch of each shape.
+
+    Raises:
+        UserError: The training step cannot be captured.
     """
     set_training_mode(state.forward)
     optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
@@ -113,10 +121,10 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
 
 
 def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
-    """Run steps of all kinds on a batch.
+    """Run micro-steps of all kinds on a batch.
 
     Returns:
-        The batch trained on. With a proxy, it contains the samples that the proxy selected.
+        The batch that was trained on: the samples selected by the proxy, or `batch` if there is no proxy.
     """
     if state.proxy is not None:
         chosen = [state.proxy.select(batch, number) for number in range(state.config.proxy.every_steps + WARM_UP_STEPS)]
@@ -130,7 +138,7 @@ def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> 
 
 
 def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
-    """Evaluate a blank batch of the loader's batch size. All ranks must call this, even those without samples."""
+    """Evaluate a blank batch as large as the loader's first batch. All ranks must call this, even without samples."""
     batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, state.device)
     samples = collectives.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
     evaluate(state, [batch] if len(batch.labels) else [], int(samples), tta)
@@ -138,7 +146,7 @@ def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> 
 
 @contextmanager
 def preserved_state(state: TrainState) -> Iterator[None]:
-    """Undo on exit all changes that steps make to the state. Tensors keep their addresses for captured graphs."""
+    """On exit, undo all changes that steps made to the state. With CUDA graphs, tensors keep their addresses."""
     before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
     # without a graph, restore all of the optimizer's state, including step counts that are plain numbers
     uncaptured = [part.optimizer for part in state.parts() if not part.uses_cuda_graph]
@@ -159,7 +167,7 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
     """Return the tensors that a step changes, by a unique key.
 
-    The tensors of an optimizer are included only with CUDA graphs. The optimizer creates some of them in its first
+    The tensors of an optimizer are included only with CUDA graphs. Some of these tensors do not exist before the first
     step.
     """
     tensors: dict[Any, torch.Tensor] = {}

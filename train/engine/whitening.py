@@ -19,13 +19,16 @@ WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 
 
 def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
-    """Return the first training images, without augmentation, or None if no network has a whitening layer.
+    """Load the first training images, without augmentation.
 
     On a GPU, also compute the whitening once and discard the result. The first eigendecomposition of a process loads
-    cuSOLVER, whose loading time would otherwise count as part of `whiten` in the speedrun's time.
+    cuSOLVER. The loading time would otherwise be part of the duration of `whiten`.
 
     Returns:
-        uint8 [N, 3, H, W] on the device, or None.
+        At most WHITENING_SAMPLES images, uint8 [N, 3, H, W] on the device, or None if no network has a whitening layer.
+
+    Raises:
+        UserError: The data cannot be read or have changed.
     """
     if all(find_whitening(one.network) is None for one in state.parts()):
         return None
@@ -44,14 +47,14 @@ def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
 
 
 def whiten(state: TrainState, images: Tensor | None) -> float:
-    """Fit the whitening layers of newly initialized networks and return the duration in seconds.
+    """Fit the whitening layers of newly initialized networks, and return the duration in seconds.
 
-    Layers with trained weights are left unchanged. Afterwards, the layers are equal on all ranks, and the averages of
-    the weights restart at the current weights.
+    Layers with trained weights are left unchanged. Afterwards, all buffers are equal on all ranks, and the averages of
+    the weights restart at the current weights. All ranks must call this function.
 
     Args:
         state: Training state.
-        images: Images of `whitening_images`. None: no-op.
+        images: Images returned by `whitening_images`, or None to do nothing.
     """
     start_s = time.perf_counter()
     if images is not None:

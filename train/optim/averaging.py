@@ -18,7 +18,7 @@ from train.distributed import collectives
 
 
 class Ema:
-    """Exponential moving average of a network's weights, held as a second network on the same device."""
+    """Exponential moving average of a network's weights, stored in a second network on the same device."""
 
     def __init__(self, network: nn.Module, config: EmaConfig) -> None:
         from timm.utils.model_ema import ModelEmaV3  # imported here, since it takes seconds
@@ -34,10 +34,10 @@ class Ema:
         self._average.set(self._network)
 
     def update(self, done: int) -> None:
-        """Update the average after `done` optimizer steps of the run. The first update copies the weights.
+        """Update the average after `done` optimizer steps, counted from the start of epoch train.first_epoch.
 
-        The average changes only if `done` is a multiple of train.ema.every_steps. Does not synchronize. Cannot be part
-        of a captured graph, since the decay depends on `done`.
+        No-op unless `done` is a multiple of train.ema.every_steps. The first update copies the weights. Does not
+        synchronize. Cannot be part of a captured graph, since the decay depends on `done`.
         """
         if done % self._every_steps == 0:
             self._average.update(self._network, step=done // self._every_steps)
@@ -52,10 +52,10 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the average into the network, and restore the current weights on exit.
+        """Copy the average into the network, and restore the network's own weights on exit.
 
-        All ranks use the averaged buffers of rank 0. Tensors keep their addresses, so compiled functions stay valid. A
-        third copy of the weights is held in memory until exit.
+        All ranks must enter the context, and then use the averaged buffers of rank 0. Tensors keep their addresses, so
+        compiled functions stay valid. A third copy of the weights is held in memory until exit.
         """
         collectives.broadcast_buffers(self._average.module)
         tensors = list(self._network.state_dict().values())
@@ -82,7 +82,7 @@ def uses_ema(ema: Ema | None, weights: str) -> bool:
 
     Args:
         ema: Moving average, or None.
-        weights: Setting eval.weights.
+        weights: Value of eval.weights.
 
     Raises:
         UserError: `weights` is "ema", but there is no moving average.
@@ -93,7 +93,11 @@ def uses_ema(ema: Ema | None, weights: str) -> bool:
 
 
 def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
-    """Put the weights selected by eval.weights into the network for the duration of the context; see `uses_ema`."""
+    """Return a context in which the network has the weights selected by eval.weights. All ranks must enter it.
+
+    Raises:
+        UserError: `weights` is "ema", but there is no moving average.
+    """
     if uses_ema(ema, weights):
         assert ema is not None
         return ema.swapped_in()
@@ -103,8 +107,9 @@ def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
 class Lookahead:
     """Slow weights, to which the trained (fast) weights are reset every few steps.
 
-    Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610. The
-    increasing decay is that of arXiv:2404.00498. Batch norm statistics are averaged as well.
+    Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610. The share
+    of the slow weights that is kept increases during training, as in arXiv:2404.00498. Batch norm statistics are
+    averaged as well.
 
     Attributes:
         slow: Slow copy of each floating-point tensor of the network's state dict, by name.
@@ -121,11 +126,11 @@ class Lookahead:
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
     def update(self, step: int, steps: int) -> None:
-        """Synchronize slow and fast weights every few steps and after the last step of the run.
+        """Synchronize slow and fast weights if due, and set fast = slow after the last step of the run.
 
         Args:
             step: Last optimizer step that was run, counted from 0.
-            steps: Number of optimizer steps in the run.
+            steps: Total number of optimizer steps in the run.
         """
         done = step + 1
         if done % self._every_steps == 0:
@@ -142,7 +147,7 @@ class Lookahead:
 
 
 def kept_share(progress: float, config: LookaheadConfig) -> float:
-    """Return the share of the slow weights to keep when `progress`, from 0 to 1, of all steps are done."""
+    """Return the share of the slow weights to keep at a `progress` from 0 (start of the run) to 1 (end of the run)."""
     return config.decay * progress**3
 
 

@@ -36,15 +36,16 @@ RESERVED_OPTIONS = {
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build a torch optimizer, Muon, or a timm optimizer, by `config.name`.
+    """Build the optimizer that `config.name` selects: torch's, Muon or timm's.
 
     Args:
         model: Model whose parameters are optimized.
         config: Section train.optimizer.
-        lr: Learning rate of the run.
+        lr: Peak learning rate of the run.
 
     Raises:
-        UserError: The name is unknown, an option does not exist, or the optimizer rejects a setting.
+        UserError: The optimizer is unknown or unsupported, an option does not exist, the optimizer rejects a setting,
+            or a pattern or factor in lr_scales is invalid.
     """
     groups = parameter_groups(model, config, lr)
     if config.name == "muon":
@@ -76,10 +77,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
 
 
 def with_timm_defaults(config: Config) -> Config:
-    """Replace null settings with the defaults of the timm optimizer, so that the saved config records them.
+    """Replace null settings of a timm optimizer with timm's defaults, so that the saved config contains their values.
+
+    The config of a built-in optimizer is returned unchanged.
 
     Raises:
-        UserError: The name is unknown, an option does not exist, or the optimizer rejects a setting.
+        UserError: The optimizer is unknown or unsupported, an option does not exist, or a setting is rejected.
     """
     asked = config.train.optimizer
     if asked.name in BUILT_IN_OPTIMIZERS:
@@ -166,7 +169,7 @@ def _refused(config: OptimizerConfig, error: Exception) -> UserError:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr: float | None = None) -> None:
     """Set the learning rate of each group to `lr` times the group's `lr_scale`. Does not synchronize.
 
-    If `whitening_lr` is given, the group with the bias of a whitening layer uses it instead of `lr`.
+    If `whitening_lr` is given, it replaces `lr` for groups with the bias of a whitening layer.
     """
     for group in optimizer.param_groups:
         rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
@@ -178,9 +181,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keep learning rates and Adam's step counts on the device, as CUDA graphs require.
+    """Make the optimizer keep learning rates and Adam's step counts on the device, as CUDA graphs require.
 
-    A graph would contain Python numbers as constants. The dtype is float32, as torch's fused kernels expect.
+    A graph would contain Python numbers as constants. Learning rates are float32, as torch's fused kernels expect.
     """
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
@@ -189,12 +192,15 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def is_fused(config: OptimizerConfig) -> bool:
-    """Return True for torch's fused optimizers, which can skip a step without involving the host."""
+    """Return True if the optimizer is a fused implementation from torch, and can therefore skip a step on the device.
+
+    Return False if train.optimizer.options select the implementation.
+    """
     return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
 
 
 def capture_obstacle(config: OptimizerConfig) -> str | None:
-    """Return why the optimizer cannot be captured as part of a CUDA graph, or None if it can."""
+    """Return the reason the optimizer cannot be captured as part of a CUDA graph, or None if it can be."""
     if config.name not in CAPTURABLE:
         return f"optimizer {config.name} is not known to run as a CUDA graph, unlike {', '.join(CAPTURABLE)}"
     if chosen := sorted(IMPLEMENTATIONS & config.options.keys()):

@@ -20,7 +20,7 @@ PREFIX = "network."  # prefix of parameter names after the pixel normalization; 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
     """Freeze the parameters that match a pattern and return a sentence with their number for the log.
 
-    Call this before building the optimizer and before wrapping the model for several ranks.
+    Call this function before building the optimizer and before wrapping the model in DDP.
 
     Raises:
         UserError: A pattern matches no parameter, or no parameter is left to train.
@@ -43,15 +43,15 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Return True if the pattern matches the name, both without the prefix.
+    """Return True if the pattern matches the name. PREFIX is optional in both.
 
-    The prefix is removed first, so that [!f]* does not match network.fc.weight.
+    PREFIX is removed before matching, so that [!f]* does not match network.fc.weight.
     """
     return fnmatchcase(name.removeprefix(PREFIX), pattern.removeprefix(PREFIX))
 
 
 def _hint(pattern: str, names: Iterable[str]) -> str:
-    """Return a hint with patterns or names close to a pattern that matches no parameter."""
+    """Suggest patterns or names that are close to a pattern without matches."""
     if any(_matches(name, f"{pattern}.*") for name in names):
         return f"did you mean {pattern}.*?"
     plain = [name.removeprefix(PREFIX) for name in names]

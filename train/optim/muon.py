@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Coefficients of a x + b x^3 + c x^5: steepest at 0 among those whose iterates stay near 1.
+# Coefficients of a x + b x^3 + c x^5, chosen for the largest slope at 0 for which iterates stay near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     """Return an approximation of U V^T for matrices with singular value decomposition U S V^T.
 
-    Runs Newton-Schulz iterations in the dtype of the matrices. Five steps bring the singular values to about 0.7 to
-    1.2. Small singular values need more steps than large ones.
+    The Newton-Schulz iterations run in the dtype of the matrices. Five iterations bring the singular values to about
+    0.7 to 1.2. Small singular values need more iterations than large ones.
 
     Args:
         matrices: [N, rows, columns], with singular values of at most 1.
@@ -40,7 +40,8 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 def as_matrices(filters: Iterable[Tensor]) -> Tensor:
     """Stack weights of one shape [filters, channels, height, width] as [N, filters, height * width * channels].
 
-    The order of the columns does not affect the result. The chosen order is the memory layout of channels_last weights.
+    The order of the columns does not affect the orthogonalized update of a weight. The order chosen here is the memory
+    layout of channels_last weights.
     """
     return torch.stack([weight.permute(0, 2, 3, 1).flatten(1) for weight in filters])
 
@@ -52,8 +53,8 @@ def existing_gradients(parameters: list[Tensor]) -> list[Tensor]:
 class Muon(torch.optim.Optimizer):
     """Optimizer with Muon for groups where `muon` is True and SGD for all other groups.
 
-    Muon groups hold 4-D convolution weights. `step` does not synchronize. Learning rates may be numbers or tensors on
-    the device.
+    Muon groups contain 4-D convolution weights. `step` does not synchronize. Learning rates can be numbers or tensors
+    on the device.
 
     Args:
         groups: Parameter groups with `muon`, `lr` and `weight_decay`.
@@ -61,8 +62,8 @@ class Muon(torch.optim.Optimizer):
         momentum: Momentum of the Muon groups.
         nesterov: Use Nesterov momentum in the Muon groups.
         steps: Number of Newton-Schulz iterations.
-        normalize: Scale weights of the Muon groups to norm sqrt(filters) instead of decaying them.
-        sgd_momentum: Momentum of the SGD groups, which use Nesterov momentum if it is above 0.
+        normalize: Scale each weight of the Muon groups to norm sqrt(filters) before an update, instead of decaying it.
+        sgd_momentum: Momentum of the SGD groups. If it is above 0, they use Nesterov momentum.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Muon(torch.optim.Optimizer):
                 self._sgd(parameters, group["lr"], group["weight_decay"])
 
     def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
-        """Update the momentum buffers and return the update directions before orthogonalization and learning rate."""
+        """Update the momentum buffers, and return the updates without orthogonalization and learning rate."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)

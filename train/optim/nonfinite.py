@@ -1,7 +1,7 @@
-"""Detect non-finite losses, weights and optimizer states, and skip steps (train.on_nonfinite=skip).
+"""Detect non-finite losses, weights and optimizer states, and skip steps with non-finite gradients.
 
-The state is checked on the device, at log intervals and before each checkpoint. Other steps do not wait for a check of
-the state, and every checkpoint contains only finite values.
+The state is checked on the device, at log intervals, at the end of each epoch and before each checkpoint. Other steps
+do not wait for a check of the state, and checkpoints contain only finite weights and optimizer states.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def max_abs(tensors: list[Tensor]) -> Tensor:
 
 
 class SkipNonFinite:
-    """Skips optimizer steps with non-finite gradients, as if the batch had not occurred.
+    """Skips optimizer steps with non-finite gradients, for train.on_nonfinite=skip.
 
-    The check runs on the device. Torch's fused optimizers also skip the step on the device. For other optimizers, the
-    host waits for the result of the check.
+    A skipped step changes neither weights nor optimizer state nor floating-point buffers. The check runs on the device.
+    Torch's fused optimizers also skip the step on the device. With other optimizers or in fp16, the host waits for the
+    result of the check.
 
     Attributes:
         skipped: Number of skipped steps, float64 [].
@@ -43,21 +44,27 @@ class SkipNonFinite:
         self._is_bad = torch.zeros((), dtype=torch.bool)  # whether the current step has non-finite gradients
 
     def start(self) -> None:
-        """Take the current buffers as those of the last good step."""
+        """Store the current buffers as those of the last step that was not skipped."""
         _copy(self._buffers, self.last_good_buffers)
 
     def mask_counts(self, counts: Tensor) -> Tensor:
-        """Return the sums of a micro-step, or zeros if any of the sums is not finite, e.g. that of the loss."""
+        """Return `counts`, the sums of a micro-step, or zeros if any of them is not finite."""
         return torch.where(counts.isfinite().all(), counts, 0.0)
 
     def check(self) -> None:
-        """Check the gradients. The result is the same on all ranks, since the gradients are already reduced."""
+        """Check the gradients, and count the step in `skipped` if they are not finite.
+
+        The result is the same on all ranks, since the gradients are already reduced.
+        """
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._is_bad = max_abs(gradients).isfinite().logical_not()
         self.skipped += self._is_bad
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Run the optimizer step unless `check` found non-finite gradients. Call this after clipping."""
+        """Run the optimizer step, or restore the last good buffers if `check` found non-finite gradients.
+
+        Call this method after `check` and after clipping.
+        """
         optimizer, is_bad = self._optimizer, self._is_bad
         if scaler.is_enabled():
             scaler.step(optimizer)  # the scaler skips the same steps
@@ -79,7 +86,7 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 
 
 class NonFiniteError(Exception):
-    """Non-finite values, raised on all ranks at the same step.
+    """Raised on all ranks at the same step when the loss or the state is not finite.
 
     Attributes:
         what: Subject and verb of the message, e.g. "the loss is".
@@ -93,7 +100,7 @@ class NonFiniteError(Exception):
 
     @property
     def steps(self) -> str:
-        """Return the affected steps as text, e.g. "steps 3 to 5"."""
+        """Return the steps that may be affected as text, e.g. "steps 3 to 5"."""
         return f"step {self.last}" if self.first == self.last else f"steps {self.first} to {self.last}"
 
 
@@ -109,7 +116,7 @@ class CheckedState(Protocol):
 class FiniteCheck:
     """Checks a training state for non-finite values, on all ranks together.
 
-    The argument `done` of the methods is the number of finished optimizer steps of the run.
+    The argument `done` of the methods is the number of optimizer steps of the run so far.
     """
 
     def __init__(self, state: CheckedState) -> None:
@@ -117,16 +124,21 @@ class FiniteCheck:
         self.start(0)
 
     def start(self, done: int) -> None:
-        """Start after `done` steps. The state at this point must be finite."""
+        """Start checking after `done` steps. The state at this point must be finite."""
         self._good = self._reported = done
         guard = self._state.guard
         self._skipped = 0.0 if guard is None else float(guard.skipped)
 
     def sums(self, done: int) -> Tensor:
-        """Return the sums over all ranks, float64 [3] on the host: loss * samples, correct, samples. Synchronizes.
+        """Check the loss and the state, and return the sums of the epoch so far over all ranks.
+
+        All ranks must call this method. Synchronizes the device.
+
+        Returns:
+            The sums (loss * samples, correct, samples), float64 [3] on the host.
 
         Raises:
-            NonFiniteError: The loss or state is not finite. The error names the steps since the previous call.
+            NonFiniteError: The loss or state is not finite. The error names the steps since the last successful check.
         """
         state = self._state
         own = torch.cat([state.sums, max_abs(state.floating_tensors()).isfinite()[None].double()])
@@ -139,9 +151,9 @@ class FiniteCheck:
         return total
 
     def skipped(self) -> tuple[int, int]:
-        """Return the number of skipped steps and the number of all steps since the previous call.
+        """Return the number of skipped steps and the total number of steps, both since the previous call or `start`.
 
-        Call this after `sums`, which waits for the device. Return (0, 0) if the state has no guard.
+        Call this method after `sums`, which waits for the device. Return (0, 0) if the state has no guard.
         """
         guard = self._state.guard
         if guard is None:

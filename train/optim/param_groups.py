@@ -17,10 +17,13 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
-    """Group trained parameters by weight decay, learning rate and kind. Groups with weight decay come first.
+    """Group trained parameters that have the same settings. Groups with weight decay come first.
 
-    The `lr_scale` of a group is its peak learning rate divided by `lr`. `whitening` is True for parameters of a
-    whitening layer.
+    The `lr_scale` of a group is its peak learning rate divided by `lr`. `muon` is True for 4-D parameters that Muon
+    optimizes, and `whitening` is True for parameters of a whitening layer.
+
+    Raises:
+        UserError: A pattern of lr_scales matches no parameter, or its factor is negative.
     """
     whitening = find_whitening(model)
     undecayed = names_without_decay(model)
@@ -71,7 +74,9 @@ def names_without_decay(model: nn.Module) -> set[str]:
 
 
 def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
-    """Return the learning rate factors of layer_decay and lr_scales by parameter name. Missing names have factor 1.
+    """Return the learning rate factors that layer_decay and lr_scales give to parameters, by parameter name.
+
+    Parameters that are not in the dict have factor 1.
 
     Raises:
         UserError: A pattern of lr_scales matches no parameter, or its factor is negative.

@@ -1,6 +1,6 @@
 """Learning rates as pure functions of the optimizer step.
 
-Only schedule plateau has state, which consists of three numbers.
+Only the plateau schedule has state, the three fields of `Plateau`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than
 class Timeline:
     """Number of optimizer steps and learning rate factor of each epoch of a run.
 
-    Both differ between epochs if the batch size does. `factors` is empty if all factors are 1.
+    Both may differ between epochs with different batch sizes. `factors` is empty if all factors are 1.
     """
 
     steps: tuple[int, ...]
@@ -36,7 +36,7 @@ class Timeline:
 
     @cached_property
     def _firsts(self) -> list[int]:
-        """The first step of each epoch, followed by the number of steps in the run."""
+        """The first step of each epoch, followed by the total number of steps in the run."""
         return list(accumulate(self.steps, initial=0))
 
     @property
@@ -44,9 +44,9 @@ class Timeline:
         return self._firsts[-1]
 
     def first_step(self, epoch: int) -> int:
-        """Return the first step of an epoch, which is the number of steps before the epoch.
+        """Return the first step of an epoch, counted from 0.
 
-        If `epoch` is the number of epochs, return the number of steps in the run.
+        If `epoch` is the number of epochs, return the total number of steps in the run.
         """
         return self._firsts[epoch]
 
@@ -55,7 +55,7 @@ class Timeline:
         return bisect_right(self._firsts, step) - 1
 
     def factor(self, step: int) -> float:
-        """Return the learning rate factor of the epoch of a step."""
+        """Return the learning rate factor of the epoch that contains a step."""
         return self.factors[min(self.epoch_at(step), len(self.factors) - 1)] if self.factors else 1.0
 
     def epochs_before(self, step: int) -> float:
@@ -68,7 +68,7 @@ class Timeline:
     def steps_until(self, position: float) -> float:
         """Return the number of steps before a fractional epoch.
 
-        Past the end of the run, every epoch has as many steps as the last one.
+        The result may be fractional. Past the end of the run, every epoch has as many steps as the last one.
         """
         epoch = min(int(position), len(self.steps) - 1)
         each = self.steps[epoch]
@@ -78,16 +78,16 @@ class Timeline:
 def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
     """Return the learning rate of an optimizer step.
 
-    The learning rate rises linearly in the warm-up and then follows the schedule. step and multistep count epochs from
-    the start of training. cosine, linear, polynomial and exponential start at lr after the warm-up. one-cycle has its
-    own warm-up. With schedule_options.per_epoch, all steps of an epoch after the warm-up have the rate of the first
-    such step.
+    The learning rate rises linearly in the warm-up and then follows the schedule. The step and multistep schedules
+    count epochs from the start of training. The cosine, linear, polynomial and exponential schedules start at lr after
+    the warm-up. The one-cycle schedule has its own warm-up. With schedule_options.per_epoch, all other schedules keep
+    the rate constant within an epoch after the warm-up. The factor of the epoch applies to all rates.
 
     Args:
-        step: Optimizer step of the run, from 0.
-        timeline: Steps of each epoch.
+        step: Optimizer step of the run, counted from 0.
+        timeline: Number of steps and learning rate factor of each epoch.
         config: Train section, with learning rates at the global batch.
-        decays: Number of decays of schedule plateau so far.
+        decays: Number of decays of the plateau schedule so far.
     """
     return timeline.factor(step) * _scheduled(step, timeline, config, decays)
 
@@ -122,9 +122,9 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 
 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step on a cosine that rises to lr and then falls, like torch's OneCycleLR.
+    """Return the learning rate of a step. It rises to lr and then falls, each along a cosine, like torch's OneCycleLR.
 
-    The learning rate reaches lr after a share `schedule_options.peak` of the steps. Source: arXiv:1708.07120.
+    The learning rate rises during a fraction `schedule_options.peak` of the steps. Source: arXiv:1708.07120.
     """
     options = config.schedule_options
     lowest = config.lr / options.div_factor
@@ -138,7 +138,11 @@ def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
-    """Return the learning rate of a whitening layer's bias, which is 0 after `whiten_bias_epochs`."""
+    """Return the learning rate for the bias of a whitening layer.
+
+    If `whiten_bias_epochs` is set, the rate is 0 after this number of epochs. Until then, it follows the schedule, or
+    decays linearly from lr to 0 with `whiten_bias_anneal`.
+    """
     if config.whiten_bias_epochs is None:
         return learning_rate(step, timeline, config, decays)
     steps = timeline.steps_until(config.whiten_bias_epochs)
@@ -151,7 +155,7 @@ def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, 
 
 @dataclass(frozen=True)
 class Plateau:
-    """The state of schedule plateau, like torch's ReduceLROnPlateau with an absolute threshold."""
+    """State of the plateau schedule, which behaves like torch's ReduceLROnPlateau with an absolute threshold."""
 
     best: float | None = None
     bad_epochs: int = 0
@@ -174,7 +178,7 @@ class Plateau:
 
 
 def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
-    """Return the fields of `Plateau` after an epoch. Epochs without the metric change nothing.
+    """Return the fields of `Plateau` after an epoch. If the monitored metric is None, the fields are unchanged.
 
     Args:
         fields: Fields of `Plateau` before the epoch, or empty at the start.
@@ -186,7 +190,7 @@ def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: 
 
 
 def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
-    """Return warnings about settings that have no effect, or an undesirable one, in a run of this length."""
+    """Return warnings about settings that have no effect or an undesirable effect in a run of this length."""
     warnings = []
     options, decay = config.schedule_options, config.ema.decay
     first = {"step": options.epochs, "multistep": min(options.milestones, default=0)}.get(config.schedule, 0)
@@ -207,8 +211,8 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
 def lr_factor(config: TrainConfig, global_batch: int) -> float:
     """Return the factor by which to scale the learning rates of the config for this global batch.
 
-    Source of linear scaling: Goyal et al., arXiv:1706.02677. Source of square-root scaling: Krizhevsky,
-    arXiv:1404.5997.
+    The factor is 1 if train.lr_batch_size is not set. Sources: Goyal et al., arXiv:1706.02677 (linear scaling),
+    Krizhevsky, arXiv:1404.5997 (square-root scaling).
     """
     if config.lr_batch_size is None:
         return 1.0
