@@ -1,4 +1,4 @@
-"""Measure images/s of data loaders and training, compared to other libraries and to the limits of the machine.
+"""Measure the images/s of data loaders and training, and compare them to other libraries and the machine's limits.
 
     python tools/benchmark.py loader --data-path data/cifar10
     python tools/benchmark.py train  --cfg configs/cifar10_resnet18.yaml --json result.json
@@ -11,14 +11,14 @@
     python tools/benchmark.py all --report docs/benchmarks                        (make bench, make gpu-bench)
     python tools/benchmark.py all --report docs/benchmarks --part training        (make gpu-bench PART=training)
 
-The benchmark drives the real loader and the real training step. Candidates take turns in short rounds, each in a
-separate process, so that a noisy machine slows all of them alike. Each figure is the median of the rounds. A failed
-candidate only loses its own row, and the exit code is 1. A row skipped for lack of time or of an optional peer is not a
-failure.
+The benchmark drives the real loader and the real training step. Each candidate has a separate process, and the
+candidates take turns in short rounds, so that a noisy machine slows all of them alike. Each figure is the median of the
+rounds. If a candidate fails, only its row is lost, and the exit code is 1. Rows that are skipped because time ran out
+or an optional peer is missing are not failures.
 
-On a GPU `all` measures in parts, each with a time limit. The JSON files of --report and --json are replaced after every
-row, so rows measured before a kill are kept. With --report the parts are added to those of earlier runs in
-DIR/DEVICE.json. With --json alone the file holds the parts of this run only.
+On a GPU, `all` measures in parts, each with a time limit. The JSON files of --report and --json are replaced after each
+round or row, so a killed run keeps the rows measured so far. With --report, the parts are added to those of earlier
+runs in DIR/DEVICE.json. With --json alone, the file contains only the parts of this run.
 """
 
 from __future__ import annotations
@@ -160,7 +160,10 @@ def main() -> int:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Create the output folders and check that the output files are writable, before anything is measured."""
+    """Create the output folders and check that the --json file is writable, before anything is measured.
+
+    Raises UserError if a folder cannot be created or the file cannot be written.
+    """
     for folder in (arguments.scratch, getattr(arguments, "report", None)):
         _try_output(_make_folder, folder)
     if arguments.json is not None:
@@ -183,7 +186,7 @@ def _make_folder(folder: Path) -> None:
 def _check_writable(file: Path) -> None:
     """Raise OSError if the file cannot be written.
 
-    If the check creates the file, it is removed again, since an empty file is not a run.
+    A file created by the check is removed again, since an empty file does not contain a run.
     """
     is_new = not file.exists()
     file.open("ab").close()
@@ -192,7 +195,12 @@ def _check_writable(file: Path) -> None:
 
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFile:
-    """Measure the parts for this machine. On a GPU, --report adds them to the parts already in its JSON file."""
+    """Measure the selected parts on this machine. On a GPU, add them to the earlier parts in DEVICE.json of --report.
+
+    Raises:
+        UserError: A given data set cannot be used, a folder cannot be created, the disk has too little space, --part or
+            --only does not select a part, or a file of earlier runs is invalid.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
     for given in (arguments.small, arguments.medium):
@@ -214,7 +222,7 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFil
         **{name: _absolute(getattr(arguments, name)) for name in names},
     )
     parts = suite.choose(gpu.PARTS if on_gpu else cpu.PARTS, arguments.part, arguments.only)
-    # on a GPU in a subprocess, since a CUDA context in this process would take a share of the memory
+    # on a GPU in a subprocess, since a CUDA context in this process would use GPU memory during the measurements
     environment = run_in_subprocess(results.environment) if on_gpu else results.environment()
     run = run_file.new_run(environment, peers.all_missing())
     files, earlier = [], None

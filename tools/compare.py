@@ -1,11 +1,12 @@
-"""Compare several runs: their curves in one plot, their settings and results in one table.
+"""Compare several runs: plot their curves together, and tabulate their settings and results.
 
     python tools/compare.py output/cifar10_alexnet output/cifar10_lenet output/cifar10_resnet18
     python tools/compare.py output/cifar10_lenet-sweep --out output/learning_rates
 
 A folder that contains runs selects all of them. Unfinished runs are shown up to their latest epoch. The tool prints the
 table and writes to --out: comparison.png (loss and accuracy, train and validation), comparison.csv (one row per run)
-and curves.csv (one row per run and epoch). The column time_ratio is the training time divided by the first run's.
+and curves.csv (one row per run and epoch). The time_ratio of a run is its training time divided by the first run's, if
+both have finished.
 """
 
 from __future__ import annotations

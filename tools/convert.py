@@ -6,7 +6,7 @@
     python tools/convert.py imagefolder --source photos --size 224 --out data/photos
     python tools/convert.py verify data/cifar10
 
-To resume an interrupted conversion, run the same command again; the result is bitwise the same.
+To resume an interrupted conversion, run the same command again. The result is byte-identical.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def convert(args: argparse.Namespace) -> int:
 
 
 class Terminated(BaseException):
-    """SIGTERM was received."""
+    """Raised when the process receives SIGTERM."""
 
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that the conversion cleans up as it does after Ctrl-C."""
+    """Raise `Terminated` on SIGTERM in this context, so that the conversion cleans up as it does after Ctrl-C."""
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -93,9 +93,13 @@ def raise_on_sigterm() -> Iterator[None]:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """Open the source that the command names.
+    """Open the source given on the command line. With --download, download its archive first.
 
-    Imports are deferred, since every worker process imports this module.
+    The readers are imported here, since every worker process imports this module.
+
+    Raises:
+        UserError: The download fails, or the source is missing or invalid.
+        OSError: The source cannot be read.
     """
     if args.command == "digits":
         from tools.sources.digits import open_digits
@@ -133,9 +137,10 @@ def build_options(args: argparse.Namespace) -> Options:
 
 
 def dataset_name(args: argparse.Namespace) -> str:
-    """Return the name of the data set and its shards: --name, or else a name derived from the source.
+    """Return the name of the data set and its shards: --name if given, otherwise a name derived from the source.
 
-    The name does not depend on --out, so that equal input gives equal files in any folder.
+    The name does not depend on --out, so that the same input gives the same files in any folder. Raises UserError if it
+    is not suitable for file names.
     """
     if args.name is not None:
         name: str = args.name
@@ -153,9 +158,9 @@ def dataset_name(args: argparse.Namespace) -> str:
 
 
 def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
-    """Return a summary of a conversion.
+    """Return a summary of a conversion: a line on the data set, and a line on each split.
 
-    It has a line for the data set, and for each split a line and the first quarantined samples.
+    The line of a split is followed by its first quarantined samples, if there are any.
     """
     lines = []
     splits: dict[str, dict[str, Any]] = dataset["splits"]
@@ -180,9 +185,10 @@ def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
 
 
 def verify(folder: Path) -> str:
-    """Verify a data set and return the result as a sentence.
+    """Verify a data set, and return a sentence that says that it is intact.
 
-    Raises UserError with the first problems if the data set is damaged.
+    Raises:
+        UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.
     """
     problems = find_problems(folder)
     if problems:

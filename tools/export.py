@@ -4,25 +4,26 @@
 
 This writes to output/cifar10_lenet/export:
 
-  model.safetensors   weights of the network, whose input is normalised floats
+  model.safetensors   weights of the network, whose inputs are normalized floats
   config.json         architecture, mean, std, crop and classes, in the layout of timm's folders. A model timm/NAME is
-                      loaded by timm.create_model("local-dir:FOLDER", pretrained=True), a built-in one by build_model
-                      and safetensors.torch.load_file; the tool prints the code
+                      loaded with timm.create_model("local-dir:FOLDER", pretrained=True), a built-in model with
+                      build_model and safetensors.torch.load_file; the tool prints the code
   model.pt2           torch.export: raw pixels, uint8 [batch, 3, H, W] -> logits float32 [batch, classes]
   model.onnx          the same for ONNX Runtime: input `images`, output `logits`; its metadata contains the classes,
                       image size, crop and origin
   export.json         the values of the printed table, package versions, and how to use each file
 
-All models are float32, take any batch size and use no test-time augmentation. Prepare images as in evaluation: RGB, the
-shorter side resized to image_size / crop_fraction, the center cropped; with crop_mode squash, both sides resized to
-image_size.
+All models are float32, accept any batch size and do not use test-time augmentation. Prepare images as in evaluation:
+convert them to RGB, resize the shorter side to image_size / crop_fraction, and crop the center. With crop_mode squash,
+resize height and width to image_size instead.
 
-Each format is loaded from disk and run on images of the validation split, or on random pixels if the data set does not
-exist, in batches of 1, 7 and 64. If logits differ from the checkpoint's by more than --tolerance (or a millionth of the
-largest logit, if that is more), the format is not written and an older file is left unchanged.
+Each format is loaded from disk and run on images of the validation split, or on random pixels if the run's data set
+does not exist, in batches of 1, 7 and 64. If logits differ from the checkpoint's by more than --tolerance (or a
+millionth of the largest absolute logit, if that is more), the format is not written, and an older file is left
+unchanged.
 
-Exit codes: 0: all formats were written; 1: at least one was not, for the reason on stderr; 2: invalid input, nothing
-was written.
+Exit codes: 0: all formats were written; 1: at least one format was not written, and stderr says why; 2: invalid input,
+and nothing was written.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def main() -> int:
 
 
 def build_exportable(trained: TrainedModel) -> Exportable:
-    """Return a float32 copy of the model with contiguous weights, whichever memory format the run used."""
+    """Return a copy of the model with its metadata. The copy is float32 and in the contiguous memory format."""
     model = copy.deepcopy(trained.state.network).float().to(memory_format=torch.contiguous_format).eval()
     assert isinstance(model, PixelClassifier)
     settings, evaluation = trained.config.model, trained.config.eval
@@ -138,7 +139,10 @@ def build_exportable(trained: TrainedModel) -> Exportable:
 def write_report(
     exportable: Exportable, expected: ExpectedLogits, rows: list[Row], failed: dict[str, str], folder: Path
 ) -> None:
-    """Print the table of formats and the usage snippets, and write both to export.json."""
+    """Write export.json, and print the table of the written formats and the code that uses them.
+
+    `failed` contains the error message of each format that was not written.
+    """
     snippets = {row["format"]: usage_snippet(row["format"], exportable, folder) for row in rows}
     content: dict[str, Any] = {
         **exportable.metadata,

@@ -4,11 +4,12 @@
     python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as printed
 
 This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate
-that grows exponentially. It takes the config's optimizer steps on real batches, starting from fresh weights that are
-discarded, and ends when the smoothed loss is several times its minimum. The suggestion is the rate where the smoothed
-loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second opinion. train.lr is the
-peak of the schedule, for the global batch of the test (with data.stages, the first stage's). The tool writes
-find_lr.png, find_lr.csv (every step) and find_lr.json to --out.
+that grows exponentially. The config's optimizer trains the config's initial weights on real batches until the smoothed
+loss is four times its minimum or not finite, or for --steps steps. The trained weights are discarded. The suggestion is
+the rate where the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a
+second opinion. The suggested rate is the peak of the schedule for the global batch of the test (with data.stages, that
+of the first stage). The printed train.lr is converted to train.lr_batch_size, if set. The tool writes find_lr.png,
+find_lr.csv (one row per step) and find_lr.json to --out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from train.throughput import endless_batches
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MIN_STEPS, MAX_STEPS = 100, 300  # bounds of the default, one epoch
+MIN_STEPS, MAX_STEPS = 100, 300  # bounds of the default number of steps, one epoch
 MIN_CURVE_STEPS = 20
 SYNC_EVERY = 10  # steps between two reads of losses from the device
 
@@ -108,9 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
-    """Train one optimizer step per learning rate until the loss diverges. `state` cannot be used afterwards.
+    """Take one optimizer step per learning rate, and return the losses up to the first diverged one.
 
-    Reads the losses every SYNC_EVERY steps, which synchronizes with the device.
+    Losses are read every SYNC_EVERY steps, since reading synchronizes with the device. `state` is trained in place, so
+    it cannot be used for a run afterwards.
     """
     set_training_mode(state.forward)
     set_whitening_bias_grad(state, 0)
@@ -142,8 +144,8 @@ def options_for(config: Config, lr: float) -> str:
     """Return the --opts values that set this learning rate and scale the config's other rates by the same factor.
 
     Args:
-        config: the config of the range test.
-        lr: learning rate for the global batch of the test. If train.lr_batch_size is set, the returned train.lr is
+        config: The config of the range test.
+        lr: Learning rate for the global batch of the test. If train.lr_batch_size is set, the returned train.lr is
             converted to that batch size.
     """
     train = config.train
@@ -156,7 +158,7 @@ def options_for(config: Config, lr: float) -> str:
 
 
 def summary(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
-    """Return the lines of text that report the suggestion, or the reason for having none."""
+    """Return the text to print: the suggested learning rate, or the reason why there is none."""
     ended = "; the loss diverged there" if divergence_index(curve.smoothed) is not None else ""
     lines = [f"{title(config)}: {len(curve.lr)} steps from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
     if suggestion.lr is None:
@@ -199,7 +201,10 @@ def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Sugge
 
 
 def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
-    """Plot the loss over the learning rate. The loss axis leaves out the diverging losses."""
+    """Plot the loss against the learning rate.
+
+    The loss axis ends slightly above the losses of the first steps, so diverged losses are cut off.
+    """
     figure, (axis,) = figures.new_figure(size=(8, 5))
     axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one step")
     axis.plot(curve.lr, curve.smoothed, color="#1f4e89", label="smoothed")

@@ -6,11 +6,11 @@
     python tools/predict.py --checkpoint output/run --split test --sample-submission sample.csv --out result
 
 For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files in a
-folder, at any depth) are first converted like the checkpoint's data set. A name that is both a split and a folder
-selects the split; ./NAME selects the folder.
+folder, at any depth) are first converted like the checkpoint's data set. If a split and a folder have the same name,
+NAME selects the split and ./NAME selects the folder.
 
-Output files in --out, in stored order. `row` is an image's row in the source, counted from 0; for pictures, its
-position in the sorted list of paths.
+These files are written to --out, with images in stored order. `row` is the row of an image in the source, counted from
+0. For pictures, it is the position in the sorted list of paths.
 
     predictions.npz  logits float32 [N, C], labels int64 [N] (-1: unknown), rows int64 [N], classes, top_classes int64
                      [N, K] and top_probabilities float32 [N, K]; for several checkpoints, logits are the logarithm of
@@ -19,8 +19,8 @@ position in the sorted list of paths.
     metrics.json     loss, top1, top5 (null without labels), samples, checkpoints, images without a prediction
     submission.csv   Id and class number of every row of the source; by default only for split test, see --submission
 
-Images that cannot be read are reported and listed in metrics.json. A submission with such gaps is refused, since they
-would shift all later ids, unless --fill gives the class to use.
+Images that cannot be read are reported and listed in metrics.json. A submission is then refused unless --fill gives
+their class, since leaving them out would shift all later ids.
 """
 
 from __future__ import annotations
@@ -150,18 +150,20 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
 
 
 def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
-    """Return the default output folder, which is beside the checkpoint.
+    """Return the default output folder, beside the checkpoint.
 
-    Splits and folders of pictures have different prefixes, so their output folders never coincide.
+    Its name starts with a different prefix for splits than for folders of pictures, so that the two never coincide.
     """
     name = f"predictions-{split}" if pictures is None else f"pictures-{pictures.resolve().name}"
     return checkpoint.parent / name
 
 
 def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:
-    """Return the path of the submission to write, or None for no submission.
+    """Return the path of the submission to write, or None if no submission is written. Create its folder.
 
-    Raises UserError if options of a submission are given without one, or if the file cannot be written there.
+    Raises:
+        UserError: Submission options are given without a submission, the folder is not writable, or the path is a
+            folder or the sample submission.
     """
     if arguments.submission == "none" or (arguments.submission is None and images.split != "test"):
         options = ("sample_submission", "id_start", "id_column", "category_column", "fill")

@@ -1,7 +1,7 @@
 """Write the documents of benchmark runs: DEVICE.md and .png, and the tables in docs/benchmarks/README.md.
 
-python tools/report.py              write the documents and README.md of docs/benchmarks from its JSON files
-python tools/report.py --check      exit code 1 if those tables differ from the JSON files
+python tools/report.py              update the documents and README.md in docs/benchmarks from its JSON files
+python tools/report.py --check      exit with code 1 if the tables in README.md differ from the JSON files
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.json, DEVICE.md and DEVICE.png of a run. Return the written paths.
+    """Write DEVICE.json, DEVICE.md and, if the run has rates, DEVICE.png. Return the written paths.
 
-    If the folder is docs/benchmarks, the tables of its README.md are updated too.
+    If the folder is docs/benchmarks, the tables in its README.md are updated too.
     """
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)
@@ -67,7 +67,11 @@ def write(run: Run, folder: Path) -> list[Path]:
 
 
 def load_runs(folder: Path) -> dict[str, Run]:
-    """Return the benchmark runs among the JSON files of a folder. Keys are file names without suffix."""
+    """Return the benchmark runs among the JSON files in a folder, by file name without suffix.
+
+    Raises:
+        UserError: A file is not JSON, or a run was written by a different version.
+    """
     runs = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -84,7 +88,7 @@ def load_runs(folder: Path) -> dict[str, Run]:
 
 
 def slug(run: Run) -> str:
-    """Return the device's name in the form that file names use."""
+    """Return the name of the run's device for file names, reduced to letters, digits and hyphens."""
     name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run["environment"]["device"])
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
@@ -113,9 +117,9 @@ def document(run: Run, folder: Path) -> list[Path]:
 
 
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
-    """Return the tables of README.md.
+    """Return the text between the markers of README.md.
 
-    For each device, they show this project's rates, the ratios to peers and the shares of bounds.
+    For each device, its tables show this project's rates, their ratios to peers and their shares of bounds.
     """
     text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
@@ -176,24 +180,24 @@ def _peers(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
-    """Return one cell per peer with the ratio of this project's rate to the peer's; empty cells unless `shown`.
+    """Return one cell per peer: the ratio of this project's rate to the peer's, or an empty cell unless `shown`.
 
-    A ratio refers to the group's first row of this project, so only this row should show it.
+    The ratios refer to the first row of this project in the group, so only this row should show them.
     """
     ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
     return [ratios.get(peer, "") for peer in peers]
 
 
 def _title(group: dict[str, Any], row: Row) -> str:
-    """Return the table's title, followed by what the row's name adds to it, if anything."""
+    """Return the table's title, with the parts of the row's name after its first comma in parentheses, if any."""
     which = [part for part in row["name"].split(", ")[1:] if part != "end to end"]
     return f"{group['title']} ({', '.join(which)})" if which else str(group["title"])
 
 
 def with_block(readme: Path, block: str) -> str:
-    """Return the text of the README with `block` between its two markers.
+    """Return the text of the README, with the part between the BEGIN and END markers replaced by `block`.
 
-    Raises UserError unless each marker occurs once.
+    Raises UserError unless each marker occurs exactly once, BEGIN before END.
     """
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):

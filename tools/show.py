@@ -5,13 +5,13 @@
     python tools/show.py --data-path data/cifar10                       # classes, samples per class, image sizes
 
 --checkpoint writes predictions.png (random samples), mistakes.png (the most confident mistakes), confusion.png and
-classes.png (F1 of each class). It prints the loss, top1 and top5 of `train/ddp.py --eval`, the precision, recall and
-F1 of each class, and the most frequently confused classes (confused.csv lists all).
---cfg writes samples.png: the first samples of the first given epoch, as one process trains on them, below the
-unaugmented images.
+classes.png (F1 of each class). It prints the same loss, top1 and top5 as `train/ddp.py --eval`, the precision, recall
+and F1 of each class, and the most frequently confused classes (confused.csv lists all).
+--cfg writes samples.png: the first samples of the first given epoch, as training with one process augments them, below
+the unaugmented images.
 --data-path writes class-counts.png and examples.png.
 
-Each plot has a CSV of the same name. Samples are numbered from 0 in stored order.
+For each plot, a CSV of the same name contains its data. Samples are numbered from 0 in stored order.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> str:
-    """Return the kind of plot, which is a key of `ACCEPTED_OPTIONS`.
+    """Check the options, and return the kind of plot: a key of `ACCEPTED_OPTIONS`.
 
-    Raises UserError for incompatible or invalid options.
+    Raises UserError if options are missing, incompatible or invalid.
     """
     given = [name for name in ("checkpoint", "cfg", "data_path") if getattr(arguments, name) is not None]
     if not given:

@@ -1,15 +1,15 @@
-"""Run a config with several seeds in one process; print accuracy and time in the way of speedruns.
+"""Train a config with several seeds in one process, and report accuracy and time as speedruns do.
 
     python tools/speedrun.py --cfg configs/cifar10_speedrun_94.yaml --runs 10 --json result.json
 
-The data are loaded and the steps compiled once, before the first run. `time_s` of a run counts the same as airbench:
-whitening, the epochs, and the evaluation after the last one. `first_result_s` is the wall time of a command with one
-run: start-up, loading, compilation, training and evaluation.
+The steps are compiled once, before the first run. The `time_s` of a run covers the same work as in airbench: whitening,
+the epochs, and the evaluation after the last one. `first_result_s` is the time from the start of the command to the
+first result: start-up, loading, compilation, training and evaluation.
 
-To compare with https://github.com/KellerJordan/cifar10-airbench, run it on the same card at the same time:
+To compare with https://github.com/KellerJordan/cifar10-airbench, run it right before or after on the same GPU:
 `python airbench94_muon.py`, `python legacy/airbench95.py` and `python airbench96_faster.py` print the time of each run
-in the last column and the mean accuracy at the end. Lower the number of runs at the end of the file. To use the same
-pixels, save this project's arrays as cifar10/train.pt and cifar10/test.pt: dictionaries of `images` (uint8
+in the last column and the mean accuracy at the end. Their number of runs is set at the end of each file. To use the
+same pixels, save this project's arrays as cifar10/train.pt and cifar10/test.pt: dictionaries of `images` (uint8
 [N, 32, 32, 3]), `labels` (int64 [N]) and `classes`.
 """
 
@@ -98,7 +98,7 @@ def main() -> None:
             print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
             result = summary(config, runs, device)
             result |= {"first_result_s": first_result_s, "command_s": timer.command_s}
-            if arguments.json is not None:  # after every run, so that an interruption loses one run only
+            if arguments.json is not None:  # after every run, so that an interruption loses only one
                 write_text(arguments.json, json.dumps(result, indent=2) + "\n")
     print(
         f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "
@@ -115,15 +115,15 @@ def run(
     val_loader: Loader,
     val_samples: int,
 ) -> dict[str, float]:
-    """Train from the weights of `state`, then evaluate. Return top1 and time_s.
+    """Train from the weights of `state`, evaluate, and return top1 and time_s.
 
     Args:
-        config: config of this run, with its seed.
-        state: freshly initialized training state.
-        images: images that whitening is computed from; None without whitening.
-        train_loader: loader of the training split.
-        val_loader: loader of the validation split.
-        val_samples: number of validation samples.
+        config: Config with the seed of this run.
+        state: Freshly initialized training state.
+        images: Images from `whitening_images`, or None if there is no whitening layer.
+        train_loader: Loader of the training split.
+        val_loader: Loader of the validation split.
+        val_samples: Number of validation samples.
     """
     timer = RunTimer()
     timer.add(whiten(state, images))
@@ -137,9 +137,9 @@ def run(
 
 
 def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Return the runs, the means and standard deviations of top1 and time_s, the machine and the package versions.
+    """Return the runs, the mean and standard deviation of top1 and time_s, memory, device, versions and date.
 
-    The standard deviations of a single run are 0.
+    The standard deviation of a single run is 0.
     """
     figures: dict[str, Any] = {"name": config.name, "runs": runs}
     for name in ("top1", "time_s"):

@@ -3,16 +3,16 @@
     python tools/summary.py lenet alexnet resnet18 --out output/summary
 
 This answers "how many parameters does AlexNet have, how does it compare to LeNet, and how much memory do they take up
-in training with the same batch size?". It prints two tables and the ratios in words, and writes the same numbers to
-output/summary as summary.csv and a plot, summary.png. A model is a built-in name, timm/NAME, a config file or a run
-folder:
+in training with the same batch size?". The tool prints two tables and sentences that compare the models, and writes the
+same numbers to summary.csv and a plot to summary.png in output/summary. A model is a built-in name, timm/NAME, a config
+file or a run folder:
 
     python tools/summary.py timm/vit_tiny_patch16_224 configs/cifar10_resnet18.yaml output/digits_lenet --batch-size 64
 
 FLOPs count 2 per multiply-add of convolutions, matrix products and attention. On a GPU, memory is measured over two
 uncompiled training steps. Without a GPU it is estimated: weights, gradients, optimizer state and the activations saved
 for the backward pass are counted exactly; temporary buffers and the workspaces of libraries are left out. With
-train.proxy, the proxy network is left out and the model takes the whole batch.
+train.proxy, the proxy network is left out, and the model is counted as if it trained on the whole batch.
 """
 
 from __future__ import annotations
@@ -111,9 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compute_costs(case: ModelCase, device: torch.device, amp: torch.dtype | None) -> tuple[Costs, int | None]:
-    """Return the counted costs and the measured training memory in bytes (None without a GPU).
+    """Return the counted costs, and the measured training memory in bytes or None without a GPU.
 
-    Raises UserError if the model does not fit into the GPU's memory or its costs cannot be counted.
+    Raises:
+        UserError: The model cannot be built or does not fit into the GPU's memory, or its costs cannot be counted.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -1,4 +1,4 @@
-"""Train a config with each setting of a grid or a random search, and report the best one.
+"""Train a config with each combination of settings in a grid or random search, and report the best one.
 
     python tools/sweep.py --cfg configs/cifar10_alexnet.yaml train.lr=1e-4,3e-4,1e-3,3e-3
     python tools/sweep.py --cfg configs/cifar10_lenet.yaml train.lr=1e-3,1e-2 data.batch_size=64,128 --opts seed=1
@@ -6,10 +6,11 @@
     python tools/sweep.py --cfg configs/cifar10_lenet.yaml \\
         --variant "plain: aug.crop=none aug.flip=0" --variant "crop+flip: aug.crop=pad aug.flip=0.5"
 
-Each run is a separate process of train/ddp.py. The GPUs of CUDA_VISIBLE_DEVICES are divided among the runs; on a CPU,
-they run one after another. Run the same command again to resume a sweep: finished runs are kept, interrupted ones
-resumed and failed ones retried. --out (default OUTPUT/NAME-sweep) contains a folder and a console log per run, and for
-the whole sweep sweep.csv, sweep.json, curves.csv, sweep.png and, if numbers or variants are varied, sweep_values.png.
+Each run is a separate process of train/ddp.py. The visible GPUs are divided among concurrent runs. On a CPU, the runs
+are started one after another by default. Run the same command again to resume a sweep: finished runs are kept,
+interrupted ones are resumed and failed ones are retried. --out (default OUTPUT/NAME-sweep) contains a folder and a
+console log per run, and for the whole sweep sweep.csv, sweep.json, curves.csv, sweep.png and, if numbers or variants
+are varied, sweep_values.png.
 
 Exit codes: 0: all runs finished; 1: at least one run failed; 2: invalid input.
 """
@@ -126,10 +127,10 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: 
     """Run the waiting points. The tables are rewritten after each run, so that a killed sweep keeps its results.
 
     Args:
-        sweep: the sweep; errors of failed runs are added to `sweep.errors`.
-        waiting: the points without a finished run.
+        sweep: The sweep. Errors of failed runs are added to `sweep.errors`.
+        waiting: The points without a finished run.
         slots: GPUs and threads for concurrent runs.
-        lock: descriptor of the folder's lock.
+        lock: File descriptor of the folder's lock.
     """
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program
     before = len(sweep.points) - len(waiting)

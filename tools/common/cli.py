@@ -14,7 +14,7 @@ def flag_name(name: str) -> str:
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise UserError if one of the named integer arguments is below 1. Arguments may be None."""
+    """Raise UserError if one of the named integer arguments is below 1. None is accepted."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -22,7 +22,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """Return an argparse type for integers from `minimum` to `maximum`, which may be None for no upper bound."""
+    """Return an argparse type for integers from `minimum` to `maximum`, without an upper bound if `maximum` is None."""
     limits = f"from {minimum} to {maximum}" if maximum is not None else f"of at least {minimum}"
 
     def parse(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Trace a forward pass module by module: parameters, FLOPs and tensors saved for the backward pass."""
+"""Trace a forward pass: the parameters, FLOPs and saved bytes of each module call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Layer:
     output_shape: tuple[int, ...] | None = None
     parameters: int = 0  # counted in the first call of the first module that has them
     flops: int = 0
-    saved_bytes: int = 0  # saved for the backward pass; a shared storage is counted in the first layer
+    saved_bytes: int = 0  # saved for the backward pass; a shared storage is counted once, in the first layer
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
@@ -62,7 +62,7 @@ class WeightCasts(TorchDispatchMode):
 
 @dataclass
 class ForwardTracer:
-    """Trace of a forward pass that attributes each FLOP and each saved storage to the running module call."""
+    """Attributes the FLOPs and saved storages of a forward pass to the innermost running module call."""
 
     counter: FlopCounterMode
     casts: WeightCasts
@@ -74,7 +74,7 @@ class ForwardTracer:
 
     @contextmanager
     def trace(self, network: nn.Module) -> Iterator[None]:
-        """Trace the operations inside the context. Those outside the network are attributed to the layer `loss`."""
+        """Trace the forward pass in this context. Operations outside the network are attributed to the layer `loss`."""
         self._saved: dict[int, Tensor] = {_storage_id(tensor): tensor for tensor in self.weights}
         handles: list[RemovableHandle] = []
         for name, module in network.named_modules():
@@ -124,9 +124,9 @@ class ForwardTracer:
 
 
 def uncalled_layers(network: nn.Module, tracer: ForwardTracer) -> Iterator[Layer]:
-    """Yield the modules that own parameters but were never called.
+    """Yield a layer for each module with parameters that are not counted yet, since the module was never called.
 
-    Another module uses their parameters, or nothing does.
+    Either another module uses these parameters, or they are unused. They are marked as counted.
     """
     for name, module in network.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in tracer.counted]

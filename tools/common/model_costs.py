@@ -1,8 +1,8 @@
-"""Cost of one training step of a model: parameters, FLOPs and memory.
+"""Determine the costs of a training step: parameters, FLOPs and memory.
 
 Costs are counted on fake tensors, which have shapes and strides but no memory, so any batch size works on any machine.
 Memory can also be measured on a GPU. FLOPs count 2 per multiply-add of convolutions, matrix products and attention, as
-torch.utils.flop_counter does; pooling, norms and activations are left out.
+torch.utils.flop_counter does. Pooling, norms and activations are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEASURED_STEPS = 2
 
 @dataclass(frozen=True)
 class Costs:
-    """Counted costs of one training step on the whole batch."""
+    """Counted costs of one training step on a whole batch."""
 
     parameters: int
     trainable: int
@@ -47,7 +47,7 @@ class Costs:
 
     @property
     def memory_bytes(self) -> int:
-        """Upper bound of the training memory in bytes, without temporary buffers.
+        """Upper bound of the training memory in bytes, apart from temporary buffers.
 
         The actual peak is lower, since activations are released while gradients are allocated.
         """
@@ -63,18 +63,18 @@ def count_costs(
     device: torch.device,
     amp: torch.dtype | None,
 ) -> Costs:
-    """Count the costs of a training step without computing it. The network of train.proxy is left out.
+    """Count the costs of a training step without running it. The train.proxy network is not included.
 
     Args:
-        network: network for uint8 images, on `device` and in its memory format for training. It is not changed.
-        config: settings of the optimizer, loss, Lookahead and moving average.
-        batch_size: samples per step.
-        image_size: height and width of the images, pixels.
-        device: device whose autocast rules apply.
-        amp: dtype of autocast; None if autocast is off.
+        network: Network that takes uint8 images, on `device` and in the memory format used for training. Not modified.
+        config: Settings of the optimizer, loss, Lookahead and moving average.
+        batch_size: Samples per step.
+        image_size: Height and width of the images in pixels.
+        device: Device of the network. Its autocast rules apply.
+        amp: Dtype of autocast, or None if autocast is off.
 
     Raises:
-        Exception: torch's error if the forward pass or the optimizer depends on tensor values.
+        Exception: Raised by torch if the forward pass or the optimizer depends on tensor values.
     """
     with FakeCopyMode(mode := FakeTensorMode()):
         network = copy.deepcopy(network)
@@ -114,10 +114,11 @@ def count_costs(
 def measure_memory(
     network: nn.Module, config: TrainConfig, *, batch_size: int, image_size: int, device: torch.device
 ) -> int:
-    """Return the peak of allocated GPU memory in bytes over MEASURED_STEPS real training steps of `network`.
+    """Train `network` for a few steps on a GPU, and return the peak of allocated memory in bytes.
 
-    The steps run uncompiled, to be comparable with `count_costs`. The peak excludes one earlier step, in which cuDNN
-    tries its algorithms, but includes all other tensors on the device, so call `free_device_memory` first.
+    The steps are not compiled, to be comparable with `count_costs`. The peak covers MEASURED_STEPS steps after one
+    warm-up step, in which cuDNN tries its algorithms. It includes all other tensors on the device, so call
+    `free_device_memory` first.
     """
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
     training = build_state(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
@@ -135,7 +136,7 @@ def measure_memory(
 
 
 def free_device_memory() -> None:
-    """Release the memory of deleted models, including reference cycles."""
+    """Release the GPU memory of deleted models, including those in reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -143,8 +144,8 @@ def free_device_memory() -> None:
 def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any, **_: Any) -> int:
     """Return the FLOPs of a convolution's backward pass.
 
-    Each required gradient (of the input, of the weight) costs as much as the forward pass. Replaces torch's formula,
-    which ignores groups.
+    Each required gradient, of the input or of the weight, costs as much as the forward pass. This formula replaces
+    torch's, which ignores groups.
     """
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = arguments[:8]
     positions = math.prod((x_shape if transposed else grad_shape)[2:])

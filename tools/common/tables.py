@@ -1,4 +1,4 @@
-"""Tables from rows that are plain dicts: aligned Markdown to read, CSV for programs."""
+"""Format rows, which are plain dicts, as aligned Markdown tables or CSV, and write files atomically."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of all columns. Numeric columns are aligned right, and None is an empty cell.
+    """Return a Markdown table of all columns. Numeric columns are right-aligned, and None gives an empty cell.
 
-    Floats have four significant digits, or no decimals from 10,000 on.
+    Floats below 10,000 have up to four significant digits, larger ones no decimals.
     """
     columns = column_names(rows)
     numbers = [
@@ -54,7 +54,10 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write all columns of all rows to a CSV file atomically. None and missing values become empty cells."""
+    """Write all columns of all rows to a CSV file atomically. None and missing values become empty cells.
+
+    Raises UserError if the file cannot be written.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, column_names(rows), lineterminator="\n")
     writer.writeheader()
@@ -63,7 +66,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically, by renaming a temporary file. Raises UserError if that fails."""
+    """Write a UTF-8 text file atomically, by renaming a temporary file. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
@@ -73,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Create the folder for a tool's results. Raises UserError if it is not writable."""
+    """Create the folder for a tool's results if needed, and return it. Raises UserError if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"

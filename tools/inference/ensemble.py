@@ -1,4 +1,4 @@
-"""Predictions of one checkpoint, or of several averaged, for a set of images."""
+"""Predict a set of images with one checkpoint or the average of several."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ def predict(
 ) -> tuple[np.ndarray, list[Evaluation], Evaluation | None]:
     """Predict all images with all models.
 
-    One model's logits are returned unchanged. Several models are averaged: the logits are the logarithm of the mean
+    The logits of a single model are returned unchanged. For several models, the result is the logarithm of the mean
     probabilities, computed with logaddexp, so that no probability underflows to 0.
 
     Args:
-        models: the models to average.
-        images: the images to predict.
-        tta: test-time augmentation; None: the eval.tta of each model's config.
-        batch_size: images per batch; None: the eval.batch_size of each model's config.
+        models: The models to average.
+        images: The images to predict.
+        tta: Test-time augmentation, or None for the eval.tta of each model's config.
+        batch_size: Images per batch, or None for the eval.batch_size of each model's config.
 
     Returns:
-        The logits, float32 [N, C] on the host, the evaluation of each model, and the evaluation of the average. If the
-        images have no labels, the list of evaluations is empty and the evaluation of the average is None.
+        A tuple (logits, evaluations, average): the logits, float32 [N, C] on the host, the evaluation of each model,
+        and the evaluation of `logits`. If the images have no labels, `evaluations` is empty and `average` is None.
+
+    Raises:
+        UserError: A data set cannot be read or has changed, or a logit is not finite.
     """
     several = len(models) > 1
     logits = np.empty((len(images), len(models[0].classes)), np.float32)
@@ -66,7 +69,9 @@ def predicted_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits and labels of each batch of a split, computed as in evaluation.
 
-    Raises RuntimeError at the end unless every sample was visited exactly once.
+    Raises:
+        UserError: The data set cannot be read, or one of its files has changed.
+        RuntimeError: After the last batch, if some samples were missed or counted twice.
     """
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
@@ -75,7 +80,7 @@ def predicted_batches(
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:
-    """Raise UserError if a logit is not finite. `logits` [B, C] are those of the B images from index `start` on."""
+    """Raise UserError if a logit is not finite. `logits` [B, C] belong to the B images from index `start` on."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
@@ -86,7 +91,7 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
 
 
 def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
-    """Return the evaluation computed from sums of `loss_and_hits`, as a list that is empty if no sample has a label."""
+    """Return a list with the evaluation computed from sums of `loss_and_hits`, or an empty list without any labels."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
 
@@ -101,10 +106,11 @@ def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
 
 
 def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable classes of each image, the best first.
+    """Find the `count` most probable classes of each image.
 
     Returns:
-        Class numbers, int64 [N, count], and their probabilities, float32 [N, count].
+        The class numbers, int64 [N, count], in order of decreasing probability, and the probabilities, float32
+        [N, count].
     """
     parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK_SIZE)]
     numbers = torch.cat([best.indices for best, _ in parts])

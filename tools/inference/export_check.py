@@ -1,4 +1,4 @@
-"""Check of an exported model: compares its logits with the checkpoint's, in batches of several sizes."""
+"""Check an exported model: compare its logits with the checkpoint's, in batches of several sizes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ExpectedLogits:
-    """Images and the checkpoint's logits for them, which every format must reproduce."""
+    """Images, and the checkpoint's logits for them. Every export format must reproduce these logits."""
 
     images: Tensor  # uint8 [N, 3, H, W]
     logits: Tensor  # float32 [N, classes], of the checkpoint's model
-    kind: str  # where the images come from: the split's name, or random pixels
-    source: str  # `kind` in words, with the data set's folder, for messages
+    kind: str  # name of the split, or "random pixels"
+    source: str  # description of the images for messages, with the data set's folder
 
     @property
     def max_abs(self) -> float:
@@ -35,16 +35,20 @@ class ExpectedLogits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Difference between an exported model's logits and the expected ones."""
+    """Differences between an exported model's logits and the expected ones."""
 
     max_difference: float  # over all logits
     same_top1: int  # number of images with the same predicted class
 
 
 def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) -> ExpectedLogits:
-    """Return the checkpoint's logits for the first `samples` images of its validation split.
+    """Return the checkpoint's logits for the first `samples` images of the run's validation split.
 
-    Uses random images if `data_path` is None and the run's data set does not exist.
+    The images are read from the data set in `data_path`, or from the run's data set if it is None. If `data_path` is
+    None and the run's data set does not exist, random images are used.
+
+    Raises:
+        UserError: The data set cannot be read, or a logit is not finite.
     """
     path = data_path or trained.config.data.path
     if data_path is not None or (Path(path) / "dataset.json").is_file():
@@ -77,8 +81,8 @@ def first_images(trained: TrainedModel, path: str, samples: int) -> Tensor:
 def compare_logits(predict: PredictFunction, expected: ExpectedLogits) -> Comparison:
     """Compare the logits of `predict` with the expected ones.
 
-    Batches cycle through BATCH_SIZES and alternate between contiguous and channels_last strides. Raises ValueError if
-    the logits have another shape or dtype.
+    Batch sizes cycle through BATCH_SIZES, and memory formats alternate between contiguous and channels_last. Raises
+    ValueError if the logits are not float32 or have a different shape than expected.
     """
     parts: list[Tensor] = []
     start, sizes = 0, cycle(BATCH_SIZES)

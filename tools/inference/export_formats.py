@@ -1,7 +1,7 @@
-"""Export formats of a trained model: how each is written, loaded again from disk, and used.
+"""Write and load trained models in the export formats, and show how to use each format.
 
-A writer takes a float32 model in evaluation mode on the CPU and an empty folder, and returns a description of what it
-wrote. A loader takes that folder and returns a function from uint8 pixels [B, 3, H, W] to float32 logits [B, classes].
+A writer takes a float32 model in evaluation mode on the CPU and an empty folder, and returns a short description of the
+files. A loader takes this folder, and returns a function from uint8 pixels [B, 3, H, W] to float32 logits [B, classes].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models import Normalize, PixelClassifier, build_model
 
-MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # largest size of weights: protobuf's limit of 2 GiB, less room for the graph
+MAX_ONNX_FILE_BYTES = 2**31 - 2**26  # of weights: protobuf's limit of 2 GiB, minus room for the graph
 
 PredictFunction = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,7 @@ class Exportable:
     """A model and its metadata."""
 
     model: PixelClassifier
-    name: str  # as build_model takes it: lenet …, or timm/NAME
+    name: str  # argument of build_model: lenet …, or timm/NAME
     classes: tuple[str, ...]
     image_size: int  # height and width, pixels
     interpolation: str
@@ -40,7 +40,7 @@ class Exportable:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The exported graph, with normalisation and for any batch size. The torch and ONNX formats share it."""
+        """The exported graph, with normalization and for any batch size. The torch and ONNX formats share it."""
         example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # 1 would become a constant
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad():
@@ -68,7 +68,7 @@ def shortest_decimals(numbers: Tensor) -> list[float]:
 
 
 def write_safetensors(exportable: Exportable, folder: Path) -> str:
-    """Write model.safetensors, with the parameter names of the bare network, and config.json, in timm's layout."""
+    """Write model.safetensors, with the parameter names of the bare network, and config.json, both in timm's layout."""
     network, metadata = exportable.model.network, exportable.metadata
     preprocessing = {
         "input_size": (3, exportable.image_size, exportable.image_size),
@@ -103,10 +103,10 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
 
 
 def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the entries first_conv, classifier and num_features of timm's config.
+    """Return the `first_conv`, `classifier` and `num_features` entries of timm's config.
 
     The first convolution is the first weight with 4 dimensions, and the classifier is the last weight with 2.
-    num_features is the number of inputs of the classifier.
+    `num_features` is the number of inputs of the classifier.
     """
     first_conv = next(name for name, tensor in weights.items() if tensor.dim() == 4)
     classifier = [name for name, tensor in weights.items() if tensor.dim() == 2][-1]
@@ -118,7 +118,7 @@ def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def load_safetensors(folder: Path) -> PredictFunction:
-    """Load the model as a user would, with the settings in config.json alone."""
+    """Load the model as a user would, with only the settings in config.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     metadata = config["model_zhu"]
     network: nn.Module
@@ -136,7 +136,7 @@ def load_safetensors(folder: Path) -> PredictFunction:
 
 
 def write_torch(exportable: Exportable, folder: Path) -> str:
-    """Write model.pt2, which does not need this project's code."""
+    """Write model.pt2. It can be loaded without this project's code."""
     metadata = {"model_zhu.json": json.dumps(exportable.metadata)}
     torch.export.save(exportable.program, folder / "model.pt2", extra_files=metadata)
     return "graph, from uint8"
@@ -150,7 +150,7 @@ def load_torch(folder: Path) -> PredictFunction:
 def write_onnx(exportable: Exportable, folder: Path) -> str:
     """Write model.onnx, with the weights in a separate file if they exceed MAX_ONNX_FILE_BYTES.
 
-    Metadata that is not text is stored as JSON.
+    Metadata values other than strings are stored as JSON.
     """
     program = torch.onnx.export(
         exportable.program,
@@ -192,7 +192,7 @@ FORMATS = {
 
 
 def usage_snippet(name: str, exportable: Exportable, folder: Path) -> str:
-    """Return Python code that loads a format from `folder` and runs it on `images`, uint8 [B, 3, H, W]."""
+    """Return Python code that loads the format `name` from `folder` and runs it on `images`, uint8 [B, 3, H, W]."""
     if name == "torch":
         return (
             f"import torch\nmodel = torch.export.load({str(folder / 'model.pt2')!r}).module()\nlogits = model(images)"

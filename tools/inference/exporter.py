@@ -1,4 +1,4 @@
-"""Export of a model to one format: written to a temporary folder, verified, then moved into place."""
+"""Export a model in one format: write it to a temporary folder, verify it, and move its files into place."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ ROUNDING = 1e-6  # rounding error of float32 after many layers, relative to the 
 
 
 def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, tolerance: float, folder: Path) -> Row:
-    """Write one format to a temporary folder, verify it, and move its files to `folder`.
+    """Export the model in one format: write it to a temporary folder, verify it, and move its files to `folder`.
 
     Args:
-        name: the format, a key of FORMATS.
-        exportable: the model to export.
-        expected: the checkpoint's logits.
-        tolerance: largest allowed difference of logits, at least ROUNDING times the largest logit.
-        folder: output folder.
+        name: The format, a key of FORMATS.
+        exportable: The model to export.
+        expected: The checkpoint's logits.
+        tolerance: Maximum absolute difference between logits. Values below ROUNDING times the largest absolute logit
+            are raised to that.
+        folder: Output folder.
 
     Returns:
-        The format's row of the printed table.
+        The format's row in the printed table.
 
     Raises:
-        UserError: the format cannot be written or run, or its logits differ too much; `folder` is then unchanged.
+        UserError: The format cannot be written or run, or its logits differ too much. `folder` is then unchanged. Also
+            raised if the files cannot be moved to `folder`.
     """
     form = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
@@ -74,9 +76,10 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
 
 
 def move_files(files: list[Path], folder: Path) -> None:
-    """Move files into `folder`, with the folder's read and write permissions for group and others.
+    """Move files into `folder`, and copy the folder's read and write permissions for group and others to the files.
 
-    safetensors creates files that only their owner may read. Raises UserError if a file cannot be moved.
+    This is needed since safetensors creates files that only their owner can read. Raises UserError if a file cannot be
+    moved.
     """
     try:
         for file in files:
@@ -87,7 +90,7 @@ def move_files(files: list[Path], folder: Path) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the type and message of the exception that started an exporter's error, in one line without colors."""
+    """Return the type and message of the exception that caused `error`, as one short line without terminal colors."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
@@ -97,7 +100,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the output, warnings and logs of exporters. Exceptions are not suppressed."""
+    """Silence the output, warnings and logs of exporters in this context. Exceptions are not suppressed."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

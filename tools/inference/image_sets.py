@@ -1,6 +1,6 @@
-"""Images to run models on: a split of a converted data set, or a folder of pictures.
+"""Open the images to run models on: a split of a converted data set, or a folder of pictures.
 
-Pictures are first converted with the settings of each model's data set, so that both use the same loader.
+Pictures are first converted with the settings of each model's data set, so that they are loaded like a split.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class ImageSet:
 
 
 def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
-    """Return the folder of the data set to read splits from, which is the model's if `data_path` is None."""
+    """Return the folder of the data set to read splits from: `data_path`, or the run's data.path if it is None."""
     return Path(data_path or model.config.data.path)
 
 
 def find_picture_folder(name: str, data: Path) -> Path | None:
     """Return the folder of pictures called `name`, or None if the data set in `data` has a split of this name.
 
-    Raises UserError if there is neither such a split nor such a folder.
+    Raises UserError if there is neither such a split nor such a folder, or if the folder is a converted data set.
     """
     folder = Path(name)
     try:
@@ -91,14 +91,15 @@ def open_images(
     """Open the images of a split, or of a folder of pictures.
 
     Args:
-        split: name of the split; ignored for pictures.
-        pictures: the folder of pictures; None to use the split.
-        models: the models that will run on the images.
-        data_path: the data set that contains the split; None for the data set of each model.
-        scratch: folder for the converted pictures, which are deleted at the end.
+        split: Name of the split. Ignored for pictures.
+        pictures: The folder of pictures, or None to use the split.
+        models: The models that will run on the images.
+        data_path: The data set that contains the split, or None for the data set of each model.
+        scratch: Folder for the converted pictures. They are deleted when the context ends.
 
     Raises:
-        UserError: a data set's classes differ from its model's, or the models' data sets contain different images.
+        UserError: The images cannot be read or converted, a data set's classes differ from its model's, or the models'
+            data sets contain different images.
     """
     if pictures is None:
         yield load_split(split, models, [dataset_folder(model, data_path) for model in models])
@@ -126,10 +127,11 @@ def _convert(source: Source, out: Path, options: Options) -> None:
 
 
 def picture_encoding(model: TrainedModel) -> Encoding:
-    """Return the encoding in which pictures are stored for a model.
+    """Return the encoding in which to store pictures for a model.
 
-    The encoding is that of the model's data set, or JPEG if the data set's was not recorded. If the data set has raw
-    pixels of one square size, pictures are resized to this size; if the size is not square, the encoding is JPEG.
+    This is the encoding of the model's data set, or JPEG if that was not recorded. A data set of raw pixels that were
+    not resized has a single image size. If this size is square, pictures are resized to it. Otherwise, they are stored
+    as JPEG.
     """
     if model.conversion is None:
         return Encoding("jpeg")
@@ -147,13 +149,14 @@ def load_split(
     """Open a split as an image set.
 
     Args:
-        name: name of the split.
-        models: the models that will run on the images.
-        folders: the data set that each model reads.
-        files: for pictures, the path of each source row.
+        name: Name of the split.
+        models: The models that will run on the images.
+        folders: The data set that each model reads.
+        files: For pictures, the path of each source row.
 
     Raises:
-        UserError: a data set's classes differ from its model's, or the data sets contain different images.
+        UserError: A split cannot be opened, a data set's classes differ from its model's, or the data sets contain
+            different images.
     """
     opened = {folder: open_split(folder, name) for folder in folders}
     rows = {folder: split.source_rows() for folder, split in opened.items()}

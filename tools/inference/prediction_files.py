@@ -1,4 +1,4 @@
-"""Files that tools/predict.py writes: predictions.npz, predictions.csv and metrics.json."""
+"""Build and write the output of tools/predict.py: predictions.npz, predictions.csv and metrics.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ METRICS = ("loss", "top1", "top5")
 
 
 def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
-    """Write `arrays` and the images' labels, rows and classes to an .npz file atomically. Unknown labels are -1."""
+    """Write `arrays`, the labels and rows of the images, and the names of all classes to an .npz file atomically.
+
+    Unknown labels are -1. Raises UserError if the file cannot be written.
+    """
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
     named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -34,13 +37,13 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
 def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
     """Return the text of predictions.csv.
 
-    Rows are written directly, since a dict per row would take gigabytes for a large split.
+    Rows are not collected as dicts, which would take gigabytes for a large split.
 
     Args:
-        images: the predicted images.
-        numbers: the best classes of each image, int64 [N, K].
-        probabilities: the probabilities of these classes, float32 [N, K].
-        classes: the names of all classes.
+        images: The predicted images.
+        numbers: The most probable classes of each image, int64 [N, K].
+        probabilities: The probabilities of these classes, float32 [N, K].
+        classes: The names of all classes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -65,11 +68,11 @@ def build_metrics(
     """Return the contents of metrics.json.
 
     Args:
-        models: the models that predicted the images.
-        images: the predicted images.
-        tta: test-time augmentation; None for the eval.tta of each model's config.
-        each: the evaluation of each model; empty without labels.
-        mean: the evaluation of the average; None without labels.
+        models: The models that predicted the images.
+        images: The predicted images.
+        tta: Test-time augmentation, or None for the eval.tta of each model's config.
+        each: The evaluation of each model. Empty if there are no labels.
+        mean: The evaluation of the average, or None if there are no labels.
     """
     checkpoints: list[dict[str, Any]] = []
     for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):

@@ -1,7 +1,7 @@
 """Match the ids of a contest's sample submission with images.
 
-Ids that contain numbers are matched by number, in any order of the sample. Images with known file names are matched by
-name.
+If the file names of the images are known, ids are matched by name. Otherwise, ids that count from 0 or 1, in any order,
+are matched by number, and all other ids in the order of the sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tools.inference.image_sets import ImageSet
 from tools.sources.imagefolder import is_in_numeric_order, name_numbers
 
 ASCENDING = "each once and ascending"
-MAX_DIGITS = 18  # largest length of a number in an id
+MAX_DIGITS = 18  # maximum length of a number in an id
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class IdMatch:
 
     rows: tuple[int, ...]  # source row of each id
     order: str  # how the ids were matched, for the user
-    first: int | None = None  # 0 or 1: the number that the ids count from
+    first: int | None = None  # 0 or 1 if the ids count from this number
 
 
 def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
-    """Match the ids with the source rows of the images. There must be as many different ids as images.
+    """Match the ids with the source rows of the images. There must be as many different ids as source rows.
 
-    Raises UserError if the match is ambiguous.
+    Raises UserError if the ids do not fit the images, or if the match is ambiguous.
     """
     if images.files is not None:
         if (found := _match_by_name(ids, images.files)) is not None:
@@ -56,7 +56,7 @@ def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
 
 
 def check_file_order(files: Sequence[str]) -> None:
-    """Raise UserError if the files are numbered but their order by name is not the order of their numbers."""
+    """Raise UserError if the files are numbered but not in the order of their numbers."""
     if not is_in_numeric_order(files):
         names = ", ".join(Path(file).stem for file in files[:3])
         raise UserError(
@@ -66,9 +66,9 @@ def check_file_order(files: Sequence[str]) -> None:
 
 
 def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
-    """Match the ids with the rows in order.
+    """Match the ids with the rows in the order of the sample.
 
-    Raises UserError if the images have file names, or if the ids contain numbers that do not ascend.
+    Raises UserError if the images have file names, or if the ids differ only in numbers that do not ascend.
     """
     if images.files is not None:
         raise UserError(
@@ -103,9 +103,9 @@ def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
 
 
 def _consecutive_numbers(ids: Sequence[str], sample: Path) -> list[int] | None:
-    """Return the number in each id if these numbers are 0 to N - 1 or 1 to N in any order, else None.
+    """Return the number in each id, or None unless these numbers are 0 to N - 1 or 1 to N in any order.
 
-    Raises UserError if the ids contain several such numbers that contradict each other.
+    Raises UserError if the ids contain several such numbers that would give different matches.
     """
     groups = [re.findall("[0-9]+", text) for text in ids]
     if any(len(group) > MAX_DIGITS for found in groups for group in found):

@@ -1,4 +1,4 @@
-"""Submission file of a contest: an id and a class number for every row of a split.
+"""Write the submission file of a contest: an id and a class number for every source row of a split.
 
 `build_form` runs before any prediction and refuses anything that would shift an id. `write_submission` writes the file.
 """
@@ -46,16 +46,17 @@ def build_form(
     """Return the form of a submission for these images.
 
     Args:
-        images: the images to predict.
-        classes: number of classes.
-        sample: the contest's sample submission, which determines columns and ids; None: ids count from `id_start`.
-        id_start: the first id; None: 1, or the first id of the sample.
-        id_column: name of the id column; None: the sample's, or ID_COLUMN.
-        category_column: name of the class column; None: the sample's, or CATEGORY_COLUMN.
-        fill: class number for images that cannot be read; None: such images are an error.
+        images: The images to predict.
+        classes: Number of classes.
+        sample: The contest's sample submission, which determines columns and ids. If None, ids count from `id_start`.
+        id_start: The first id. If None, the first id of the sample, or 1 without a sample.
+        id_column: Name of the id column. If None, the sample's name, or ID_COLUMN without a sample.
+        category_column: Name of the class column. If None, the sample's name, or CATEGORY_COLUMN without a sample.
+        fill: Class number for images that cannot be read. If None, such images are an error.
 
     Raises:
-        UserError: the order of the images is uncertain, some images have no prediction, or the sample does not match.
+        UserError: The order of the images is uncertain, `fill` is not a class number, images cannot be read and `fill`
+            is None, or the sample does not match the images or the other arguments.
     """
     _check_rows(images)
     if images.is_unordered:
@@ -103,17 +104,18 @@ def build_form(
 
 
 def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
-    """Write a submission file. Return a sentence that lists the checks made.
+    """Write a submission file, and return a sentence that lists the checks made.
 
     Args:
-        path: the file to write.
-        form: columns, ids and row order.
-        images: the predicted images.
-        predicted: class number of each image, int64 [N].
-        classes: number of classes.
+        path: The file to write.
+        form: Columns, ids and row order.
+        images: The predicted images.
+        predicted: Class number of each image, int64 [N].
+        classes: Number of classes.
 
     Raises:
-        RuntimeError: an id or a class number is wrong, which `build_form` should have prevented.
+        RuntimeError: The ids, rows or class numbers are invalid. `build_form` should have prevented this.
+        UserError: The file cannot be written.
     """
     categories = np.full(images.source_rows, form.fill, np.int64)
     categories[images.rows] = predicted
@@ -138,7 +140,7 @@ def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predict
 def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
     """Return the names of the two columns and the ids of a contest's sample submission.
 
-    Raises UserError if it is not a CSV file of two columns with unique ids.
+    Raises UserError if the sample is not a CSV file of two columns with unique ids.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -159,7 +161,7 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
 
 
 def _check_rows(images: ImageSet) -> None:
-    """Raise UserError unless the readable and unreadable images together are the rows of the source in order."""
+    """Raise UserError unless the images are in source order and, with the unreadable ones, cover each row once."""
     if not images.in_source_order:
         raise UserError(
             f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "

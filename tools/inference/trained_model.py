@@ -1,4 +1,4 @@
-"""Trained models loaded from checkpoints. The data set's folder is not needed."""
+"""Load trained models from checkpoints. The data set that a model was trained on is not needed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TrainedModel:
     image_size: int  # height and width in training, pixels
     state: TrainState
     epochs: int  # completed epochs
-    conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert); None: not recorded
-    stored_shape: tuple[int, int, int] | None  # shape of the stored images; None: shapes differ or were not recorded
+    conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert); None if not recorded
+    stored_shape: tuple[int, int, int] | None  # of stored images; None if shapes differ or were not recorded
 
     @property
     def title(self) -> str:
@@ -41,23 +41,24 @@ class TrainedModel:
         return f"{self.path} (moving average)" if self.is_ema else str(self.path)
 
     def eval_data_config(self, folder: str | Path) -> DataConfig:
-        """Return the run's data settings, changed for an evaluation on the data set in `folder`."""
+        """Return the run's data settings with the path set to `folder` and the image size set to that of training."""
         return self.config.data.model_copy(update={"path": str(folder), "image_size": self.image_size})
 
 
 def load_trained_model(path: Path, device: torch.device, *, compiled: bool = False) -> TrainedModel:
-    """Load a model for evaluation, with the weights that eval.weights of its config selects.
+    """Load a model for evaluation, with the weights selected by eval.weights of its config.
 
-    Needs a process group.
+    Requires a process group.
 
     Args:
-        path: a run folder or a checkpoint.
-        device: device to load the model to.
-        compiled: compile the model as the run would on this machine, so that its logits are bitwise those of the run's
-            evaluations.
+        path: A run folder or a checkpoint. In a run folder, best.pt is preferred.
+        device: Device to load the model to.
+        compiled: Compile the model as the run would on this machine, so that its logits are bitwise equal to those of
+            the run's evaluations.
 
     Raises:
-        UserError: the file is not a checkpoint, or was written by an old version that did not record the data set.
+        UserError: There is no intact checkpoint, or the checkpoint was written by another program or an older version
+            that did not record the classes, or its contents are invalid.
     """
     path, content = store.load_newest(find_checkpoints(path))
     facts: dict[str, Any] | None = content.get("dataset")
@@ -89,7 +90,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
 
 
 def _check_dataset(facts: dict[str, Any], path: Path) -> None:
-    """Raise UserError if the checkpoint's record of its data set is invalid."""
+    """Raise UserError if the "dataset" entry of a checkpoint is incomplete or invalid."""
     require_keys(facts, ("name", "classes", "mean", "std", "image_size"), path)
     is_text = {"name": isinstance(facts["name"], str), "classes": _is_list_of(str, facts["classes"])}
     are_numbers = {name: _is_list_of((int, float), facts[name]) and len(facts[name]) == 3 for name in ("mean", "std")}

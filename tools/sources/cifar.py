@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 as published: pickled batches in a folder or in the .tar.gz archive.
 
 If the source is a folder, each worker process reads the batches that it needs. An archive can only be read
-sequentially, so the main process reads its pixels (150 MB) once, without unpacking the archive to disk, and sends them
+sequentially, so the main process reads all pixels (184 MB) once, without unpacking the archive to disk, and sends them
 to the workers.
 """
 
@@ -72,7 +72,7 @@ EDITIONS = {
 
 
 class CifarSplit:
-    """One split, which concatenates the rows of its batches."""
+    """One split: the concatenated rows of its batches."""
 
     def __init__(
         self,
@@ -101,7 +101,10 @@ class CifarSplit:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Yield the images from `start` up to `stop` (exclusive), uint8 [32, 32, 3].
 
-        Batches stay in memory after they are read (150 MB for all).
+        Batches stay in memory after they are read (154 MB for train).
+
+        Raises:
+            UserError: A batch cannot be read, or has changed since the source was opened.
         """
         first = 0
         for file, rows in self._batches.items():
@@ -127,16 +130,16 @@ class CifarSplit:
 
 
 def open_cifar(kind: str, source: Path) -> Source:
-    """Open CIFAR-10 or CIFAR-100. The test batch becomes the split val, and without its labels the split test.
+    """Open CIFAR-10 or CIFAR-100. The test batch becomes the val split and, without its labels, the test split.
 
-    Every file is read completely, for its labels and sha256 and to check that an archive is complete.
+    Every file is read completely to get its labels and sha256, and to check that an archive is complete.
 
     Args:
         kind: Key of `EDITIONS`.
         source: The official folder, the official .tar.gz archive, or the folder that contains either.
 
     Raises:
-        UserError: The source is missing, incomplete or damaged.
+        UserError: The source is missing, unreadable, incomplete or damaged.
     """
     edition = EDITIONS[kind]
     path = _locate(edition, source)
@@ -190,7 +193,10 @@ def _locate(edition: CifarEdition, source: Path) -> Path:
 
 
 def _read_files(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each existing file among `names`. An archive is read to its end."""
+    """Yield the name and content of each existing file among `names`. An archive is read to its end.
+
+    Raises UserError if a file cannot be read, is too large, or is a link that leads out of the folder.
+    """
     if path.is_file():
         yield from read_members(path, names, _check_file_size, MAX_ARCHIVE_BYTES)
         return
@@ -212,7 +218,10 @@ def _check_file_size(size: int, file: str) -> None:
 
 
 def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels, uint8 [rows, 3072], and the labels, int64 [rows], of a batch."""
+    """Return the pixels, uint8 [rows, 3072], and the labels, int64 [rows], of a batch.
+
+    Raises UserError if the batch is invalid.
+    """
     batch = load_pickle(content, file)
     missing = [key for key in ("data", edition.labels) if key not in batch]
     if missing:
@@ -226,7 +235,7 @@ def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.n
     labels = batch[edition.labels]
     if (
         isinstance(labels, np.ndarray) and labels.ndim == 1
-    ):  # an array of more axes may have a huge shape and no elements
+    ):  # an array with more axes may have a huge shape and no elements
         labels = labels.tolist()
     if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
         raise UserError(f"{file}: {edition.labels} must be one number for each of the {len(pixels)} images of data")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.convert.source import Source, SplitSource
 
-SIZE = 32  # pixels; the side that LeNet and models for CIFAR expect
+SIZE = 32  # pixels; the image size that LeNet and models for CIFAR expect
 VAL_FRACTION = 0.2
 
 
@@ -40,7 +40,7 @@ class DigitsSplit:
 
 
 def open_digits() -> Source:
-    """Return all 1,797 digits, 80 % in train and 20 % in val, stratified by class with a fixed seed."""
+    """Open all 1,797 digits: 80 % in train and 20 % in val, stratified by class with a fixed seed."""
     from sklearn.datasets import load_digits  # deferred: importing takes half a second
     from sklearn.model_selection import train_test_split
 
@@ -62,6 +62,6 @@ def open_digits() -> Source:
 
 
 def _enlarge(values: np.ndarray) -> np.ndarray:
-    """Scale an 8x8 image with values of 0..16 to RGB, uint8 [32, 32, 3]."""
+    """Convert an 8x8 image with values from 0 to 16 to RGB, uint8 [32, 32, 3]."""
     grey = Image.fromarray(np.round(values * (255 / 16)).astype(np.uint8))
     return np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))

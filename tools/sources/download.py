@@ -21,7 +21,7 @@ def download(archive: str, md5: str, folder: Path) -> Path:
     """Download `archive` into `folder`, unless it is already there with the given md5, and return its path.
 
     Raises:
-        UserError: The download fails, or its md5 differs from the given one.
+        UserError: The download fails, or the archive has a different md5.
     """
     path = folder / archive
     if path.is_file() and _md5_of(path) == md5:
@@ -44,7 +44,7 @@ def download(archive: str, md5: str, folder: Path) -> Path:
 
 
 def _fetch(url: str, part: Path) -> str:
-    """Write the content of a URL to the file `part` and return the md5 of the content."""
+    """Download a URL to the file `part`, and return the md5 of its content."""
     digest = hashlib.md5(usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
         total = int(response.headers.get("Content-Length") or 0) or None

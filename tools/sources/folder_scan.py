@@ -13,7 +13,7 @@ from configs.utils.errors import UserError, printable
 # Extensions of the formats that pipelines.convert.encode decodes, except .pfm, whose values have no declared range.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm",
               ".pbm", ".pnm", ".gif", ".tif", ".tiff")  # fmt: skip
-MAX_FILE_BYTES = 1 << 30  # three times the raw pixels of the largest allowed image
+MAX_FILE_BYTES = 1 << 30  # over five times the raw RGB pixels of the largest image allowed by default
 LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # left by archives and file managers; case-insensitive
 MAX_SUFFIX = 10  # characters of an extension in a note
 MAX_LISTED = 10  # classes named in a note
@@ -21,7 +21,7 @@ MAX_LISTED_GROUPS = 8  # groups of skipped entries in a note
 
 
 class Scan:
-    """Scan of a source folder, which refuses links out of the root and counts skipped entries."""
+    """Lists the files in a source folder, refuses links that lead out of it, and counts skipped entries."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -33,13 +33,14 @@ class Scan:
 
         Args:
             folder: Path of the folder, relative to the root.
-            expected: Name of another file that the folder may contain; it is neither listed nor counted as skipped.
+            expected: Name of a file without an image that the folder may contain. It is not listed and does not count
+                as skipped.
 
         Returns:
             The names of subfolders, and (name, size in bytes) of image files, both sorted by name.
 
         Raises:
-            UserError: The folder cannot be read, contains a link out of the root, or a file is too large.
+            UserError: The folder cannot be read, a link leads out of the root, or a file is too large.
         """
         folders, files = [], []
         try:
@@ -60,8 +61,8 @@ class Scan:
     def images(self, folder: str) -> list[tuple[str, int]]:
         """Return the path and size in bytes of every image file at any depth below a folder, sorted by path.
 
-        Links to folders are skipped, since their files are listed at their real path, and a cycle of links would never
-        end.
+        Links to folders are skipped, since their files are listed at their real paths, and following a cycle of links
+        would never end. Raises UserError for the same reasons as `entries`.
         """
         found: list[tuple[str, int]] = []
         waiting = [folder]
@@ -86,7 +87,7 @@ class Scan:
         self._skipped[kind, reason] = (count + 1, first)
 
     def summary(self) -> str:
-        """Return a list of the skipped entries as text, or '' if there are none.
+        """Return the numbers of skipped entries by kind and reason as text, or '' if there are none.
 
         Example: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'.
         """
@@ -105,7 +106,10 @@ class Scan:
             note(f"skipped {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
 
     def _skip_reason(self, entry: os.DirEntry[str], expected: str) -> str:
-        """Return why an entry is skipped, or '' for folders, image files and the file named `expected`."""
+        """Return the reason an entry is skipped, or '' for folders, image files and the file named `expected`.
+
+        Raises UserError if the entry is a link that leads out of the root.
+        """
         if entry.name.startswith("."):
             return "hidden"
         if entry.is_symlink() and not self._has_target(Path(entry.path)):
@@ -120,7 +124,7 @@ class Scan:
         """Return True if the target of a link exists.
 
         Raises:
-            UserError: The target is outside of the root.
+            UserError: The target is outside the root.
         """
         try:
             target = link.resolve(strict=True)
@@ -146,8 +150,9 @@ def read_regular_file(path: Path) -> bytes:
     """Read a file that a scan has listed.
 
     Raises:
-        UserError: The file has been replaced by a pipe, whose reading would never end, or by a file too large for
-            memory.
+        UserError: The file has been replaced by a file that is too large, or by something other than a regular file,
+            such as a pipe. Reading a pipe might never end.
+        OSError: The file cannot be opened or read.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
@@ -157,7 +162,7 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def is_litter(name: str) -> bool:
-    """Return True if an archiver or a file manager created this file or folder."""
+    """Return True if a file or folder with this name was created by an archiver or a file manager."""
     return name.startswith("._") or name.lower() in LITTER
 
 

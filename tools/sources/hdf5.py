@@ -1,8 +1,8 @@
 """Read HDF5 files in MediumImageNet's layout: `images-SPLIT` and `labels-SPLIT` for train, val and test.
 
 Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read sequentially and in large pieces, since reading random
-rows takes a hundred times as long if the file is chunked, compressed or on a spinning disk. HDF5's metadata shows
-whether all pixels were written, before any are read.
+rows takes a hundred times as long if the file is chunked, compressed or on a spinning disk. Before any pixels are read,
+HDF5's metadata is used to check that all of them were written.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
-READ_BYTES = 64 << 20  # size of one read, which takes much longer than a disk seek but little memory
+READ_BYTES = 64 << 20  # of one read, so that disk seeks take little of the time
 FINGERPRINT_ROWS = 64
-# Memory of one read, without chunks and result. A compressed chunk may inflate to a thousand times its declared size.
+# Memory of one read, in addition to chunks and result. A compressed chunk may inflate to a thousand times its declared size.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 
 
 class Hdf5Split:
-    """One split of an HDF5 file. Each process opens the file at its first read and keeps the file open."""
+    """One split of an HDF5 file. Each process opens the file on its first read and keeps it open."""
 
     def __init__(self, path: Path, images: h5py.Dataset, labels: np.ndarray | None, channels_first: bool) -> None:
         self._path, self._key = path, images.name.lstrip("/")
@@ -54,7 +54,10 @@ class Hdf5Split:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Yield the images from `start` up to `stop` (exclusive), uint8 [H, W, 3].
 
-        The buffer holds about `READ_BYTES`, or one row of chunks if that is larger.
+        Each read takes at most about `READ_BYTES`, or the rows of one chunk if these are larger.
+
+        Raises:
+            UserError: The file cannot be read or is damaged.
         """
         if self._file is None:
             with _report_damage(str(self._path)):
@@ -80,12 +83,12 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
 
     Args:
         path: The HDF5 file.
-        classes_file: Text file with one class name per line. None: classes are named 0, 1, … up to the highest label
-            of train.
+        classes_file: Text file with one class name per line. If None, classes are named 0, 1, … up to the highest
+            label of train.
         max_pixels: Maximum number of pixels per image.
 
     Raises:
-        UserError: The file is missing, damaged or of another layout, or a label is invalid.
+        UserError: The file is missing, damaged or in a different layout, or a label or `classes_file` is invalid.
     """
     if not path.is_file():
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
@@ -157,8 +160,10 @@ def _check_keys(path: Path, keys: set[str]) -> None:
 def load_class_names(file: Path) -> tuple[str, ...]:
     """Load class names from a text file with one name per line, in the order of the labels.
 
+    Empty lines at the end are ignored.
+
     Raises:
-        UserError: The file cannot be read, is empty or contains an empty line.
+        UserError: The file cannot be read, is empty or contains an empty line before the last name.
     """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
@@ -186,7 +191,7 @@ def _open_file(path: Path) -> h5py.File:
 
 
 def _explain_refusal(path: Path, error: OSError) -> str | None:
-    """Return why HDF5 refuses to open a file that may be intact, and how to fix this, or None for all other errors."""
+    """Explain why HDF5 refuses to open a file that may be intact, and how to fix this. Return None for other errors."""
     text = str(error)
     if "unable to lock file" in text:
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -208,7 +213,7 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
 
 @contextmanager
 def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
-    """Limit the memory of the block and turn any error of HDF5 into a UserError.
+    """Limit the memory used in this context, and convert errors of HDF5 into a UserError.
 
     Args:
         what: File, or part of a file, to name in the message.
@@ -229,7 +234,7 @@ def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
 
 
 def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
-    """Add a split to the fingerprint: its name, shape, type, all labels, and `FINGERPRINT_ROWS` evenly spaced rows."""
+    """Add a split's name, shape, dtype, labels and up to `FINGERPRINT_ROWS` evenly spaced rows to the fingerprint."""
     digest.update(f"{name} {images.shape} {images.dtype}".encode())
     digest.update(b"" if split.labels is None else split.labels.tobytes())
     for row in np.unique(np.linspace(0, len(split) - 1, FINGERPRINT_ROWS).astype(int)).tolist():

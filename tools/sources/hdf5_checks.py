@@ -23,11 +23,11 @@ def chunk_bytes(dataset: h5py.Dataset) -> int:
 def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     """Return the data set `key`, after checking that all its bytes are in this file and were written.
 
-    A link or external storage may refer to any file of this machine, whose bytes would be read as pixels. HDF5 reads
-    zeros without an error for missing sources of a virtual data set and for pieces that were never written.
+    Links and external storage can point to any file on this machine, which would then be read as pixels. HDF5 silently
+    returns zeros where the source of a virtual data set is missing or data was never written.
 
     Raises:
-        UserError: The data set is empty or incomplete, or is stored in a way that is not supported.
+        UserError: `key` is not a data set, or the data set is empty, incomplete or stored in an unsupported way.
     """
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
@@ -70,7 +70,7 @@ def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool
     """Return True for images [N, 3, H, W] and False for [N, H, W, 3].
 
     Raises:
-        UserError: The images have another type or shape, or more than `max_pixels`.
+        UserError: The images have a different dtype or shape, more than `max_pixels` pixels, or an ambiguous shape.
     """
     shape, key = images.shape, images.name.lstrip("/")
     if images.dtype != np.uint8:
@@ -100,7 +100,7 @@ ENCODED_HINT = (
 
 
 def _type_hint(dtype: np.dtype) -> str:
-    """Return advice for an error message on how to convert data of this type to uint8 pixels."""
+    """Return advice for an error message on how to convert data of this dtype to uint8 pixels."""
     is_opaque = dtype.kind == "V" and dtype.names is None
     if is_opaque or h5py.check_string_dtype(dtype) or h5py.check_vlen_dtype(dtype) in (np.uint8, np.int8):
         return ENCODED_HINT
@@ -127,17 +127,17 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 
 def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
-    """Load and check the labels of a split: int64 [rows]. Return None if all labels of test are -1.
+    """Load and check the labels of a split, int64 [rows]. Return None for test if all of its labels are -1.
 
     Args:
         path: Path of the file, for messages.
         file: The open file.
         split: Name of the split.
         rows: Number of images in the split.
-        classes: Number of classes. None: not known; labels must be below `MAX_CLASSES`.
+        classes: Number of classes. If None, labels must be below `MAX_CLASSES`.
 
     Raises:
-        UserError: The labels have another type or shape, or a label is out of range.
+        UserError: The labels are not integers [rows], a label is out of range, or `checked_dataset` refuses them.
     """
     key = f"labels-{split}"
     dataset = checked_dataset(path, file, key)

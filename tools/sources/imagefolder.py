@@ -1,7 +1,7 @@
 """Read image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
 
-Paths are stored as one bytes object. For 1.5 million files it takes a third of the memory of a list of strings, and it
-can be sent to worker processes quickly.
+All paths are stored in one bytes object. For 1.5 million files, this takes a third of the memory of a list of strings,
+and it is sent to worker processes more quickly.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class ImageFolderSplit:
         return len(self._ends)
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield the contents of the files from `start` up to `stop` (exclusive)."""
+        """Yield the contents of the files from `start` up to `stop` (exclusive).
+
+        Raises UserError if a file cannot be read.
+        """
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
             try:
@@ -74,7 +77,8 @@ def open_imagefolder(root: Path) -> Source:
     val/val_annotations.txt, and test/images without labels.
 
     Raises:
-        UserError: The layout is not supported, a link leads out of `root`, or a file is larger than `MAX_FILE_BYTES`.
+        UserError: The layout is not supported, a split has no images, a folder cannot be read, a link leads out of
+            `root`, or a file is larger than `MAX_FILE_BYTES`.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -122,7 +126,8 @@ def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Sour
         classes: Class names of the model that predicts the images.
 
     Raises:
-        UserError: The folder contains no images.
+        UserError: The folder does not contain images, a folder cannot be read, a link leads out of `folder`, or a file
+            is larger than `MAX_FILE_BYTES`.
     """
     scan = Scan(folder.resolve())
     files = scan.images(".")
@@ -142,7 +147,7 @@ def is_in_numeric_order(paths: Sequence[str]) -> bool:
 
 
 def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """Return the numbers in each name if the names differ only in numbers, such as `img_1` and `img_10`; else None."""
+    """Return the numbers in each name, or None unless the names differ only in numbers, as `img_1` and `img_10` do."""
     # Each item is text, number, text, … with at most 18 digits per number, since Python limits the digits of int().
     parts = [re.split("([0-9]{1,18})", name) for name in names]
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
@@ -154,7 +159,7 @@ def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
     """Return a dict from split to folder name, in the order train, val, test, and print a note about other folders.
 
     Raises:
-        UserError: There is no folder of train, or there are several folders of one split.
+        UserError: There is no train folder, a split has several folders, or the root cannot be read.
     """
     top, images = scan.entries(".")
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
@@ -194,7 +199,7 @@ def _list_split(
     classes: tuple[str, ...],
     digest: hashlib._Hash,
 ) -> tuple[Files, list[int] | None]:
-    """Return the files of one split and their labels. The labels of test are None if it has no class folders.
+    """Return the files of one split and their labels. If test has no class folders, its labels are None.
 
     Args:
         scan: Scan of the source.
@@ -203,6 +208,10 @@ def _list_split(
         listed: Subfolders and image files in `folder`.
         classes: Class names of train.
         digest: Fingerprint to update with labels that are not part of the paths.
+
+    Raises:
+        UserError: A class folder is unknown, test has image files beside class folders, the annotations of val are
+            invalid, or a folder cannot be read.
     """
     found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}
@@ -246,9 +255,12 @@ def _list_annotated(
     Args:
         scan: Scan of the source.
         top: Folder of the split, relative to the root.
-        sizes: File name -> size in bytes of the images in `top`/images.
-        numbers: Class name -> label.
+        sizes: Size in bytes of each image in `top`/images, by file name.
+        numbers: Label of each class, by class name.
         digest: Fingerprint to update with the labels.
+
+    Raises:
+        UserError: The annotations are missing, unreadable or invalid.
     """
     path = scan.root / top / ANNOTATIONS
     if not path.is_file():
@@ -289,7 +301,7 @@ def _note_missing_classes(folder: str, labels: list[int] | None, classes: tuple[
 
 
 def _note_order(folder: str, files: Files) -> None:
-    """Print a note about the images of an unlabelled split, whose order is not that of the numbers in their names."""
+    """Print a note that the images of an unlabeled split are not in the order of the numbers in their names."""
     names = ", ".join(Path(path).name for path, _ in files[:3])
     note(
         f"{folder} contains numbered images, which are read in the order of their names ({names} …); rename them with "

@@ -1,8 +1,8 @@
 """Unpickle the dict of a CIFAR batch without running code that the pickle names.
 
-A pickle names the functions that create its objects. `find_class` replaces NumPy's functions for arrays, dtypes and
-scalars by those below, which check their arguments and allocate no more than the pickle contains. All other names are
-refused.
+A pickle names the functions that create its objects. `find_class` replaces the functions for NumPy's arrays, dtypes and
+scalars and for bytes with functions of this module. They check their arguments and allocate no more memory than the
+pickle contains. All other names are refused.
 
 The base class is the standard library's unpickler written in Python. The version in C has no hook before it hashes a
 dict key or sets the state of an object. A pickle of 100 bytes can contain a key that takes years to hash (nested tuples
@@ -37,7 +37,7 @@ def load_pickle(content: bytes, file: str) -> dict[str, Any]:
         file: Name of the pickle for messages.
 
     Raises:
-        UserError: The pickle is damaged, is not a dict, or contains an object of another type.
+        UserError: The pickle is damaged, is not a dict, or contains an object of an unsupported type.
     """
     try:
         with memory_limit.at_most(LOADING_BYTES + COPIES * len(content)):
@@ -102,7 +102,7 @@ class _Array:
 
 
 def _to_plain(value: Any) -> Any:
-    """Replace a stand-in by its array, and an array of text by a list. Return any other value unchanged."""
+    """Replace a stand-in with its array, and an array of text with a list. Return other values unchanged."""
     if isinstance(value, _Array):
         value = value.content
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
@@ -116,10 +116,11 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np
         dtype: Stand-in for the type of the elements.
         shape: Shape of the array before its axes are transposed.
         order: Order of the elements: "C" or "F".
-        axes: Permutation of the axes. None: not transposed.
+        axes: Permutation of the axes, or None if they are not transposed.
 
     Raises:
         pickle.UnpicklingError: An argument has the wrong type.
+        ValueError: The bytes do not fit the dtype and shape.
     """
     if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array of neither numbers nor text")
@@ -131,7 +132,11 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:
-    """Return the value of a NumPy scalar as an int, float, bool, str or bytes."""
+    """Return the value of a NumPy scalar as an int, float, bool, str or bytes.
+
+    Raises:
+        pickle.UnpicklingError: The scalar is invalid.
+    """
     if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype) or len(raw) != dtype.type.itemsize:
         raise pickle.UnpicklingError("a scalar that is neither a number nor text")
     return np.frombuffer(raw, dtype.type)[0].item()

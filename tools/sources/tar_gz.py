@@ -1,6 +1,6 @@
 """Read members of a .tar.gz by their bare names, sequentially.
 
-Nothing is unpacked to disk, and paths, links and devices in the archive are ignored. Python's tarfile is not used: it
+Nothing is unpacked to disk, and paths, links and devices in the archive are ignored. Python's tarfile is not used. It
 treats a damaged header as the end of the archive, reads an extended header of any claimed size at once, and before
 Python 3.10.15, 3.11.10 and 3.12.6 takes quadratic time for extended headers (CVE-2024-6232).
 """
@@ -30,11 +30,11 @@ def read_members(
     Args:
         path: Path of the archive.
         names: Bare names (without folders) of the members to read.
-        check_size: Function of a member's size in bytes and name that raises if the member is too large for memory.
+        check_size: Called with the size in bytes and the name of each member to read. Raises if it is too large.
         max_bytes: Maximum size of the uncompressed archive in bytes.
 
     Raises:
-        UserError: The archive is incomplete, damaged or larger than `max_bytes`.
+        UserError: The archive is unreadable, incomplete, damaged or larger than `max_bytes`.
     """
     try:
         with gzip.open(path) as opened:
@@ -85,7 +85,10 @@ class _Bounded:
 
 
 def _parse(header: bytes) -> tuple[str, int, bytes]:
-    """Return the name, size in bytes and type of the member that a tar header describes."""
+    """Return the name, size in bytes and type of the member that a tar header describes.
+
+    Raises EOFError if the header is incomplete, and ValueError if it is damaged.
+    """
     if len(header) < BLOCK:
         raise EOFError("it ends within a header")
     if sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") != _octal(header[148:156]):
