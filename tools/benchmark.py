@@ -13,7 +13,7 @@
 
 The benchmark drives the real loader and the real training step. Each candidate has a separate process, and the
 candidates take turns in short rounds, so that a noisy machine slows all of them alike. Each figure is the median of the
-rounds. If a candidate fails, only its row is lost, and the exit code is 1. Rows that are skipped because time ran out
+rounds. If a candidate fails, only its rows are lost, and the exit code is 1. Rows that are skipped because time ran out
 or an optional peer is missing are not failures.
 
 On a GPU, `all` measures in parts, each with a time limit. The JSON files of --report and --json are replaced after each
@@ -195,7 +195,9 @@ def _check_writable(file: Path) -> None:
 
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFile:
-    """Measure the selected parts on this machine. On a GPU, add them to the earlier parts in DEVICE.json of --report.
+    """Measure the selected parts on this machine, and return the run with its JSON files.
+
+    On a GPU with --report, the parts are added to those of earlier runs in DEVICE.json.
 
     Raises:
         UserError: A given data set cannot be used, a folder cannot be created, the disk has too little space, --part or

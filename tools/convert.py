@@ -77,7 +77,10 @@ class Terminated(BaseException):
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM in this context, so that the conversion cleans up as it does after Ctrl-C."""
+    """Raise `Terminated` on SIGTERM in this context, so that the conversion cleans up as it does after Ctrl-C.
+
+    This has no effect outside the main thread.
+    """
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -139,8 +142,8 @@ def build_options(args: argparse.Namespace) -> Options:
 def dataset_name(args: argparse.Namespace) -> str:
     """Return the name of the data set and its shards: --name if given, otherwise a name derived from the source.
 
-    The name does not depend on --out, so that the same input gives the same files in any folder. Raises UserError if it
-    is not suitable for file names.
+    The name does not depend on --out, so that the same input gives the same files in any folder. Raises UserError if
+    the name is not suitable for files.
     """
     if args.name is not None:
         name: str = args.name
@@ -185,7 +188,7 @@ def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
 
 
 def verify(folder: Path) -> str:
-    """Verify a data set, and return a sentence that says that it is intact.
+    """Verify a data set, and return a sentence stating that it is intact.
 
     Raises:
         UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.

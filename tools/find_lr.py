@@ -4,12 +4,12 @@
     python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as printed
 
 This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate
-that grows exponentially. The config's optimizer trains the config's initial weights on real batches until the smoothed
-loss is four times its minimum or not finite, or for --steps steps. The trained weights are discarded. The suggestion is
-the rate where the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a
-second opinion. The suggested rate is the peak of the schedule for the global batch of the test (with data.stages, that
-of the first stage). The printed train.lr is converted to train.lr_batch_size, if set. The tool writes find_lr.png,
-find_lr.csv (one row per step) and find_lr.json to --out.
+that grows exponentially. The config's optimizer trains the config's initial weights on real batches for --steps steps,
+or until the smoothed loss exceeds four times its minimum. The trained weights are discarded. The suggestion is the rate
+where the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second
+opinion. The suggested rate is the peak of the schedule for the global batch of the test (with data.stages, that of the
+first stage). The printed train.lr is converted to train.lr_batch_size, if set. The tool writes find_lr.png, find_lr.csv
+(one row per step) and find_lr.json to --out.
 """
 
 from __future__ import annotations

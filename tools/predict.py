@@ -159,7 +159,7 @@ def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
 
 
 def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:
-    """Return the path of the submission to write, or None if no submission is written. Create its folder.
+    """Create the folder of the submission and return its path, or return None if no submission is written.
 
     Raises:
         UserError: Submission options are given without a submission, the folder is not writable, or the path is a

@@ -119,7 +119,7 @@ def document(run: Run, folder: Path) -> list[Path]:
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
     """Return the text between the markers of README.md.
 
-    For each device, its tables show this project's rates, their ratios to peers and their shares of bounds.
+    For each device, tables show this project's rates, their ratios to peers and their shares of bounds.
     """
     text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
@@ -189,7 +189,10 @@ def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
 
 
 def _title(group: dict[str, Any], row: Row) -> str:
-    """Return the table's title, with the parts of the row's name after its first comma in parentheses, if any."""
+    """Return the table's title, followed by the row's variant in parentheses, if there is one.
+
+    The variant is the row's name after its first comma, without "end to end".
+    """
     which = [part for part in row["name"].split(", ")[1:] if part != "end to end"]
     return f"{group['title']} ({', '.join(which)})" if which else str(group["title"])
 

@@ -98,7 +98,7 @@ def main() -> None:
             print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
             result = summary(config, runs, device)
             result |= {"first_result_s": first_result_s, "command_s": timer.command_s}
-            if arguments.json is not None:  # after every run, so that an interruption loses only one
+            if arguments.json is not None:  # after every run, so that an interruption loses at most one
                 write_text(arguments.json, json.dumps(result, indent=2) + "\n")
     print(
         f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "

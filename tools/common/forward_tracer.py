@@ -124,9 +124,9 @@ class ForwardTracer:
 
 
 def uncalled_layers(network: nn.Module, tracer: ForwardTracer) -> Iterator[Layer]:
-    """Yield a layer for each module with parameters that are not counted yet, since the module was never called.
+    """Yield a layer for each module whose parameters were not counted, since the module was never called.
 
-    Either another module uses these parameters, or they are unused. They are marked as counted.
+    These parameters are used by another module or not at all.
     """
     for name, module in network.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in tracer.counted]

@@ -21,7 +21,7 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """Return a Markdown table of all columns. Numeric columns are right-aligned, and None gives an empty cell.
 
-    Floats below 10,000 have up to four significant digits, larger ones no decimals.
+    Floats are rounded to four significant digits, or to integers from 10,000 on.
     """
     columns = column_names(rows)
     numbers = [
@@ -66,7 +66,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically, by renaming a temporary file. Raises UserError if it cannot be written."""
+    """Write a UTF-8 text file atomically. Raises UserError if the file cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes

@@ -39,6 +39,7 @@ def predict(
 
     Raises:
         UserError: A data set cannot be read or has changed, or a logit is not finite.
+        RuntimeError: Some samples were missed or counted twice.
     """
     several = len(models) > 1
     logits = np.empty((len(images), len(models[0].classes)), np.float32)
@@ -71,7 +72,7 @@ def predicted_batches(
 
     Raises:
         UserError: The data set cannot be read, or one of its files has changed.
-        RuntimeError: After the last batch, if some samples were missed or counted twice.
+        RuntimeError: Some samples were missed or counted twice. Raised after the last batch.
     """
     settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
     loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
@@ -91,7 +92,7 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
 
 
 def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
-    """Return a list with the evaluation computed from sums of `loss_and_hits`, or an empty list without any labels."""
+    """Return the evaluation computed from sums of `loss_and_hits` in a list, which is empty if there are no labels."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
 

@@ -44,8 +44,8 @@ class Comparison:
 def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) -> ExpectedLogits:
     """Return the checkpoint's logits for the first `samples` images of the run's validation split.
 
-    The images are read from the data set in `data_path`, or from the run's data set if it is None. If `data_path` is
-    None and the run's data set does not exist, random images are used.
+    The images are read from the data set in `data_path`. If `data_path` is None, they are read from the run's data set,
+    or are random if that data set does not exist.
 
     Raises:
         UserError: The data set cannot be read, or a logit is not finite.

@@ -90,7 +90,7 @@ def move_files(files: list[Path], folder: Path) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the type and message of the exception that caused `error`, as one short line without terminal colors."""
+    """Return the type and message of the root cause of `error` as one short line without terminal colors."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))

@@ -1,7 +1,7 @@
 """Match the ids of a contest's sample submission with images.
 
-If the file names of the images are known, ids are matched by name. Otherwise, ids that count from 0 or 1, in any order,
-are matched by number, and all other ids in the order of the sample.
+Ids are matched by name if the file names of the images are known. If this is not possible, ids that count from 0 or 1,
+in any order, are matched by number. Other ids are matched in the order of the sample if there are no file names.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ def build_form(
         images: The images to predict.
         classes: Number of classes.
         sample: The contest's sample submission, which determines columns and ids. If None, ids count from `id_start`.
-        id_start: The first id. If None, the first id of the sample, or 1 without a sample.
-        id_column: Name of the id column. If None, the sample's name, or ID_COLUMN without a sample.
-        category_column: Name of the class column. If None, the sample's name, or CATEGORY_COLUMN without a sample.
+        id_start: The first id. If None, that of the sample, or 1 without a sample.
+        id_column: Name of the id column. If None, that of the sample, or ID_COLUMN without a sample.
+        category_column: Name of the class column. If None, that of the sample, or CATEGORY_COLUMN without a sample.
         fill: Class number for images that cannot be read. If None, such images are an error.
 
     Raises:

@@ -32,8 +32,8 @@ class TrainedModel:
     image_size: int  # height and width in training, pixels
     state: TrainState
     epochs: int  # completed epochs
-    conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert); None if not recorded
-    stored_shape: tuple[int, int, int] | None  # of stored images; None if shapes differ or were not recorded
+    conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert), or None if not recorded
+    stored_shape: tuple[int, int, int] | None  # of stored images, or None if shapes differ or were not recorded
 
     @property
     def title(self) -> str:

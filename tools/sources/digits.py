@@ -62,6 +62,6 @@ def open_digits() -> Source:
 
 
 def _enlarge(values: np.ndarray) -> np.ndarray:
-    """Convert an 8x8 image with values from 0 to 16 to RGB, uint8 [32, 32, 3]."""
+    """Resize an 8x8 image with values from 0 to 16, and convert it to RGB, uint8 [32, 32, 3]."""
     grey = Image.fromarray(np.round(values * (255 / 16)).astype(np.uint8))
     return np.asarray(grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB"))

@@ -33,8 +33,7 @@ class Scan:
 
         Args:
             folder: Path of the folder, relative to the root.
-            expected: Name of a file without an image that the folder may contain. It is not listed and does not count
-                as skipped.
+            expected: Name of a file that is neither listed nor counted as skipped, or '' if there is none.
 
         Returns:
             The names of subfolders, and (name, size in bytes) of image files, both sorted by name.
@@ -61,8 +60,8 @@ class Scan:
     def images(self, folder: str) -> list[tuple[str, int]]:
         """Return the path and size in bytes of every image file at any depth below a folder, sorted by path.
 
-        Links to folders are skipped, since their files are listed at their real paths, and following a cycle of links
-        would never end. Raises UserError for the same reasons as `entries`.
+        Links to folders are skipped, since the linked files are listed at their real paths, and following a cycle of
+        links would never end. Raises UserError for the same reasons as `entries`.
         """
         found: list[tuple[str, int]] = []
         waiting = [folder]

@@ -26,7 +26,7 @@ from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_by
 
 READ_BYTES = 64 << 20  # of one read, so that disk seeks take little of the time
 FINGERPRINT_ROWS = 64
-# Memory of one read, in addition to chunks and result. A compressed chunk may inflate to a thousand times its declared size.
+# Memory of one read, besides chunks and result. A compressed chunk may inflate to a thousand times its declared size.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 
@@ -54,7 +54,7 @@ class Hdf5Split:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Yield the images from `start` up to `stop` (exclusive), uint8 [H, W, 3].
 
-        Each read takes at most about `READ_BYTES`, or the rows of one chunk if these are larger.
+        The file is read in pieces of at most `READ_BYTES`, or of one row or chunk if that is larger.
 
         Raises:
             UserError: The file cannot be read or is damaged.

@@ -70,7 +70,7 @@ def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool
     """Return True for images [N, 3, H, W] and False for [N, H, W, 3].
 
     Raises:
-        UserError: The images have a different dtype or shape, more than `max_pixels` pixels, or an ambiguous shape.
+        UserError: The dtype or shape is not supported, the shape is ambiguous, or images exceed `max_pixels` pixels.
     """
     shape, key = images.shape, images.name.lstrip("/")
     if images.dtype != np.uint8:
@@ -137,7 +137,7 @@ def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int
         classes: Number of classes. If None, labels must be below `MAX_CLASSES`.
 
     Raises:
-        UserError: The labels are not integers [rows], a label is out of range, or `checked_dataset` refuses them.
+        UserError: `checked_dataset` refuses the labels, their dtype or shape is wrong, or a label is out of range.
     """
     key = f"labels-{split}"
     dataset = checked_dataset(path, file, key)

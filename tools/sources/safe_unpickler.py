@@ -1,7 +1,7 @@
 """Unpickle the dict of a CIFAR batch without running code that the pickle names.
 
-A pickle names the functions that create its objects. `find_class` replaces the functions for NumPy's arrays, dtypes and
-scalars and for bytes with functions of this module. They check their arguments and allocate no more memory than the
+A pickle names the functions that create its objects. `find_class` replaces those for bytes and for NumPy's arrays,
+dtypes and scalars with functions of this module, which check their arguments and do not allocate more bytes than the
 pickle contains. All other names are refused.
 
 The base class is the standard library's unpickler written in Python. The version in C has no hook before it hashes a

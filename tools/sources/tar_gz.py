@@ -30,7 +30,7 @@ def read_members(
     Args:
         path: Path of the archive.
         names: Bare names (without folders) of the members to read.
-        check_size: Called with the size in bytes and the name of each member to read. Raises if it is too large.
+        check_size: Called with the size in bytes and the name of each member to read. Raises if the size is too large.
         max_bytes: Maximum size of the uncompressed archive in bytes.
 
     Raises:
