@@ -8,7 +8,7 @@ from models.layers import build_activation, check_image_size
 
 
 class AlexNet(nn.Module):
-    """AlexNet: images float [B, 3, H, W] with sides of at least 63 -> logits [B, num_classes].
+    """AlexNet: images float [B, 3, H, W] with H, W >= 63 -> logits [B, num_classes].
 
     Source: Krizhevsky, "One weird trick for parallelizing convolutional neural networks", arXiv:1404.5997, after
     Krizhevsky, Sutskever, Hinton, NeurIPS 2012. 57,044,810 parameters with 10 classes.
@@ -17,7 +17,7 @@ class AlexNet(nn.Module):
     [256, 3, 3] -> pool [256, 1, 1] -> adaptive pool [256, 6, 6] -> 9216 -> 4096 -> 4096 -> num_classes.
     """
 
-    # Below 63, the input of the third 3x3 pooling would be 2x2.
+    # Below 63, the input of the third 3x3 pooling would be 2x2 or smaller.
     min_image_size = 63
     max_image_size: int | None = None
 

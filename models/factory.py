@@ -1,4 +1,4 @@
-"""Build models by name. Names are those of the built-in models, and timm/NAME for every model of timm."""
+"""Build models by name: a built-in model, or timm/NAME for any timm model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "speedrun96_proxy": speedrun96_proxy,
 }
 TYPE_NAMES = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
-# Keys rejected in model.options: another setting controls them, or they would change the input channels or logits.
+# Keys rejected in model.options, since another setting controls them, or since they would change the number of input
+# channels, the kind of output or the source of the weights.
 RESERVED = {
     "name", "num_classes", "image_size", "mean", "std", "drop_rate", "activation", "pretrained", "finetune", "freeze",
     "in_chans", "features_only", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
@@ -54,21 +55,21 @@ def build_model(
     activation: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model with randomly initialised weights: images [B, 3, H, W] -> logits float [B, num_classes].
+    """Build a model with randomly initialized weights: images [B, 3, H, W] -> logits float [B, num_classes].
 
     Args:
-        name: one of `list_models()`, or timm/NAME.
-        num_classes: number of logits.
-        image_size: height and width in pixels that the model must support. It is also passed to timm models that are
+        name: One of `list_models()`, or timm/NAME.
+        num_classes: Number of logits.
+        image_size: Height and width in pixels that the model must support. It is also passed to timm models that are
             built for one size. If None, the size is not checked.
-        mean, std: three numbers each, for pixel values in 0..1. If they are given, the result is a `PixelClassifier`
-            that takes uint8 pixels. Otherwise, it is the plain network, which takes normalised floats.
-        drop_rate: dropout probability; None: the model's default.
-        activation: a key of `models.layers.ACTIVATIONS`; None: the model's default.
-        kwargs: further arguments of the model's constructor.
+        mean, std: Three numbers each, for pixel values in 0..1. If they are given, the result is a `PixelClassifier`
+            that takes uint8 pixels. Otherwise, it is the plain network, and the images are normalized floats.
+        drop_rate: Dropout probability, or None for the model's default.
+        activation: A key of `models.layers.ACTIVATIONS`, or None for the model's default.
+        kwargs: Further arguments of the model's constructor.
 
     Raises:
-        UserError: the name is unknown, or the model does not support this size or argument.
+        UserError: The name is unknown, an argument is invalid, or the model does not support the size or an argument.
     """
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
         if value is not None and value < 1:
@@ -93,9 +94,12 @@ def build_model(
 def build_from_config(
     config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
 ) -> PixelClassifier:
-    """Build the model of a config's `model` section with randomly initialised weights, see `build_model`.
+    """Build the model of a config's `model` section with randomly initialized weights.
 
-    Ignores the settings `pretrained`, `finetune` and `freeze`.
+    See `build_model` for the arguments. The settings `pretrained`, `finetune` and `freeze` are ignored.
+
+    Raises:
+        UserError: `config.options` contains a reserved key, or `build_model` rejects a setting.
     """
     model = build_model(
         config.name,
@@ -112,9 +116,10 @@ def build_from_config(
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Return model.options without null values, which mean the model's defaults.
+    """Return model.options without its null values, since null stands for the model's default.
 
-    Raises `UserError` for a reserved key.
+    Raises:
+        UserError: A key is in RESERVED.
     """
     for key in sorted(RESERVED & config.options.keys()):
         raise UserError(
@@ -127,9 +132,9 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 def _build_builtin_model(
     name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Build one of `list_models()`, see `build_model`.
+    """Build a built-in model, see `build_model`.
 
-    `settings` are drop_rate and activation, or None for the defaults.
+    `settings` contains drop_rate and activation. A value of None stands for the model's default.
     """
     if name not in MODELS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Parts shared by all models: activations, the check of image sizes, and the normalisation of raw pixels."""
+"""Parts shared by the models: activations, a check of the image size, and the normalization of raw pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from configs.utils.errors import UserError
 
 # Activations by their names in configs. They have no parameters, so changing the activation keeps state-dict names.
-# In place if the gradient can be computed from the output; the others store their input for the backward pass anyway.
+# relu, leaky_relu and elu run in place, since their gradients can be computed from the output. The others need their
+# input for the backward pass, or torch does not offer an in-place module (tanh and sigmoid).
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
     "leaky_relu": partial(nn.LeakyReLU, inplace=True),
@@ -31,12 +32,12 @@ def build_activation(name: str) -> nn.Module:
 
 
 def init_gain(name: str) -> float:
-    """Return the gain of Xavier initialisation for a layer followed by this activation.
+    """Return the gain of Xavier initialization for a layer followed by this activation.
 
-    The gain is 1 / sqrt(E[f(z)^2]) for a standard normal z, which keeps the scale of signals from layer to layer. For
-    relu, this is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain, which does not support
-    gelu, silu, elu, hardswish and mish. For sigmoid, the gain is 4 instead, since its slope is at most 1/4 and most of
-    its output is constant.
+    The gain is 1 / sqrt(E[f(z)^2]) for a standard normal z. It keeps the scale of signals from layer to layer. For
+    relu, it is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain. That function does not
+    support gelu, silu, elu, hardswish and mish. For sigmoid, the gain is 4 instead, since the slope of a sigmoid is at
+    most 1/4 and its mean square is mostly that of its mean, 1/2.
     """
     if name == "sigmoid":
         return SIGMOID_GAIN
@@ -47,10 +48,10 @@ def init_gain(name: str) -> float:
 
 
 def check_image_size(model: str, height: int, width: int, min_size: int, max_size: int | None = None) -> None:
-    """Raise a `UserError` unless height and width (pixels) are within min_size..max_size.
+    """Raise `UserError` if the height or width in pixels is below `min_size` or above `max_size`.
 
-    Only Python ints (or torch's symbolic ints) are compared, so there is no kernel, no synchronisation and no graph
-    break.
+    If `max_size` is None, there is no upper limit. Only Python ints (or torch's symbolic ints) are compared, so the
+    check launches no kernel and causes no synchronization or graph break.
     """
     if height >= min_size and width >= min_size and (max_size is None or (height <= max_size and width <= max_size)):
         return
@@ -62,14 +63,15 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
 
 
 class Normalize(nn.Module):
-    """Normalises pixels: (images / 255 - mean) / std, for uint8 [B, 3, H, W] or floats in 0..255.
+    """Normalize images [B, 3, H, W], uint8 or floats in 0..255, to (images / 255 - mean) / std.
 
-    This is the first module of a model rather than the last step of the loader, for three reasons. Copying uint8 images
-    to the device takes a quarter of the bytes of float32. The compiler fuses the normalisation into the input of the
-    first convolution. A checkpoint takes raw pixels, so training and prediction cannot disagree.
+    This is the first module of a model rather than the last step of the loader, for three reasons. uint8 images have a
+    quarter of the bytes of float32 images when they are copied to the device. The compiler fuses the normalization into
+    the input of the first convolution. Saved models take raw pixels, so training and prediction cannot normalize
+    differently.
 
     If autocast is enabled for the device of `images`, the result has the autocast dtype. Otherwise it has the dtype of
-    the buffers, which `.double()` and `.half()` convert together with the network. Strides (channels_last) are
+    the buffers. `.double()` and `.half()` convert the buffers together with the network. Strides (channels_last) are
     preserved.
     """
 
@@ -79,7 +81,8 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set mean and std, one number per channel, for pixel values in 0..1.
 
-        Raises `UserError` for invalid numbers.
+        Raises:
+            UserError: `mean` is not three numbers from 0 to 1, or `std` is not three numbers above 0 and at most 1.
         """
         super().__init__()
         for name, values, allowed in (("mean", mean, "from 0 to 1"), ("std", std, "above 0 and at most 1")):
@@ -94,7 +97,7 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         device = images.device.type
         autocast = torch.is_autocast_enabled(device)
-        # Computed in the buffers' dtype and rounded once: bfloat16 arithmetic would lose a grey level near the mean.
+        # Computed in the buffers' dtype and rounded once: bfloat16 arithmetic would lose a gray level near the mean.
         scale = (1 / (255 * self.std)).view(3, 1, 1)
         bias = (-self.mean / self.std).view(3, 1, 1)
         normalized = images.to(self.mean.dtype) * scale + bias
@@ -105,7 +108,7 @@ class Normalize(nn.Module):
 
 
 class PixelClassifier(nn.Module):
-    """A network behind `Normalize`: raw pixels, uint8 [B, 3, H, W] -> logits [B, num_classes].
+    """`Normalize` followed by a network: raw pixels, uint8 [B, 3, H, W] -> logits [B, num_classes].
 
     Names in the state dict start with `normalize.` or `network.`.
     """

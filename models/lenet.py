@@ -1,4 +1,4 @@
-"""LeNet for colour images, as in the homework: average pooling, sigmoids, and a linear output layer."""
+"""LeNet for color images, as in the homework: average pooling, sigmoids, and a linear output layer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from models.layers import build_activation, check_image_size, init_gain
 
 
 class LeNet(nn.Module):
-    """LeNet: images float [B, 3, H, W] with sides 32..35 -> logits [B, num_classes].
+    """LeNet: images float [B, 3, H, W] with H, W in 32..35 -> logits [B, num_classes].
 
-    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998
-    (before arXiv), without its sparse connections, scaled tanh and RBF output. 83,126 parameters with 10 classes.
+    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998.
+    The paper's sparse connections, scaled tanh and RBF output are left out. 83,126 parameters with 10 classes.
 
     Shapes at 32x32: conv1 [6, 32, 32] -> pool [6, 16, 16] -> conv2 [16, 12, 12] -> pool [16, 6, 6] -> 576 -> 120 -> 84
     -> num_classes.
     """
 
-    # Only these sizes give 6x6 positions after the second pooling, i.e. fc1's 576 inputs.
+    # Only these sizes give 6x6 positions after the second pooling, and therefore fc1's 576 inputs.
     min_image_size = 32
     max_image_size: int | None = 35
 
@@ -36,11 +36,11 @@ class LeNet(nn.Module):
         self.reset_parameters(init_gain(activation))
 
     def reset_parameters(self, gain: float) -> None:
-        """Initialise weights with Xavier uniform, scaled by the activation's gain, and biases with 0.
+        """Initialize weights with Xavier uniform, scaled by `gain` (see `init_gain`), and biases with 0.
 
-        Source: Glorot and Bengio, AISTATS 2010. The gain of a sigmoid is 4, because its slope is at most 1/4. With
-        torch's default initialisation, the difference between images would shrink about tenfold per layer (measured: to
-        0.00006 in the logits), and training would start on a plateau. fc3 has gain 1, since no activation follows it.
+        Source: Glorot and Bengio, AISTATS 2010. With torch's default initialization and sigmoids, the difference
+        between images would shrink about tenfold per layer (measured: to 0.00006 in the logits), and training would
+        start on a plateau. fc3 has gain 1, since it is not followed by an activation.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

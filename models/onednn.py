@@ -1,13 +1,14 @@
-"""Workaround for 1x1 convolutions whose backward pass in oneDNN writes outside its memory.
+"""Work around 1x1 convolutions whose backward pass in oneDNN writes past the end of its workspace.
 
 For the weight gradient of a strided 1x1 convolution, oneDNN copies the selected positions of the channels_last input
-into a workspace of positions * in_channels values, but steps through it in units of positions * block, where a block is
-as many channels as a vector register holds. If there are fewer input channels than a block has, oneDNN writes past the
-end of the workspace. The process then crashes, hangs in an overwritten barrier, or continues with wrong gradients. See
-https://github.com/uxlfoundation/oneDNN/issues/6035, which is open for the oneDNN of torch 2.15.
+into a workspace of positions * in_channels values. However, it steps through the workspace in units of positions *
+block, where `block` is the number of channels that fit into a vector register. If there are fewer input channels than
+`block`, oneDNN writes past the end of the workspace. The process then crashes, hangs in an overwritten barrier, or
+continues with wrong gradients. The bug (https://github.com/uxlfoundation/oneDNN/issues/6035) is present in the oneDNN
+version of torch 2.15.
 
 Without padding, a 1x1 convolution with stride s equals the same convolution with stride 1 applied to every s-th
-position. The version with stride 1 needs no workspace.
+position. With stride 1, oneDNN does not use this workspace.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MAX_NAMES_SHOWN = 3  # in the note
+MAX_NAMES_SHOWN = 3  # names of layers in the note
 
 
 def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) -> str | None:
@@ -28,11 +29,11 @@ def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) 
     Affected layers get stride 1 and a hook that selects the positions. Parameters, names and results stay the same.
 
     Args:
-        network: the network, changed in place.
-        channels: channels per block, see `block_channels`; None: those of this CPU.
+        network: The network, changed in place.
+        channels: Channels per block. If None, `block_channels()` is used.
 
     Returns:
-        A note for the log; None if no layer is affected.
+        A note for the log, or None if no layer is affected.
     """
     channels = block_channels() if channels is None else channels
     convs = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
@@ -53,10 +54,11 @@ def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) 
 
 
 def is_affected(module: nn.Module, channels: int) -> bool:
-    """Return True if oneDNN's backward pass of this layer may write outside its memory.
+    """Return True if oneDNN's backward pass of this layer may write past the end of its workspace.
 
-    `channels` is from `block_channels`. Batch size, bias, output channels and image size are not considered, since they
-    only decide which memory is overwritten. Neither is the memory format, since training batches are channels_last.
+    `channels` is the number of channels per block, see `block_channels`. Batch size, bias, output channels and image
+    size are not considered, since they only affect which memory is overwritten. The memory format is not considered
+    either, since training batches are channels_last.
     """
     return (
         isinstance(module, nn.Conv2d)
@@ -69,7 +71,7 @@ def is_affected(module: nn.Module, channels: int) -> bool:
 
 
 def block_channels() -> int:
-    """Return the channels per block of the affected oneDNN kernel on this CPU, or 0 if oneDNN does not use it.
+    """Return the channels per block of the affected oneDNN kernel on this CPU, or 0 if the kernel is not used.
 
     The kernel exists for AVX-512 and for AVX2. With AVX or SSE4.1, oneDNN uses other implementations.
     """
@@ -84,17 +86,18 @@ def block_channels() -> int:
 
 
 def isa_limit() -> str:
-    """Return the instruction set that oneDNN is limited to, in lower case, or an empty string if there is no limit.
+    """Return the instruction set that the user limits oneDNN to, in lower case, or an empty string without a limit.
 
-    The limit is read from ONEDNN_MAX_CPU_ISA and DNNL_MAX_CPU_ISA in this order, as in oneDNN. oneDNN ignores case and
-    unknown values, and never uses instructions that the CPU lacks. torch does not export dnnl_get_effective_cpu_isa,
-    and torch.backends.cpu.get_cpu_capability() follows ATEN_CPU_CAPABILITY, which does not limit oneDNN.
+    The limit is read from ONEDNN_MAX_CPU_ISA, or from DNNL_MAX_CPU_ISA if that is unset or empty, as in oneDNN. oneDNN
+    ignores case and unknown values, and never uses instructions that the CPU lacks. torch does not export
+    dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows ATEN_CPU_CAPABILITY. That variable
+    does not limit oneDNN.
     """
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 
 
 def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """Select every `height`-th row and every `width`-th column of the input of a module. Used as a forward pre-hook."""
+    """Select every `height`-th row and every `width`-th column of a module's input. Used as a forward pre-hook."""
     del module
     images: Tensor = inputs[0]
     return images[..., ::height, ::width]

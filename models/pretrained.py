@@ -1,7 +1,7 @@
-"""Build models with pretrained weights, which are timm's published weights in the local cache or a file of the user.
+"""Build models with pretrained weights, either timm's published weights in the local cache or a file of the user.
 
-Nothing is downloaded. timm loads the weights of its models, since it converts older names and resamples position
-embeddings. Unlike in timm, all tensors must fit, except for a new head.
+Nothing is downloaded. Weights of timm models are loaded by timm, since it converts older names and resamples position
+embeddings. Unlike in timm, all tensors must fit, except for those of a new head.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ def build_pretrained(
     std: list[float],
     classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:
-    """Build a model like `models.build_from_config`, with the weights that `config.pretrained` names.
+    """Build a model like `models.build_from_config`, with the weights that `config.pretrained` selects.
 
     Args:
-        config: the model section.
-        num_classes: number of logits; the head is new if the weights have another number of classes.
-        image_size: height and width in pixels.
-        mean, std: the data set's; used only if neither a config.json beside the file nor timm specifies others.
-        classes: names of the classes, or None if unknown; the head is new if the config.json names others.
+        config: The model section. `pretrained` is True for published weights, or the path of a file.
+        num_classes: Number of logits. The head is new if the weights have a different number of classes.
+        image_size: Height and width in pixels.
+        mean, std: Those of the data set. They are used only if neither the config.json beside the file nor timm
+            specifies others.
+        classes: Names of the classes, or None if unknown. The head is new if the config.json lists
+            different names or a different order.
 
     Returns:
-        The model, and a note about the weights.
+        The model, and a note for the log about the weights and the normalization.
 
     Raises:
-        UserError: the weights are not on this machine, cannot be read, or do not fit.
+        UserError: The weights are not on this machine, are invalid or do not fit, the config.json is invalid, or
+            `build_from_config` rejects a setting.
     """
     timm_name = config.name.removeprefix("timm/") if config.name.startswith("timm/") else None
     is_file = isinstance(config.pretrained, str)
@@ -90,7 +93,13 @@ def _numbers(numbers: Sequence[float]) -> str:
 
 
 def published_config(name: str) -> Any:
-    """Return timm's PretrainedCfg of a model. `name` does not start with timm/."""
+    """Return timm's PretrainedCfg of a model, or an empty one if timm does not know the model.
+
+    `name` does not start with timm/.
+
+    Raises:
+        UserError: The model is known, but the tag in `name` is not.
+    """
     import timm
 
     try:
@@ -100,10 +109,10 @@ def published_config(name: str) -> Any:
 
 
 def published_file(name: str) -> Path:
-    """Return the path of the published weights of the model timm/NAME on this machine.
+    """Return the path of a model's published weights on this machine. `name` has the form timm/NAME.
 
     Raises:
-        UserError: there are no published weights, or they are not on this machine.
+        UserError: There are no published weights, or they are not on this machine.
     """
     if not name.startswith("timm/"):
         raise UserError(
@@ -150,23 +159,23 @@ def copy_weights_with_timm(
     described: WeightsConfig | None,
     new_head: bool,
 ) -> LoadResult:
-    """Load weights into a timm model, and then copy them to a network with the same architecture.
+    """Load weights into a new timm model, then copy them to a network with the same architecture.
 
-    The timm model has the number of classes of the weights, so all tensors must fit. Only the head of `network` may
-    differ. timm itself would replace the head and then silently skip other tensors that do not fit.
+    The new model has as many classes as the weights, so all tensors must fit. Only the head of `network` may differ.
+    timm itself would replace the head and then silently skip other tensors that do not fit.
 
     Args:
-        network: the network to copy to.
-        config: the model section.
-        num_classes: number of logits of `network`.
-        image_size: height and width in pixels.
-        weights: tensors by name.
-        path: file of the weights, for errors.
-        described: content of the config.json beside the file; None: there is none.
-        new_head: whether the head keeps its initial values even if the shapes agree.
+        network: The network to copy to.
+        config: The model section.
+        num_classes: Number of logits of `network`.
+        image_size: Height and width in pixels.
+        weights: Tensors by name.
+        path: File of the weights, for errors.
+        described: Content of the config.json beside the file, or None if there is none.
+        new_head: Whether the head keeps its initial values even if the shapes agree.
 
     Raises:
-        UserError: the weights do not fit.
+        UserError: The weights do not fit.
     """
     import timm
 
@@ -196,8 +205,8 @@ def copy_weights_with_timm(
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
     """Return the number of classes that weights were trained on.
 
-    If the head is not among the weights, this is `described` (from config.json) or else the number of timm's published
-    weights.
+    If the weights do not include the head, this is `described` (the number in config.json). If that is None, it is the
+    number of classes in `published`, which is timm's PretrainedCfg.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

@@ -15,7 +15,7 @@ from models.layers import build_activation, check_image_size
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions: float [B, in_channels, H, W] -> [B, width, H / stride, W / stride]."""
+    """Two 3x3 convolutions: float [B, in_channels, H, W] -> [B, width, ceil(H / stride), ceil(W / stride)]."""
 
     expansion = 1
 
@@ -40,9 +40,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions: float [B, in_channels, H, W] -> [B, 4 * width, H / stride, W / stride].
+    """1x1, 3x3 and 1x1 convolutions: float [B, in_channels, H, W] -> [B, 4 * width, H', W'].
 
-    The stride is in the 3x3 convolution, as in torchvision ("ResNet V1.5"), not in the first 1x1 as in the paper.
+    H' and W' are ceil(H / stride) and ceil(W / stride). The stride is in the 3x3 convolution, as in torchvision
+    ("ResNet V1.5"), not in the first 1x1 convolution as in the paper.
     """
 
     expansion = 4
@@ -71,7 +72,10 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Build the identity if the shape stays the same, else a 1x1 convolution and batch norm (the paper's option B)."""
+    """Build the identity if the shape is unchanged, otherwise a 1x1 convolution and batch norm.
+
+    This is option B of the paper.
+    """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
@@ -81,7 +85,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """ResNet: images float [B, 3, H, W] with sides of at least 25 -> logits [B, num_classes].
+    """ResNet: images float [B, 3, H, W] with H, W >= 25 -> logits [B, num_classes].
 
     Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. The four stages have
     the widths of the paper's ImageNet models, 64/128/256/512, if `width` is 64. The stem has stride 1, as for CIFAR.
@@ -107,13 +111,16 @@ class ResNet(nn.Module):
         """Build the network.
 
         Args:
-            block: type of all blocks.
-            depths: blocks per stage.
-            num_classes: number of logits.
-            zero_init_residual: whether every block starts as its shortcut (arXiv:1706.02677, section 5.1).
-            width: channels of the first stage; each stage has twice the width of the previous one.
-            activation: a key of `models.layers.ACTIVATIONS`.
-            drop_rate: dropout probability before fc.
+            block: Type of all blocks.
+            depths: Number of blocks in each stage.
+            num_classes: Number of logits.
+            zero_init_residual: Whether the residual branch of every block starts at 0 (arXiv:1706.02677, section 5.1).
+            width: Width of the blocks in the first stage. Each stage has twice the width of the previous one.
+            activation: A key of `models.layers.ACTIVATIONS`.
+            drop_rate: Dropout probability before fc.
+
+        Raises:
+            UserError: `width` is below 1.
         """
         super().__init__()
         if width < 1:
@@ -131,7 +138,7 @@ class ResNet(nn.Module):
         self.reset_parameters(zero_init_residual)
 
     def reset_parameters(self, zero_init_residual: bool) -> None:
-        """Initialise convolutions with Kaiming normal, fan out (arXiv:1502.01852). Other layers keep torch's defaults.
+        """Initialize convolutions with Kaiming normal, fan out (arXiv:1502.01852). Other layers keep torch's defaults.
 
         If `zero_init_residual` is True, the last batch norm of each block starts with weight 0.
         """
@@ -153,12 +160,12 @@ class ResNet(nn.Module):
 def build_stage(
     block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, depth: int, stride: int, activation: str
 ) -> nn.Sequential:
-    """Build a stage of `depth` blocks. The first block changes the number of channels and has the stride."""
+    """Build a stage of `depth` blocks. The first block has the stride and changes the number of channels."""
     first = block(in_channels, width, stride, activation)
     return nn.Sequential(first, *(block(width * block.expansion, width, 1, activation) for _ in range(depth - 1)))
 
 
-# Arguments: num_classes and ResNet's options. Comments: parameters with 10 classes.
+# The arguments are num_classes and ResNet's options. The comments are the numbers of parameters with 10 classes.
 resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))  # 11,173,962
 resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))  # 21,282,122
 resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))  # 23,520,842

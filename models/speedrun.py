@@ -16,8 +16,8 @@ from models.layers import check_image_size
 class Whitening(nn.Module):
     """Convolution with the principal directions of 2x2 patches and their negatives.
 
-    Maps float [B, 3, H, W] to [B, 24, H - 1, W - 1]. Responses have a mean square of about 1 over the patches passed to
-    `fit`. The weight is a buffer, since it is not trained.
+    Maps float [B, 3, H, W] to [B, 24, H - 1, W - 1]. Without the bias, the outputs have a mean square of about 1 over
+    the patches of the images passed to `fit`. The weight is a buffer, since it is not trained.
     """
 
     KERNEL = 2
@@ -25,7 +25,7 @@ class Whitening(nn.Module):
     weight: Tensor
 
     def __init__(self, zero_bias: bool) -> None:
-        """Build the layer. The bias starts at 0 if `zero_bias`, and otherwise like the bias of a torch convolution."""
+        """Build the layer. If `zero_bias` is True, the bias starts at 0, otherwise with torch's default values."""
         super().__init__()
         inputs = 3 * self.KERNEL**2
         plain = nn.Conv2d(3, 2 * inputs, self.KERNEL)
@@ -34,10 +34,10 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, images: Tensor, eps: float = 5e-4) -> None:
-        """Compute the weight from images [N, 3, H, W], normalised like the input of `forward`.
+        """Compute the weight from images [N, 3, H, W], normalized like the input of `forward`.
 
-        `eps` is added to the variances of patches, so that the weakest directions are not amplified to the scale of the
-        others.
+        `eps` is added to the variance of each direction, so that the weakest directions are not amplified to the scale
+        of the stronger ones.
         """
         k = self.KERNEL
         patches = images.double().unfold(2, k, 1).unfold(3, k, 1)  # [N, 3, H - 1, W - 1, k, k]
@@ -51,14 +51,14 @@ class Whitening(nn.Module):
 
 
 def identity_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Build a 3x3 convolution whose first filters copy the input channels. The other filters are random."""
+    """Build a 3x3 convolution whose first `in_channels` filters copy the input. The other filters are random."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:in_channels])
     return conv
 
 
 def bias_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
-    """Build a batch norm with a trainable bias and no scale.
+    """Build a batch norm with a trainable bias and a fixed scale of 1.
 
     `momentum` is the weight of the newest batch in the running statistics, as in torch.
     """
@@ -70,7 +70,7 @@ def bias_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
 class ConvGroup(nn.Module):
     """Two or three 3x3 convolutions: float [B, in_channels, H, W] -> [B, width, H // 2, W // 2].
 
-    The third convolution has a shortcut from the output of the first one.
+    The third convolution, if any, has a shortcut from the activated output of the first one.
     """
 
     def __init__(self, in_channels: int, width: int, depth: int, momentum: float) -> None:
@@ -92,13 +92,13 @@ class ConvGroup(nn.Module):
 
 
 class SpeedrunNet(nn.Module):
-    """Speedrun network: images float [B, 3, H, W] with sides 25..48 -> logits float32 [B, num_classes].
+    """Speedrun network: images float [B, 3, H, W] with H, W in 25..48 -> logits float32 [B, num_classes].
 
-    Shapes at 32x32: whitening [24, 31, 31] -> group1 [width 1, 15, 15] -> group2 [width 2, 7, 7] -> group3
-    [width 3, 3, 3] -> maximum [width 3] -> num_classes.
+    Shapes at 32x32: whitening [24, 31, 31] -> groups [widths[0], 15, 15], [widths[1], 7, 7] and [widths[2], 3, 3] ->
+    maximum [widths[2]] -> num_classes.
     """
 
-    # For these sizes, the output of group3 is 3x3 to 5x5, which the last pooling reduces to one position.
+    # For these sizes, the output of the third group is 3x3 to 5x5. The last pooling reduces it to one position.
     min_image_size = 25
     max_image_size: int | None = 48
 
@@ -116,13 +116,13 @@ class SpeedrunNet(nn.Module):
         """Build the network.
 
         Args:
-            num_classes: number of logits.
-            widths: channels of the three groups.
-            depth: convolutions per group, 2 or 3.
-            momentum: momentum of the batch norms, see `bias_norm`.
-            logit_scale: factor by which the logits are multiplied.
-            zero_whitening_bias: whether the bias of the whitening layer starts at 0.
-            unit_head: whether the initial weights of the head are scaled to standard deviation 1.
+            num_classes: Number of logits.
+            widths: Channels of the three groups.
+            depth: Number of convolutions per group, 2 or 3.
+            momentum: Momentum of the batch norms, see `bias_norm`.
+            logit_scale: Factor by which the logits are multiplied.
+            zero_whitening_bias: Whether the bias of the whitening layer starts at 0.
+            unit_head: Whether the initial weights of the head are scaled to a standard deviation of 1.
         """
         super().__init__()
         self.whitening = Whitening(zero_whitening_bias)
@@ -167,7 +167,7 @@ def speedrun96_proxy(num_classes: int) -> SpeedrunNet:
 
 
 def fit_whitening(model: nn.Module, images: Tensor) -> None:
-    """Fit the whitening layer of a `PixelClassifier`, if it has one, to raw pixels, uint8 [N, 3, H, W]."""
+    """Fit the whitening layer of a `PixelClassifier`, if it has one, to raw images, uint8 [N, 3, H, W]."""
     if (whitening := find_whitening(model)) is not None:
         whitening.fit(model.get_submodule("normalize")(images))
 

@@ -1,4 +1,4 @@
-"""Build timm models. Arguments are first tried on the meta device, which has shapes but no memory.
+"""Build timm models. Arguments are first tried on the meta device, where tensors have shapes but no data.
 
 timm is imported inside functions, since the import takes seconds and built-in models do not need it.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from configs.utils.errors import UserError
 
-# Sizes to try for the smallest one that works if image_size fails: every size up to 96, then every 16th.
+# Sizes tried in search of the smallest supported one if image_size fails: every size up to 96, then every 16th.
 CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
@@ -22,6 +22,9 @@ def build_timm_model(name: str, num_classes: int, **settings: Any) -> nn.Module:
     """Build timm's model `name`: images float [B, 3, H, W] -> logits [B, num_classes].
 
     `settings` are the keyword arguments of `timm_arguments`.
+
+    Raises:
+        UserError: `timm_arguments` rejects an argument.
     """
     import timm
 
@@ -41,17 +44,17 @@ def timm_arguments(
     """Return the arguments for timm.create_model(name), after trying them on the meta device.
 
     Args:
-        name: name of the model without timm/.
-        num_classes: number of logits.
-        image_size: height and width in pixels that the model must support. It is passed on as img_size if the
+        name: Name of the model without timm/.
+        num_classes: Number of logits.
+        image_size: Height and width in pixels that the model must support. It is passed on as img_size if the
             constructor has such an argument (ViT, Swin and other models built for one size). If None, the size is not
             checked.
-        drop_rate: dropout probability; None: the model's default.
-        activation: a key of `models.layers.ACTIVATIONS`; None: the model's default.
-        kwargs: further arguments of the constructor.
+        drop_rate: Dropout probability, or None for the model's default.
+        activation: A key of `models.layers.ACTIVATIONS`, or None for the model's default.
+        kwargs: Further arguments of the constructor.
 
     Raises:
-        UserError: the name is unknown, or the model does not support a size or argument.
+        UserError: The name is unknown, or the model does not support the size or an argument.
     """
     import timm
 
@@ -77,9 +80,12 @@ def timm_arguments(
 
 
 def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str | type[nn.Module]:
-    """Return the argument act_layer for this activation, which is its name, or its class if the model rejects the name.
+    """Return the value of the argument act_layer: the activation's name, or its class if the name does not work.
 
-    The name is preferred, since timm writes it to config.json. Raises `UserError` if the model rejects or ignores both.
+    The name is preferred, since timm writes it to config.json.
+
+    Raises:
+        UserError: The model rejects or ignores both, or `arguments` already contains act_layer.
     """
     from timm.layers import get_act_layer
 
@@ -106,20 +112,26 @@ def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str
 def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
     """Return True if the constructor has an argument img_size.
 
-    The constructor is called to find out, since timm's entry points accept any keyword argument.
+    The signature does not tell, since timm's entry points accept any keyword argument. Therefore the constructor is
+    called on the meta device.
     """
     problem = caught_error(build_shapes_only, name, {**arguments, "img_size": image_size})
     return problem is None or "unexpected keyword argument" not in problem
 
 
 def check_size(name: str, arguments: dict[str, Any], image_size: int, options: dict[str, Any]) -> None:
-    """Raise a `UserError` that names the smallest supported size, unless an image of `image_size` gives logits.
+    """Check on the meta device that the model computes logits from an image of `image_size`.
+
+    If the model fails at its default size too, and `options` are not the cause, the size is not checked.
 
     Args:
-        name: name of the model without timm/.
-        arguments: arguments for timm.create_model.
-        image_size: height and width in pixels.
-        options: the part of `arguments` that the user chose, which may cause the failure instead of the size.
+        name: Name of the model without timm/.
+        arguments: Arguments for timm.create_model.
+        image_size: Height and width in pixels.
+        options: Those of `arguments` that the user chose. They may cause the failure instead of the size.
+
+    Raises:
+        UserError: The model does not support the size, or does not run with `options`.
     """
     import timm
 
@@ -141,9 +153,9 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
 
 
 def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
-    """Return the first of CANDIDATE_SIZES that works, or None.
+    """Return the smallest of CANDIDATE_SIZES that works, or None if none does.
 
-    Tries them in order, since a larger size may fail again.
+    The sizes are tried in ascending order rather than by bisection, since a size above a working one may fail.
     """
     if "img_size" in arguments:
         sized = ((size, {**arguments, "img_size": size}) for size in CANDIDATE_SIZES)
@@ -153,7 +165,7 @@ def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
 
 
 def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Build the model on the meta device in evaluation mode, without downloading or loading anything."""
+    """Build the model on the meta device in evaluation mode, without downloading or loading weights."""
     import timm
 
     options = {key: value for key, value in arguments.items() if key not in ("pretrained", "checkpoint_path")}
@@ -165,7 +177,8 @@ def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
 def run_one_image(network: nn.Module, image_size: int, num_classes: int) -> None:
     """Run one image through a network on the meta device.
 
-    Raises ValueError unless the output is logits [1, num_classes].
+    Raises:
+        ValueError: The output is not logits [1, num_classes].
     """
     with torch.device("meta"), torch.no_grad():
         logits = network(torch.empty(1, 3, image_size, image_size))
@@ -179,7 +192,7 @@ def build_and_run(name: str, arguments: dict[str, Any], image_size: int) -> None
 
 
 def caught_error(attempt: Callable[..., object], *arguments: object) -> str | None:
-    """Return the error that `attempt` raises as one line, or None if it raises none."""
+    """Call `attempt` and return the first line of its error, or None if it succeeds."""
     try:
         attempt(*arguments)
     except Exception as error:  # bad sizes raise many types of errors in timm and torch

@@ -18,12 +18,12 @@ from configs.utils.errors import UserError
 # Keys under which other programs store the state dict, in order of precedence.
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names added by DDP and torch.compile
-MAX_NAMES_SHOWN = 3  # of tensors that do not fit, of each kind
+MAX_NAMES_SHOWN = 3  # names of tensors in an error message, for each kind of problem
 _MARK = object()
 
 
 class SkippedObject:
-    """Placeholder for a NumPy object in a torch file, which is not loaded."""
+    """Placeholder for a NumPy object in a torch file. The object itself is not loaded."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -33,9 +33,9 @@ class SkippedObject:
 
 
 class SkippedDict:
-    """Placeholder for any other object that is not loaded. It is an OrderedDict with the key `_MARK`.
+    """Placeholder for any other object that torch does not load safely: an OrderedDict with the key `_MARK`.
 
-    Creating one returns a plain OrderedDict, since torch's unpickler does not set items of OrderedDict subclasses.
+    Calling the class returns a plain OrderedDict, since torch's unpickler does not set items of OrderedDict subclasses.
     """
 
     def __new__(cls, *_: Any) -> OrderedDict[object, Any]:  # type: ignore[misc]
@@ -43,12 +43,12 @@ class SkippedDict:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name from a safetensors file or a file written by torch.save, without running code in it.
+    """Read tensors by name from a safetensors file or a file written by torch.save, without executing code in it.
 
-    Other objects in a torch file, such as the settings of a run, are skipped.
+    Objects beside the state dict of a torch file, such as the settings of a run, are skipped.
 
     Raises:
-        UserError: the file cannot be read, or does not contain tensors by name.
+        UserError: The file cannot be read, is a checkpoint of this program, or does not contain tensors by name.
     """
     if path.exists() and not path.is_file():  # reading a pipe could block
         raise UserError(f"weights {path} are not a plain file; give the path of a .safetensors, .pth or .bin file")
@@ -106,7 +106,7 @@ def _strip_wrappers(name: str) -> str:
 
 
 def head_layers(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of the final classifier layers. There is one, except in a few timm models that have two."""
+    """Return the names of the final classifier layers. Most models have one, and a few timm models have two."""
     of_timm: Any = next((module for module in network.modules() if hasattr(module, "get_classifier")), None)
     if of_timm is None:
         return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear))[-1:]
@@ -130,17 +130,17 @@ class LoadResult:
 def copy_weights(
     network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
 ) -> LoadResult:
-    """Copy weights into a network. Layers of the head may have other shapes, and then keep their initial values.
+    """Copy weights into a network. Tensors of the head that are missing or do not fit keep their initial values.
 
     Args:
-        network: the network, unchanged if an error is raised.
-        weights: tensors by name.
-        head: names of the layers of the head.
-        source: description of the weights, for errors.
-        new_head: whether the head keeps its initial values even if the shapes agree.
+        network: The network. It is unchanged if an error is raised.
+        weights: Tensors by name.
+        head: Names of the layers of the head.
+        source: Description of the weights, for errors.
+        new_head: Whether the head keeps its initial values even if the shapes agree.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; the message names them.
+        UserError: Tensors outside the head are missing, unexpected or of the wrong shape. The message names them.
     """
     own = network.state_dict()
 
@@ -179,6 +179,6 @@ def copy_weights(
 
 
 def _some(names: list[str]) -> str:
-    """Return the first names, followed by the number of remaining ones."""
+    """Join the first MAX_NAMES_SHOWN names, followed by the number of remaining ones."""
     more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

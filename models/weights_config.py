@@ -1,6 +1,6 @@
 """Read the config.json beside a weights file, in the format of timm's model folders and of tools/export.py.
 
-The file is not trusted. All values in use are validated, and other values are ignored.
+The file is not trusted. All values that are used are validated, and other values are ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class WeightsConfig:
     path: Path
     mean: list[float] | None = None  # of RGB values in 0..1
     std: list[float] | None = None
-    image_size: int | None = None  # height in pixels that the weights were trained with
+    image_size: int | None = None  # image height in pixels that the weights were trained with
     num_classes: int | None = None
     classes: list[str] | None = None  # in the order of the head; written by tools/export.py only
     arguments: dict[str, Any] | None = None  # of the constructor
@@ -34,7 +34,7 @@ def read_weights_config(weights: Path) -> WeightsConfig | None:
     """Return the content of the config.json beside the file `weights`, or None if there is none.
 
     Raises:
-        UserError: the config.json cannot be read or is invalid.
+        UserError: The config.json cannot be read or is invalid.
     """
     path = weights.parent / NAME
     try:
