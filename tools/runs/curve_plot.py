@@ -1,4 +1,4 @@
-"""Plot of the loss and accuracy curves of several runs: four panels with one legend."""
+"""Plot the loss and accuracy curves of several runs in four panels with one legend."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ PANELS = (
 OTHERS_LABEL = "others"
 EMA_LABEL = "validation of a moving average"
 MAX_TITLE_LENGTH = 70  # characters that fit into a panel's title
-MAX_COLORED = 12  # number of distinguishable colors; if there are more runs, only the best get one
+MAX_COLORED = 12  # number of distinguishable colors; with more runs, only the best ones are colored
 LOG_SPAN = 5  # losses that span a larger factor are drawn on a log axis
-DIVERGED = 10  # losses above this multiple of an ordinary run's largest loss are cut off
-CurvePoints = list[tuple[int, float]]  # epoch, value
+DIVERGED = 10  # losses above this multiple of the ordinary loss are cut off, see `loss_range`
+CurvePoints = list[tuple[int, float]]  # number of epochs trained, value
 
 
 def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
-    """Plot loss and accuracy in training and validation, with one color per run and dotted moving averages."""
+    """Plot training and validation loss and accuracy, with one color per run.
+
+    Dotted lines show the validation of moving averages of the weights.
+    """
     colors = _run_colors(records)
     rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
@@ -71,9 +74,9 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
 
 
 def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
-    """Return the points of the epochs in which the quantity was evaluated.
+    """Return a point for each epoch in which the quantity was evaluated.
 
-    A non-finite loss is nan, which leaves a gap in the curve.
+    The value of a non-finite loss is nan. It leaves a gap in the curve.
     """
     split = quantity.rpartition("_")[0]
     return [
@@ -86,7 +89,10 @@ def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
 def _set_loss_axis(
     axis: Axes, curves: Sequence[CurvePoints], names: Sequence[str], averages: Sequence[CurvePoints]
 ) -> None:
-    """Fit the axis to the losses within `loss_range`. The title names the runs with losses outside it."""
+    """Fit the axis to the losses within `loss_range`.
+
+    If any losses of `curves` are above this range or not finite, the title names or counts those runs.
+    """
     finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
     low, high = loss_range(finite)
     left_out = {
@@ -114,7 +120,7 @@ def _set_loss_axis(
 def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Return the smallest and largest loss to show, given the finite losses of each run.
 
-    The ordinary loss is the largest loss of the best-behaved run, but at least 1, since a run may start from trained
+    The ordinary loss is the smallest of the runs' largest losses, but at least 1, since a run may start from trained
     weights. Losses above DIVERGED times the ordinary loss are cut off, since they would flatten all other curves.
     """
     values = [value for run in losses for value in run]
@@ -125,7 +131,7 @@ def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return ticks at 1, 2 and 5 times the powers of ten within the range.
+    """Return ticks at 1, 2 and 5 times the powers of ten from `low` to `high`.
 
     A range of more than three decades only has ticks at the powers of ten.
     """
@@ -138,7 +144,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
     """Return a color per run.
 
-    If there are more than MAX_COLORED runs, only the best ones get a color, and the others get None.
+    If there are more than MAX_COLORED runs, those with the highest validation accuracy get a color. The other entries
+    are None.
     """
     import matplotlib
 
@@ -152,6 +159,6 @@ def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """Return how many labels fit side by side below the figure."""
+    """Return the number of labels, from 1 to 4, to show side by side below the figure."""
     widest = max(map(len, names)) + 18  # room for the progress of an unfinished run
     return max(1, min(4, len(names), 150 // widest))

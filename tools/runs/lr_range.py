@@ -1,4 +1,4 @@
-"""Analysis of a learning-rate range test: smoothing, divergence and the suggested learning rate."""
+"""Analyze a learning-rate range test: smooth the losses, detect divergence and suggest a learning rate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A suggested learning rate. `lr` is None if the loss has no clear descent; `reason` explains the result."""
+    """A suggested learning rate.
+
+    `lr` is None if too few losses are finite or the loss does not clearly fall. `reason` explains the result.
+    """
 
     lr: float | None
     lr_at_minimum: float | None
@@ -38,7 +41,7 @@ class Suggestion:
 
 
 def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
-    """Return the bias-corrected exponential moving average of the losses, which lags behind them by DELAY_DECADES.
+    """Return the bias-corrected exponential moving average of the losses. It lags behind them by DELAY_DECADES.
 
     `rates` are the learning rates of the test, at least two and geometrically spaced.
     """
@@ -52,9 +55,9 @@ def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
 
 
 def divergence_index(smoothed: np.ndarray) -> int | None:
-    """Return the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far.
+    """Return the index of the step at which the loss diverges, or None if there is none.
 
-    Returns None if there is no such step.
+    This is the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far.
     """
     with np.errstate(invalid="ignore"):
         diverged = ~(smoothed <= DIVERGED * np.minimum.accumulate(smoothed))
@@ -62,7 +65,10 @@ def divergence_index(smoothed: np.ndarray) -> int | None:
 
 
 def suggest_lr(curve: LossCurve) -> Suggestion:
-    """Suggest the learning rate at which the smoothed loss falls most steeply per decade, before its minimum."""
+    """Suggest the learning rate at which the smoothed loss falls most steeply per decade, up to its minimum.
+
+    Steps from the first non-finite loss on are ignored.
+    """
     finite = np.isfinite(curve.loss)
     count = len(finite) if finite.all() else int(finite.argmin())
     if count < 10:
@@ -83,7 +89,7 @@ def suggest_lr(curve: LossCurve) -> Suggestion:
 def slope_around(decades: np.ndarray, smoothed: np.ndarray, middle: int) -> float:
     """Return the slope of the smoothed loss around step `middle`, in loss per decade of the learning rate.
 
-    The slope is a least-squares fit over SLOPE_WINDOW_DECADES.
+    The slope is a least-squares fit over SLOPE_WINDOW_DECADES, or over the neighboring steps if the window is shorter.
     """
     near = np.abs(decades - decades[middle]) <= max(SLOPE_WINDOW_DECADES / 2, 1.01 * (decades[1] - decades[0]))
     return float(np.polyfit(decades[near], smoothed[near], 1)[0])

@@ -1,7 +1,7 @@
-"""Records of runs, finished or not, as one comparison table and one set of curves.
+"""Read the records of runs, finished or not, and arrange them as rows of a comparison table and of curves.
 
-Reads config.yaml, metrics.jsonl and facts.json of a run folder. Tables count epochs from 1, as "epochs trained";
-metrics.jsonl counts from 0.
+A record is read from config.yaml, metrics.jsonl and facts.json of a run folder. Rows count epochs from 1 (epochs
+trained), and metrics.jsonl counts them from 0.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from configs.utils.files import read_small_text
 from tools.common.tables import Row
 from train.reporting.metrics_file import counted_accuracy, read_metrics
 
-# Settings that do not affect results: name, location, resuming, logging and reading. They decide whether two runs are
-# the same point of a sweep; train.checkpoint.compatibility has another list, of settings that a resumed run may change.
+# Settings that do not affect results: name, location, resuming, logging and reading. Two runs that differ only in these
+# are the same point of a sweep. train.checkpoint.compatibility lists the settings that a resumed run may change.
 NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
 BASE_COLUMNS = {
     "model.name": "model",
@@ -43,7 +43,7 @@ class RunRecord:
     folder: Path
     config: Config
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
-    global_batch: int | None  # samples per optimizer step over all ranks; None: not recorded
+    global_batch: int | None  # samples per optimizer step over all ranks, or None if not recorded
 
     @property
     def epochs_trained(self) -> int:
@@ -57,7 +57,8 @@ class RunRecord:
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """Return the run folders among `paths`, and those directly inside the other paths, without duplicates.
 
-    Raises UserError for a path that neither is nor contains a run folder.
+    Raises:
+        UserError: A path is not a run folder and does not contain one.
     """
     found: list[Path] = []
     for path in paths:
@@ -71,7 +72,11 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run folder, with or without metrics. Raises UserError if its config cannot be read."""
+    """Read a run folder, with or without metrics.
+
+    Raises:
+        UserError: The config or the metrics cannot be read or are invalid.
+    """
     try:
         text = read_small_text(folder / "config.yaml")
     except (OSError, ValueError) as error:
@@ -82,7 +87,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_global_batch(folder: Path) -> int | None:
-    """Return the global batch of the run's latest start, from facts.json; None if it was not recorded."""
+    """Return the global batch size of the run's latest start from facts.json, or None if it was not recorded."""
     try:
         return int(json.loads(read_small_text(folder / "facts.json"))["global_batch"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -90,7 +95,7 @@ def read_global_batch(folder: Path) -> int | None:
 
 
 def settings_by_key(config: Config) -> dict[str, Any]:
-    """Return the value of each setting by its dotted key. Sections have no entry."""
+    """Return the values of all settings by dotted key. Sections are not included, only the settings in them."""
     values = config.model_dump(mode="json")
     result = {}
     for key, field in all_settings():
@@ -116,8 +121,8 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """Return a unique label for each run.
 
-    The labels are the folder names if they are short and descriptive, else the settings that differ if those are short
-    and unique, else the folder names or paths.
+    The labels are the first of these that are unique for each run: short and descriptive folder names, short lists of
+    the settings that differ, folder names, folder paths.
     """
     names = [record.folder.name or str(record.folder) for record in records]
     # names that differ only in a number (`lenet`, `lenet-2`) do not describe the run
@@ -145,9 +150,9 @@ def format_setting(value: Any) -> str:
 def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     """Return one row per run with its settings and results.
 
-    `time_ratio` is the run's training time divided by that of the first run, if both have finished. If any run keeps a
-    moving average, the column `weights` says which weights each run's accuracy belongs to: those of the moving average
-    (ema) or the trained ones (raw).
+    `time_ratio` is the run's training time divided by that of the first run, or None if one of the two has not finished
+    or its time is unknown. If any run keeps a moving average, the column `weights` says which weights each run's
+    accuracy belongs to: those of the moving average (ema) or the trained ones (raw).
     """
     configs = [record.config for record in records]
     columns = [key for key in differing_keys(configs) if key not in BASE_COLUMNS]
@@ -177,15 +182,15 @@ def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[
 
 
 def uses_ema(record: RunRecord) -> bool:
-    """Return True if the run's accuracy is that of its moving average."""
+    """Return True if the validation accuracy in tables is that of the run's moving average."""
     return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
 
 
 def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
-    """Return the best validation accuracy, latest training metrics, time, speed and memory; None if unknown.
+    """Return the best validation accuracy, the latest training metrics, time, speed and memory.
 
-    `weights` is the setting eval.weights. It selects the validation accuracy of the trained weights or of their moving
-    average.
+    Unknown values are None, except that `device_memory_gib` is left out. `weights` is the value of eval.weights. It
+    selects the validation accuracy of the trained weights or of their moving average.
     """
     evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)
@@ -203,9 +208,9 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
 
 
 def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
-    """Return the total time of all epochs in seconds.
+    """Return the total duration of all epochs in seconds, or None if it is unknown.
 
-    Returns None if there are no epochs, or if the time of one is unknown, since a partial sum would mislead.
+    It is unknown if there are no epochs, or if the duration of any epoch is unknown.
     """
     times = [line.get("epoch_time_s") for line in metrics]
     return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Slots of a sweep: groups of GPUs and threads, each used by one run at a time."""
+"""Divide GPUs and CPU threads into slots for the runs of a sweep. Each slot is used by one run at a time."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from configs.utils.errors import UserError
 class RunSlot:
     """GPUs and threads for one run at a time."""
 
-    gpus: tuple[str, ...] = ()  # as in CUDA_VISIBLE_DEVICES; empty: the CPU
+    gpus: tuple[str, ...] = ()  # named as in CUDA_VISIBLE_DEVICES; empty for runs on the CPU
     processes: int = 1
-    threads: int | None = None  # threads per process; None: all cores
+    threads: int | None = None  # threads per process, or None for all cores
 
 
 def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> list[RunSlot]:
     """Divide the GPUs into groups of `gpus_per_run` and return the slots that use them.
 
-    Without a GPU, slots use the CPU.
+    Without a GPU, slots use the CPU. If there are several slots, the CPU cores are divided among their processes.
 
     Args:
-        gpus: names of the GPUs.
-        gpus_per_run: processes per run, one per GPU.
-        parallel: number of slots; None for one per group, or one on the CPU. Slots share groups if there are more slots
-            than groups, and all slots share the CPU's cores.
+        gpus: Names of the GPUs.
+        gpus_per_run: Number of processes per run, one per GPU.
+        parallel: Number of slots. If None, there is one slot per group, or one slot without GPUs. If there are more
+            slots than groups, slots share groups.
 
     Raises:
-        UserError: a number is below 1, or there are fewer GPUs than `gpus_per_run`.
+        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs (1 without GPUs).
     """
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:
@@ -46,7 +46,7 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs visible to this process, named as in CUDA_VISIBLE_DEVICES."""
+    """Return the names of the GPUs that are visible to this process, as in CUDA_VISIBLE_DEVICES."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and listed.strip() in ("", "-1"):
         return []

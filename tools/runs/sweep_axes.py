@@ -1,4 +1,4 @@
-"""Axes of a sweep: parses `KEY=VALUES` and `NAME: KEY=VALUE …` arguments."""
+"""Parse the axes of a sweep from arguments of the form `KEY=VALUES` and `NAME: KEY=VALUE …`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ class Axis:
 
     keys: tuple[str, ...]
     options: tuple[Settings, ...] = ()  # the values of a key, or the variants
-    draw: Callable[[float], Settings] | None = None  # for a range: maps [0, 1) to a setting
+    draw: Callable[[float], Settings] | None = None  # for a range: maps a number in [0, 1) to a setting
     names: tuple[str, ...] = ()  # names of the variants
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Split the text at separators outside brackets and quotes.
 
-    `separator` is a regular expression for one character. Raises UserError for unbalanced brackets or quotes.
+    `separator` is a regular expression that matches one character. Whitespace around the parts is removed.
+
+    Raises:
+        UserError: Brackets or quotes are unbalanced.
     """
     parts, depth, quote = [""], 0, ""
     for character in text:

@@ -1,4 +1,4 @@
-"""Plots of a sweep's results over its settings or by variant: best validation accuracy and training time."""
+"""Plot the best validation accuracy and the training time of a sweep's runs, over settings or by variant."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEASURES = (("best_val_top1", "best validation top-1 accuracy"), ("training_time_s", "training time in s"))
-LOG_FACTOR = 10  # values that span a larger factor are drawn on a log axis
+LOG_FACTOR = 10  # values that span at least this factor are drawn on a log axis
 MAX_LINES = 8  # in the plot over a setting's values
 MAX_BARS = 40  # in the plot by variant
 
 
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
-    """Plot the validation accuracy and training time of finished runs.
+    """Plot the best validation accuracy and the training time of finished runs.
 
-    One varied numeric setting gives a line plot, with a line per combination of variant and other settings. Two varied
-    numeric settings give a heat map or a scatter plot. Variants without a numeric setting give bars.
+    A sweep of one numeric setting gives a line plot, with a line per combination of variant and other settings. A sweep
+    without variants of exactly two settings, both numeric, gives a heat map or a scatter plot. Other sweeps with
+    variants give bars. If only the seed differs within variants, the runs of a variant share a bar.
 
     Args:
-        points: the finished points.
-        rows: the results of `points`; results of None are left out.
-        title: title of the figure.
+        points: The finished points.
+        rows: The results of `points`. Results of None are left out.
+        title: Title of the figure.
 
     Returns:
-        The figure; None if there is nothing to compare or too much for one plot.
+        The figure, or None if there is nothing to compare or too much for one plot.
     """
     settings = [settings_by_key(point.config) for point in points]
     names = list(dict.fromkeys(point.variant for point in points))
@@ -62,7 +63,7 @@ def _line_plot(
 ) -> Figure | None:
     """Plot accuracy and training time over the values of a setting, with one line per label.
 
-    Returns None if there are more than MAX_LINES lines.
+    Returns None if there would be more than MAX_LINES lines.
     """
     lines: dict[str, list[tuple[float, Row]]] = {}
     for label, value, row in zip(labels, values, rows, strict=True):
@@ -87,9 +88,9 @@ def _line_plot(
 
 
 def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
-    """Plot a bar per label in the given order: the median of the runs with this label.
+    """Plot a bar per label, in the given order, with the median of the runs with this label.
 
-    Several runs also show their range. Returns None if there are more than MAX_BARS bars.
+    If a label has several runs, an error bar shows their range. Returns None if there would be more than MAX_BARS bars.
     """
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:
@@ -116,19 +117,19 @@ def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure 
 
 
 def _nan_if_none(value: float | None) -> float:
-    """Return the value, or nan for None, which leaves a gap in a plot."""
+    """Return the value, or nan if it is None. nan leaves a gap in a plot."""
     return math.nan if value is None else value
 
 
 def _highest(rows: Sequence[Row], quantity: str) -> float:
-    """Return the largest known value of a quantity, or 1 if this is 0 or no value is known."""
+    """Return the largest known value of a quantity. If that is 0 or no value is known, return 1."""
     return max((row[quantity] for row in rows if row[quantity] is not None), default=0.0) or 1.0
 
 
 def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
     """Plot accuracy and training time over two settings.
 
-    The plot is a heat map if at least half of all pairs of values were run, else a scatter plot.
+    The plot is a heat map if at least half of all combinations of the two values were run, otherwise a scatter plot.
     """
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
@@ -165,7 +166,10 @@ def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Seq
 
 
 def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:
-    """Put a tick at each value if there are at most 8. Use a log axis if they span a factor of at least LOG_FACTOR."""
+    """Set up the x-axis: a tick at each distinct value if there are at most 8, and a log scale for a wide range.
+
+    A range is wide if all values are positive and they span at least a factor of LOG_FACTOR.
+    """
     tried = sorted(set(values))
     if _spans_orders(values):
         axis.set_xscale("log")

@@ -1,7 +1,7 @@
-"""Points of a sweep: a grid or random search over its axes, as named and validated configs.
+"""Build the points of a sweep, a grid or random search over its axes, as named and validated configs.
 
-The same command line always gives the same points, so that a sweep can resume. A longer random sweep starts with the
-points of a shorter one.
+The same command line always gives the same points, so that a sweep can resume. If only the number of random points is
+increased, the sweep starts with the same points as before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Point:
     settings: Settings
     config: Config
     label: str = ""  # label in plots, with the variant's name as given
-    variant: str = ""  # name as given; empty without variants
+    variant: str = ""  # the variant's name as given, or empty without variants
 
 
 def build_points(
@@ -52,16 +52,17 @@ def build_points(
     """Return all points of a sweep with their validated configs.
 
     Args:
-        file: the config file.
-        axes: arguments of the form `KEY=VALUES`.
-        variants: arguments of the form `NAME: KEY=VALUE …`.
-        fixed: overrides of all points, as in `load_config`.
-        draws: number of random points; None for the full grid.
-        seed: seed of the random points.
-        **replacements: values by dotted key for all points, as in `load_config`.
+        file: The config file.
+        axes: Arguments of the form `KEY=VALUES`.
+        variants: Arguments of the form `NAME: KEY=VALUE …`.
+        fixed: Overrides for all points, as in `load_config`.
+        draws: Number of random points, or None for the full grid.
+        seed: Seed of the random points.
+        **replacements: Values by dotted key for all points, as in `load_config`.
 
     Raises:
-        UserError: an argument, a setting or a config is invalid, or two points are the same run.
+        UserError: An argument, a setting or a config is invalid, two points are the same run, or the name of a point is
+            ambiguous.
     """
     parsed = [parse_axis(text) for text in axes] + ([parse_variants(variants)] if variants else [])
     _check_keys(parsed, _override_keys(fixed))
@@ -72,7 +73,10 @@ def build_points(
 
 
 def _check_keys(axes: Sequence[Axis], fixed: Sequence[str]) -> None:
-    """Raise UserError if an axis varies a setting that the sweep owns, or if a setting or its section is set twice."""
+    """Raise UserError if an axis varies a setting that the sweep itself, `fixed` or another axis sets.
+
+    Two keys also conflict if one is a section that contains the other.
+    """
     owners = [(key, axis) for axis in axes for key in axis.keys]
     for key, _ in owners:
         if key.split(".")[0] in SWEEP_OWNED:
@@ -89,7 +93,7 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _override_keys(overrides: Sequence[str]) -> list[str]:
-    """Return the keys that the items of --opts set. An item is `KEY=VALUE`, or a key is followed by its value."""
+    """Return the keys that --opts sets. Each is given as one item, `KEY=VALUE`, or as two items, KEY and VALUE."""
     keys, remaining = [], iter(overrides)
     for item in remaining:
         key, sign, _ = item.partition("=")
@@ -106,9 +110,12 @@ def _grid_points(axes: Sequence[Axis]) -> Iterator[tuple[Settings, ...]]:
 
 
 def _random_points(axes: Sequence[Axis], draws: int, seed: int) -> list[tuple[Settings, ...]]:
-    """Draw `draws` different points. Raises UserError if there are not enough of them.
+    """Draw `draws` different points.
 
-    Uses only `Random.random`, whose sequence is the same in all Python versions.
+    Only `Random.random` is used, since its sequence is the same in all Python versions.
+
+    Raises:
+        UserError: `draws` is below 1, or not enough different points exist or are found.
     """
     if draws < 1:
         raise UserError(f"--random {draws} is not a positive whole number; use 1 or more")
@@ -143,7 +150,8 @@ def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacemen
 def _name_points(axes: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ...], Config]]) -> list[Point]:
     """Give each point a name that does not depend on the order of the axes.
 
-    Raises UserError if two points are the same run, or if a name would be ambiguous.
+    Raises:
+        UserError: Two points are the same run, or a name is ambiguous.
     """
     short = _short_keys([key for axis in axes if not axis.names for key in axis.keys])
     result: list[Point] = []

@@ -1,4 +1,4 @@
-"""Report of a sweep so far: sweep.csv, curves.csv, sweep.json, two plots and the printed table."""
+"""Report on a sweep so far: write sweep.csv, curves.csv, sweep.json and two plots, and print a table."""
 
 from __future__ import annotations
 
@@ -37,12 +37,15 @@ class Sweep:
     points: list[Point]
     processes: int  # processes per run
     command: list[str]  # the command that trains one point, without --opts
-    opts: list[str]  # overrides of all points
-    errors: dict[str, str] = field(default_factory=dict)  # name of a failed run: its error, one line
+    opts: list[str]  # overrides for all points
+    errors: dict[str, str] = field(default_factory=dict)  # one-line errors by the names of failed runs
 
 
 def read_records(sweep: Sweep) -> list[RunRecord]:
-    """Return the record of each point's run. A run without a folder has no metrics."""
+    """Return the record of each point's run. If the run has no folder yet, its metrics are empty.
+
+    If the global batch size of a run was not recorded, it is computed from the config.
+    """
     records = []
     for point in sweep.points:
         folder, config = run_folder(point), point.config
@@ -52,7 +55,7 @@ def read_records(sweep: Sweep) -> list[RunRecord]:
 
 
 def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
-    """Return a row per point with its status: finished, running or stopped, failed, or not started."""
+    """Return a row per point with its status: finished, running/stopped, failed or not started."""
     rows = comparison_rows(records, [point.name for point in sweep.points])
     for row, record in zip(rows, records, strict=True):
         del row["time_ratio"]  # a sweep has no reference run
@@ -65,7 +68,7 @@ def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
 
 
 def best_row(rows: Sequence[Row]) -> int | None:
-    """Return the index of the finished run with the highest validation accuracy; None if there is none."""
+    """Return the index of the finished run with the highest validation accuracy, or None if there is none."""
     finished = [n for n, row in enumerate(rows) if row["status"] == "finished" and row["best_val_top1"] is not None]
     return max(finished, key=lambda number: float(rows[number]["best_val_top1"]), default=None)
 
@@ -94,7 +97,10 @@ def runs_of_another_sweep(sweep: Sweep) -> list[str]:
 
 
 def write_report(sweep: Sweep) -> None:
-    """Write tables and plots. Print the table, the best settings and the command that trains with them."""
+    """Write tables and plots, and print the table and the names of the files.
+
+    If a run has finished, also print the best settings, the command that trains with them, and hints.
+    """
     rows = write_tables(sweep)
     plots = draw_plots(sweep, rows)
     print(tables.markdown(rows))
@@ -109,7 +115,7 @@ def write_report(sweep: Sweep) -> None:
 
 
 def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
-    """Return a hint for each numeric setting whose best value is the smallest or largest of at least three."""
+    """Return a hint for each numeric setting whose best value is the smallest or largest of at least three values."""
     settings = [settings_by_key(config) for config in configs]
     hints = []
     for key in differing_keys(configs):
@@ -121,9 +127,10 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
 
 
 def draw_plots(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
-    """Draw sweep.png and, if the finished runs can be compared in one plot, sweep_values.png. Return their names.
+    """Draw sweep.png if any run has metrics, and sweep_values.png if the finished runs can be compared in one plot.
 
-    Plots of an earlier sweep are removed first, since the tables that they belong to have been replaced.
+    Existing plots are removed first, since the tables that they belong to have been replaced. Returns the names of the
+    plots that were drawn.
     """
     for name in ("sweep.png", "sweep_values.png"):
         (sweep.folder / name).unlink(missing_ok=True)

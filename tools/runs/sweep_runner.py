@@ -1,6 +1,7 @@
-"""Processes of a sweep: starts runs on free GPUs, collects their outcomes, and terminates them with the sweep.
+"""Run the processes of a sweep: start runs in free slots, collect their outcomes, and terminate them with the sweep.
 
-Must run in one thread: PR_SET_PDEATHSIG signals a child when the *thread* that started it ends.
+Processes must be started by a thread that outlives them, since PR_SET_PDEATHSIG signals a child when the *thread* that
+started it ends.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _libc = ctypes.CDLL(None)  # looked up before any fork
 @dataclass(frozen=True)
 class RunOutcome:
     point: Point
-    error: str | None  # one line; None: the run finished
+    error: str | None  # one line, or None if the run finished
     time_s: float
 
 
@@ -63,9 +64,12 @@ class _RunProcess:
 
 @contextmanager
 def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
-    """Lock the folder for this sweep. Yields the lock's descriptor; child processes that inherit it hold the lock too.
+    """Lock the folder for this sweep, and yield the file descriptor of the lock.
 
-    Raises UserError if another sweep still holds the lock after `wait_s` seconds.
+    Child processes that inherit the descriptor hold the lock too.
+
+    Raises:
+        UserError: Another sweep still holds the lock after `wait_s` seconds.
     """
     with (folder / ".lock").open("wb") as file:
         give_up_at = time.monotonic() + wait_s
@@ -83,9 +87,11 @@ def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
 
 
 def is_finished(point: Point) -> bool:
-    """Return True if the point's run is complete.
+    """Return True if the point's run has trained all epochs and saved its last checkpoint.
 
-    Raises UserError if its folder contains a run with other settings, or if another folder would be resumed instead.
+    Raises:
+        UserError: The folder contains an unreadable run or a run with different settings, or the run would be resumed
+            in a different folder.
     """
     folder = run_folder(point)
     latest = resolve_resume(point.config, "auto")[0]  # the folder that the run would resume in
@@ -122,16 +128,18 @@ def log_path(point: Point) -> Path:
 def run_points(
     points: Sequence[Point], slots: Sequence[RunSlot], lock: int, on_done: Callable[[RunOutcome], None]
 ) -> None:
-    """Run each point in a separate process, one process per slot at a time.
+    """Run each point in a separate process, with one run per slot at a time.
 
-    All processes are terminated before this function returns or raises. SIGINT, SIGTERM and SIGHUP raise
-    KeyboardInterrupt.
+    All processes have ended when this function returns or raises.
 
     Args:
-        points: the points to run.
+        points: The points to run.
         slots: GPUs and threads for concurrent runs.
-        lock: descriptor of the folder's lock, which the processes inherit.
-        on_done: called after each run.
+        lock: File descriptor of the folder's lock. The processes inherit it.
+        on_done: Called with the outcome of each run when the run ends.
+
+    Raises:
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received and is not ignored.
     """
     waiting, free, children = list(points), list(slots), list[_RunProcess]()
     with _catch_signals() as signals:
@@ -153,7 +161,7 @@ def run_points(
 
 @contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in the yielded list.
+    """Append the numbers of received SIGINT, SIGTERM and SIGHUP signals to the yielded list.
 
     The handlers do not raise, since Python drops exceptions that are raised during a fork. Ignored signals, such as
     SIGHUP under nohup, stay ignored.
@@ -171,7 +179,7 @@ def _catch_signals() -> Iterator[list[int]]:
 
 
 def command_line(point: Point, slot: RunSlot) -> list[str]:
-    """Return the command that trains a point, from the copy of its config in the output folder."""
+    """Return the command that trains a point with the copy of its config in the output folder."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
     config_file = Path(point.config.output) / f"{point.name}.yaml"
     return [
@@ -223,9 +231,9 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
 
 
 def _failure_line(child: _RunProcess) -> str | None:
-    """Return how a failed run ended and the line of its log that explains it; None if the run finished.
+    """Return how a run failed and the log line that explains the failure, or None if the run finished.
 
-    The explaining line is the last one that names an error, or the last line if none does.
+    The explaining line is the last one that starts with an error, or the last line if none does.
     """
     code = child.process.returncode
     if code == 0:

@@ -1,4 +1,4 @@
-"""Plots of a converted data set: samples per class of each labelled split, and an image of each class."""
+"""Plot a converted data set: the number of samples per class in each labeled split, and an image of each class."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
 
-EXAMPLE_SIDE = 96  # pixels, for images of several shapes
+EXAMPLE_SIDE = 96  # height and width in pixels of examples, unless all stored images have the same square size
 
 
 def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | None) -> None:
-    """Write class-counts.png and examples.png, each with a CSV, and print a table of the splits.
+    """Write class-counts.png and examples.png, each with a CSV file, and print a table of the splits.
 
     Args:
-        path: the data set.
-        ranks: ranks of this process, which must be the only one.
-        count: largest number of classes with an example.
-        seed: seed for the choice of examples.
-        out: output folder; None for output/show/NAME.
+        path: Folder of the data set.
+        ranks: Rank and world size of this process. The world size must be 1.
+        count: Maximum number of classes to show an example of.
+        seed: Seed for the choice of examples.
+        out: Output folder, or None for output/show/NAME.
 
     Raises:
-        UserError: no split has labels.
+        UserError: The data set cannot be read, no split has labels, or a file cannot be written.
     """
     dataset = load_dataset(path)
     splits = {name: open_split(path, name) for name in dataset["splits"]}
@@ -69,13 +69,16 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
 
 
 def class_counts(split: Split) -> np.ndarray:
-    """Return the number of samples of each class, int64 [classes]."""
+    """Return the number of samples of each class of a labeled split, int64 [C]."""
     assert split.labels is not None
     return np.bincount(split.labels, minlength=len(split.classes))
 
 
 def split_row(split: Split, counts: np.ndarray | None) -> Row:
-    """Return a split's number of samples, image sizes in pixels and, with labels, numbers of samples per class."""
+    """Return the table row of a split: number of samples, ranges of image height and width in pixels, class sizes.
+
+    The class sizes are the minimum, median and maximum of `counts`. They are None if `counts` is None.
+    """
     row: Row = {
         "split": split.name,
         "samples": len(split),
@@ -94,9 +97,9 @@ def split_row(split: Split, counts: np.ndarray | None) -> Row:
 
 
 def class_examples(split: Split, count: int, seed: int) -> np.ndarray:
-    """Return a random sample of each class that has samples, in the order of classes.
+    """Return the index of a random sample of each class that has samples, in the order of classes, int64 [N].
 
-    If there are more than `count` such classes, `count` random ones are chosen.
+    If there are more than `count` such classes, `count` of them are chosen at random.
     """
     assert split.labels is not None
     generator = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Plots of a trained model's predictions: random samples, most confident mistakes, confusions, class scores."""
+"""Plot a trained model's predictions: random samples, the most confident mistakes, confusions and class scores."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ MAX_PRINTED_PAIRS = 10
 def show_predictions(
     checkpoint: Path, ranks: Ranks, split: str | None, data_path: str | None, count: int, seed: int, out: Path | None
 ) -> None:
-    """Write the plots of a split, each with a CSV. Without labels, only the random samples are plotted.
+    """Write the plots of a split, each with a CSV file, and print scores and confusions.
+
+    If the split has no labels, only random samples are plotted.
 
     Args:
-        checkpoint: a run folder or a checkpoint.
-        ranks: ranks of this process, which must be the only one.
-        split: the split to predict; None for the run's data.val_split.
-        data_path: the data set; None for the run's.
-        count: largest number of images per plot.
-        seed: seed for the choice of random samples.
-        out: output folder; None for show-SPLIT beside the checkpoint.
+        checkpoint: A run folder or a checkpoint.
+        ranks: Rank and world size of this process. The world size must be 1.
+        split: The split to predict, or None for the run's data.val_split.
+        data_path: Folder of the data set, or None for the run's data.path.
+        count: Maximum number of images per plot.
+        seed: Seed for the choice of random samples.
+        out: Output folder, or None for show-SPLIT beside the checkpoint.
+
+    Raises:
+        UserError: The checkpoint or the split cannot be read or do not match, or a file cannot be written.
     """
     with process_group(ranks) as device:
         trained = load_trained_model(checkpoint, device)
@@ -75,7 +80,10 @@ def show_predictions(
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return the indices of the wrongly predicted samples, the most confident first, int64 [mistakes]."""
+    """Return the indices of the misclassified samples, int64 [N], the most confident first.
+
+    Samples without a label are ignored.
+    """
     predicted, probabilities = image_grids.predicted_classes(logits)
     wrong = torch.nonzero((predicted != labels) & (labels >= 0))[:, 0]
     return wrong[probabilities[wrong].argsort(descending=True, stable=True)].numpy()
@@ -94,14 +102,14 @@ def draw_predictions(
     """Write the images with their predictions as NAME.png, and the predictions as NAME.csv.
 
     Args:
-        folder: output folder.
-        name: file name without suffix.
-        images: uint8 images of `samples`.
-        samples: indices of the samples in the split, int64 [N].
-        logits: logits of the whole split.
-        labels: labels of the whole split.
-        classes: names of the classes.
-        title: title of the figure.
+        folder: Output folder.
+        name: File name without suffix.
+        images: Images of `samples`, uint8 [N, 3, H, W].
+        samples: Indices of the samples in the split, int64 [N].
+        logits: Logits of the whole split.
+        labels: Labels of the whole split, -1 if unknown.
+        classes: Names of the classes.
+        title: Title of the figure.
     """
     logits, labels = logits[samples], labels[samples]
     figures.save(image_grids.prediction_grid(images, labels, logits, classes, title), folder / f"{name}.png")
@@ -119,7 +127,7 @@ def draw_predictions(
 
 
 def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """Write classes.csv and classes.png, and print a table. An undefined score counts as 0."""
+    """Write the scores of each class to classes.csv, plot F1 in classes.png, and print a table of the scores."""
     scores = class_scores(labels, predicted, classes)
     means = mean_scores(scores)
     write_csv(folder / "classes.csv", scores + means)
@@ -134,7 +142,7 @@ def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple
 
 
 def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) -> list[Row]:
-    """Return a row per class with precision, recall, F1 and support, which is its number of samples."""
+    """Return a row per class with precision, recall, F1 and support (number of samples). Undefined scores are 0."""
     columns = precision_recall_fscore_support(
         labels.numpy(), predicted.numpy(), labels=range(len(classes)), zero_division=0
     )
@@ -158,7 +166,10 @@ def mean_scores(scores: list[Row]) -> list[Row]:
 
 
 def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """Write confusion.png, confusion.csv (the matrix) and confused.csv (confused pairs, most frequent first)."""
+    """Write confusion.png, confusion.csv (the matrix) and confused.csv (confused pairs, the most frequent first).
+
+    Also print the most frequent pairs.
+    """
     counts = image_grids.confusion_counts(labels, predicted, len(classes))
     figures.save(figures.confusion_matrix(counts, classes, f"{title}: confusion"), folder / "confusion.png")
     columns = [f"{label} {name}" for label, name in enumerate(classes)]  # names alone may not be unique
@@ -175,9 +186,9 @@ def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: t
 
 
 def confused_pairs(counts: np.ndarray, classes: tuple[str, ...]) -> list[Row]:
-    """Return a row per pair of true and predicted class that were confused, the most frequent first.
+    """Return a row for each pair of a true and a different predicted class that occurs, the most frequent first.
 
-    `counts` is int64 [C, C], with true classes as rows.
+    `counts` is the confusion matrix, int64 [C, C], with a row per true class.
     """
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)

@@ -1,4 +1,4 @@
-"""Plots of a config's augmented training samples beside the unaugmented images."""
+"""Plot a config's augmented training samples below the unaugmented images."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ from train.reporting import figures, image_grids
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = 10  # samples side by side
+COLUMNS = 10  # maximum number of samples side by side
 
 
 def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
-    """Write samples.png and samples.csv with the first samples of `epochs[0]`, as each epoch augments them.
+    """Write samples.png and samples.csv with the first samples of `epochs[0]`, augmented as in each of `epochs`.
 
     Args:
-        config: the config.
-        ranks: ranks of this process, which must be the only one.
-        epochs: the epochs to show, counted from 0.
-        count: largest number of samples.
-        out: output folder; None for OUTPUT/show/NAME.
+        config: The config.
+        ranks: Rank and world size of this process. The world size must be 1.
+        epochs: The epochs to show, counted from 0.
+        count: Maximum number of samples.
+        out: Output folder, or None for OUTPUT/show/NAME.
+
+    Raises:
+        UserError: The config does not fit the data set, the data set cannot be read, or a file cannot be written.
     """
     with process_group(ranks) as device:
         samples, rows = augmented_samples(config, epochs, count, device)
@@ -69,9 +72,10 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
 def augmented_samples(
     config: Config, epochs: Sequence[int], count: int, device: torch.device
 ) -> tuple[np.ndarray, list[RenderedBatch]]:
-    """Return the first samples of `epochs[0]`, int64 [N], and for each epoch their augmented images on the host.
+    """Return the indices of the first samples of `epochs[0]`, int64 [N], and these samples as augmented in each epoch.
 
-    In all epochs, mixing uses the partners of `epochs[0]`, although training would pair the samples differently.
+    The augmented samples are on the host. In all epochs, samples are mixed with their partners of `epochs[0]`, although
+    training would pair them differently.
     """
     data = config.data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     loader = build_train_loader(
@@ -104,12 +108,12 @@ def sample_figure(
     """Draw blocks of samples. Each block has a row of unaugmented images with their classes, then a row per epoch.
 
     Args:
-        original: unaugmented images.
-        rows: augmented images of each epoch.
-        epochs: number of each epoch.
-        names: class name of each sample.
-        title: start of the figure's title.
-        mixtures: for each epoch and sample, the classes that were mixed; empty without mixing.
+        original: Unaugmented images, uint8 [N, 3, H, W].
+        rows: Augmented images of each epoch, of the same shape.
+        epochs: Number of each epoch.
+        names: Class name of each sample.
+        title: Start of the figure's title.
+        mixtures: For each epoch and sample, the classes that were mixed. Empty without mixing.
     """
     columns = min(COLUMNS, len(names))
     blocks = math.ceil(len(names) / columns)

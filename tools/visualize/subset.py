@@ -1,4 +1,4 @@
-"""Selected samples of a split, loaded by the loaders of training and evaluation."""
+"""Load selected samples of a split with the loaders of training and evaluation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipelines.loader.loader import Loader
 
 
 def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
-    """Change the loader so that each epoch consists of `samples`, int64 [N], in this order. Return the loader.
+    """Change the loader in place so that each epoch consists of `samples`, int64 [N], in this order, and return it.
 
-    The augmentation of a sample does not change.
+    Each sample is augmented as before.
     """
     loader.plan = ChosenSamples(loader.plan, samples)
     return loader
