@@ -5,14 +5,14 @@
 
 Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
 the data set, repeated if there are too few (--cfg), or of noise (--model). After the first size that does not fit,
-bisection finds the largest that does. The largest and the fastest size are measured again; the median of all rounds
-counts. On a GPU each size is compiled as configured, which takes most of the time. With
+bisection finds the largest that does. The largest and the fastest size are measured again. The rate of a size is the
+median of its rounds. On a GPU each size is compiled as configured. Compilation takes most of the time. With
 --opts train.compile=off train.cuda_graph=off the search is faster, but the rates differ.
 
-On the CPU, memory is the peak of the whole process, including libraries. On a GPU it is the peak of torch's tensors;
-the device's total memory in use is shown beside it. Without --memory-limit, a GPU's whole memory may be used, or on the
-CPU 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a model failed
-with an error other than out of memory.
+On the CPU, memory is the peak of the whole process, including libraries. On a GPU it is the peak of torch's tensors,
+and the memory in use by all processes is shown beside it. Without --memory-limit, the limit is the whole memory of a
+GPU, or on the CPU 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a
+model failed with an error other than out of memory, and 130 after an interruption.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tools.perf.batch_size_report import display_rows, summary_sentence, trial_r
 from tools.perf.batch_size_search import BatchSizeSearch, Target, Trial
 from train.build import check_classes
 
-TOLERANCE = 1 / 32  # share of the largest batch size, without --exact
+TOLERANCE = 1 / 32  # of the bisection without --exact, as a share of the batch size
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -101,9 +101,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def interrupt_on_termination() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, which schedulers send, and on SIGHUP, which a closed terminal sends.
+    """Raise KeyboardInterrupt on SIGTERM (sent by schedulers) and SIGHUP (sent when the terminal is closed).
 
-    Signals that are ignored, as with nohup, stay ignored.
+    Ignored signals, such as SIGHUP under nohup, stay ignored.
     """
 
     def interrupt(*_: object) -> None:
@@ -119,7 +119,7 @@ def interrupt_on_termination() -> Iterator[None]:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise UserError if the arguments name no model or have values out of range."""
+    """Raise UserError if neither --cfg nor --model is given, or if a value is out of range."""
     if not arguments.cfg and not arguments.model:
         raise UserError("nothing to measure: give --cfg FILE or --model NAME")
     for name in ("memory_limit", "min_batch", "max_batch", "minutes", "seconds", "rounds", "size", "classes"):
@@ -134,7 +134,7 @@ def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int 
     """Return the models of --cfg and --model under unique names.
 
     Raises:
-        UserError: If a config cannot be loaded, or its model and data set do not fit together.
+        UserError: A config or its data set cannot be loaded, or its model and data set do not fit together.
     """
     targets: list[Target] = []
 

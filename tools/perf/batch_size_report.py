@@ -1,4 +1,4 @@
-"""Results of a search for batch sizes: rows, summary and the files ramp.csv, ramp.json and ramp.png."""
+"""Report the results of batch size searches: table rows, summaries, and the files ramp.csv, ramp.json and ramp.png."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def _display_row(search: BatchSizeSearch, trial: Trial) -> Row:
 
 
 def summary(search: BatchSizeSearch) -> Row:
-    """Return the results of a search: the largest batch size, the best rate, and why the search ended.
+    """Return the results of a search: the reason why it ended, the largest batch size and the best rate.
 
-    `near_best_batch` is the smallest batch size that reaches at least NEAR_BEST of the best rate.
+    `near_best_batch` is the smallest of the `reliable` batch sizes that reach at least NEAR_BEST of the best rate.
     """
     best = search.best
     near_best = (trial.batch_size for trial in search.reliable if best and trial.rate >= NEAR_BEST * best.rate)
@@ -120,7 +120,7 @@ def summary_sentence(search: BatchSizeSearch) -> str:
 
 
 def write_results(searches: list[BatchSizeSearch], limit_bytes: int | None, out: Path) -> None:
-    """Write ramp.csv and ramp.json, and ramp.png if any batch size fits."""
+    """Write ramp.csv and ramp.json, and ramp.png if any batch size fits. Print the paths of the files."""
     environment = results.environment()
     trials = [trial for search in searches for trial in search.trials]
     limit_gib = None if limit_bytes is None else limit_bytes / process_memory.GIB

@@ -1,7 +1,7 @@
-"""Search for the fastest and the largest batch size of a model, by powers of two and then by bisection.
+"""Search for the fastest and the largest batch size of a model, by doubling and then by bisection.
 
 The largest and the fastest size are measured again, since the fastest of many short measurements is often an outlier.
-Each size runs in a separate process, so that running out of memory does not affect the others.
+Each size runs in a separate process, so that running out of memory does not affect other sizes.
 """
 
 from __future__ import annotations
@@ -33,15 +33,12 @@ class Target:
     config: Config
     synthetic: bool = False  # train on noise instead of images of a data set
     on_gpu: bool = False
-    limit_bytes: int | None = None  # limit of GPU memory, or of the process on the CPU; None: all memory
+    limit_bytes: int | None = None  # memory limit of torch on a GPU or of the process on the CPU, or None
 
 
 @dataclass
 class Trial:
-    """Result of one batch size, with rates if it fits, else with an error.
-
-    The cause of the error may be other than memory.
-    """
+    """Result of one batch size. If it does not fit or fails for another reason, `error` is set."""
 
     batch_size: int
     rates: list[float] = field(default_factory=list)  # images/s, one per round
@@ -75,18 +72,18 @@ class OutOfTime(Exception):
 def run_trial(
     target: Target, batch_size: int, seconds: float, rounds: int, deadline: float | None, step_s: float = 0.0
 ) -> Trial:
-    """Train on one resident batch of this size and return the rates and the memory usage.
+    """Train on one resident batch of this size in a separate process and measure the rates and the memory usage.
 
     Args:
         target: Model to train.
         batch_size: Number of images in the batch.
         seconds: Duration of a round.
         rounds: Number of rounds.
-        deadline: Time on the clock of time.monotonic().
-        step_s: Expected duration of a step in seconds, which extends the timeout.
+        deadline: Time on the clock of time.monotonic(), or None for no deadline.
+        step_s: Expected duration of a step in seconds. It extends the timeout.
 
     Raises:
-        OutOfTime: If the deadline has passed and the trial has no result.
+        OutOfTime: The deadline has passed and the trial has no result.
     """
     config = with_batch_size(target.config, batch_size)
     process_limit = None if target.on_gpu else target.limit_bytes
@@ -124,9 +121,10 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
 
 
 def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | None) -> Iterator[Trial]:
-    """Measure batch sizes from `first` up to `maximum`, each twice the previous one.
+    """Measure batch sizes from `first` to `maximum`, each twice the previous one, and yield the trials.
 
-    The search stops after the first size that does not fit or fails. `maximum` itself is measured last. None: no limit.
+    The search stops after the first size that fails or does not fit. The last size is `maximum` itself. If `maximum` is
+    None, there is no last size.
     """
     batch_size = first if maximum is None else min(first, maximum)
     while True:
@@ -138,10 +136,10 @@ def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | N
 
 
 def bisection(measure_size: Callable[[int], Trial], fits: int, too_large: int, tolerance: float) -> Iterator[Trial]:
-    """Bisect between a size that fits and one that does not.
+    """Bisect between a size that fits and one that does not, and yield the trials.
 
-    The bisection ends when both differ by at most `tolerance` times the size that fits; with 0, when they differ by 1.
-    It stops early after an error other than out of memory.
+    The bisection ends when the two sizes differ by at most 1, or by at most `tolerance` times the size that fits. It
+    stops early after an error other than out of memory.
     """
     while too_large - fits > max(1, int(fits * tolerance)):
         middle = (fits + too_large) // 2
@@ -154,7 +152,7 @@ def bisection(measure_size: Callable[[int], Trial], fits: int, too_large: int, t
 
 @dataclass
 class BatchSizeSearch:
-    """Trials of one model. `end` is the reason why the search ended. It is empty while the search runs."""
+    """Search for batch sizes of one model. `end` is the reason why the search ended, or empty while it runs."""
 
     target: Target
     trials: list[Trial] = field(default_factory=list)
@@ -170,39 +168,39 @@ class BatchSizeSearch:
 
     @property
     def reliable(self) -> list[Trial]:
-        """Fitting trials except those of bisection that were not repeated, which have a single round.
+        """Fitting trials by ascending batch size, without those of the bisection that were not repeated.
 
-        If there are no others, all fitting trials.
+        Trials of the bisection have a single round until they are repeated. If no other trial fits, they are included.
         """
         fitting = self.fitting
         return [trial for trial in fitting if trial.origin == "doubling" or trial.is_repeated] or fitting
 
     @property
     def best(self) -> Trial | None:
-        """The fastest of the reliable trials."""
+        """The fastest of the reliable trials, or None if no trial fits."""
         return max(self.reliable, key=lambda trial: trial.rate, default=None)
 
     @property
     def too_large(self) -> int | None:
-        """The smallest batch size that did not fit."""
+        """The smallest batch size that did not fit, or None if there is none."""
         sizes = (trial.batch_size for trial in self.trials if not trial.fits and not trial.is_failure)
         return min(sizes, default=None)
 
     @property
     def failure(self) -> Trial | None:
-        """The trial that ended with an error other than out of memory."""
+        """The first trial that ended with an error other than out of memory, or None if there is none."""
         return next((trial for trial in self.trials if trial.is_failure), None)
 
     def run(
         self, measure_size: Callable[[int, str], Trial], *, first: int, maximum: int | None, tolerance: float
     ) -> Iterator[Trial]:
-        """Run the search and yield each trial.
+        """Run the search and yield each trial after it is measured.
 
         Args:
-            measure_size: Called with a batch size and the origin of the trial: "doubling", "bisection" or "repeat". May
-                raise OutOfTime.
-            first: Smallest batch size.
-            maximum: Largest batch size. None: no limit.
+            measure_size: Called with a batch size and the origin of the trial: "doubling", "bisection" or "repeat". It
+                may raise OutOfTime to end the search.
+            first: Batch size to start with.
+            maximum: Maximum batch size, or None for no limit.
             tolerance: See `bisection`.
         """
         try:
@@ -225,10 +223,11 @@ class BatchSizeSearch:
             yield trial
 
     def _repeats(self, measure_size: Callable[[int], Trial]) -> Iterator[Trial]:
-        """Measure the largest size again, then the fastest, until the fastest of all sizes has been repeated.
+        """Measure the largest and the fastest size again, and yield the updated trials.
 
-        The new rounds are added to those of the first measurement. A single round of bisection is replaced, however,
-        since a size that is the fastest by one round is probably an outlier.
+        This continues until both have been repeated, since the results may change which sizes they are. The new rounds
+        are added to those of the first measurement. However, the single round of a bisection trial is replaced, since a
+        size that is the fastest in one round is probably an outlier.
         """
         while self.fitting:
             fastest = max(self.fitting, key=lambda trial: trial.rate)
@@ -246,7 +245,7 @@ def search_fastest(config: Config, seconds: float, rounds: int, deadline: float 
     """Measure the batch sizes SIZES in ascending order and yield the trials.
 
     The search stops after the first size that does not fit, fails, or is less than MIN_GAIN times as fast as the
-    previous one.
+    previous one. It also stops at the deadline.
     """
     target = Target(config.model.name, config, on_gpu=torch.cuda.is_available())
     measure_size = partial(run_trial, target, seconds=seconds, rounds=rounds, deadline=deadline)

@@ -1,4 +1,4 @@
-"""Report of tools/summary.py: rows, tables, ratios in words, and a plot."""
+"""Report model costs for tools/summary.py, as rows, as Markdown text and as a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ MIN_LOG_AXIS_RATIO = 30  # ratio of the largest to the smallest value from which
 
 
 def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: torch.dtype | None) -> Row:
-    """Return a row of summary.csv, with FLOPs per image and bytes for the whole batch."""
+    """Return a row of summary.csv, with FLOPs per image and bytes for the whole batch.
+
+    `measured_bytes` is the measured training memory, or None if it is only estimated.
+    """
     batch = case.batch_size
     return {
         "model": case.label,
@@ -49,7 +52,10 @@ def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: 
 
 
 def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
-    """Return the rows of layers-NAME.csv, which are the layers in order of execution and a total."""
+    """Return the rows of layers-NAME.csv: the layers in order of execution, those that are not called, and the total.
+
+    FLOPs are per image, and bytes are for the whole batch.
+    """
     rows: list[Row] = [
         {
             "layer": layer.name.removeprefix("network.") or "(model)",
@@ -66,7 +72,7 @@ def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
 
 
 def layers_table(rows: list[Row]) -> str:
-    """Return `layer_rows` as a Markdown table."""
+    """Return the rows of `layer_rows` as a Markdown table."""
     table = [
         {
             "layer": row["layer"],
@@ -82,7 +88,7 @@ def layers_table(rows: list[Row]) -> str:
 
 
 def format_report(rows: list[Row]) -> str:
-    """Return the tables of sizes and of memory, the ratios in words, and notes that explain the columns."""
+    """Return the report as Markdown: tables of model size and memory, sentences that compare the models, and notes."""
     sizes = [
         {
             "model": row["model"],
@@ -123,9 +129,9 @@ def format_report(rows: list[Row]) -> str:
 
 
 def ratio_sentences(rows: list[Row]) -> list[str]:
-    """Return one paragraph that compares each model to the one with the fewest parameters.
+    """Return a list with one paragraph that compares each model to the one with the fewest parameters.
 
-    The list is empty if there is only one model.
+    If there is only one model, the list is empty.
     """
     smallest = min(rows, key=lambda row: row["parameters"])
     sentences = []
@@ -139,9 +145,9 @@ def ratio_sentences(rows: list[Row]) -> list[str]:
 
 
 def plot_costs(rows: list[Row]) -> Figure:
-    """Plot parameters, FLOPs and memory of each model as bars, and what the memory consists of.
+    """Plot the parameters, FLOPs and memory of each model as bars, and the shares of the four kinds of memory.
 
-    The composition of the memory has a separate axis, since stacked bars on a logarithmic axis do not show shares.
+    The shares have separate axes, since stacked bars on a logarithmic axis would not show them.
     """
     figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
     labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]

@@ -1,4 +1,4 @@
-"""Models and training setups whose costs are counted. They are given as names, config files or run folders."""
+"""Load the models and training setups whose costs are counted, by model name, config file, run folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
     """Return the model and training setup for a model name, config file, run folder or checkpoint.
 
     Command-line options take precedence over the config.
+
+    Raises:
+        UserError: `name` is none of these, or `load_model_config` fails.
     """
     path = Path(name)
     if name in list_models() or name.startswith("timm/"):
@@ -76,12 +79,12 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
 def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
     """Return the config, number of classes and image size of a config file, a run folder or a checkpoint.
 
-    For a run folder without a checkpoint, its config.yaml is read. If the number of classes or the image size is
-    missing from the config, the value is taken from the data set, if there is one. Command-line options take
+    For a run folder without a checkpoint, its config.yaml is read. A number of classes or image size that the config
+    does not set is taken from the data set, or from the checkpoint's "dataset" entry. Command-line options take
     precedence.
 
     Raises:
-        UserError: If the number of classes or the image size is unknown.
+        UserError: The file or the data set is invalid, or the number of classes or the image size is unknown.
     """
     if path.is_dir() and not any((path / name).is_file() for name in (BEST, LAST, PREVIOUS)):
         path = path / "config.yaml"
@@ -111,7 +114,7 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
 def default_size(model: str) -> int:
     """Return the smallest image size with which this project's configs train the model.
 
-    For a timm model, return its native size, or 224 if timm does not know one.
+    If no config trains it, return STORED_SIZE. For a timm model, return its native size, or 224 if that is unknown.
     """
     if model.startswith("timm/"):
         import timm

@@ -1,4 +1,4 @@
-"""Plots of the stages ramp and profile. For the chart of a whole run see benchmarks.engine.charts."""
+"""Plot the results of the stages ramp and profile. `tools.benchmarks.engine.charts` plots those of a whole run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
     A star marks the fastest batch size of each model, and a diamond the largest that fits.
 
     Args:
-        searches: Searches to plot, one per model.
-        limit: Size in GiB and name of the memory limit, drawn as a dashed line. None: no line.
+        searches: One search per model. Those without a fitting trial are left out.
+        limit: Size in GiB and name of the memory limit, which is drawn as a dashed line, or None for no line.
         machine: Description of the machine, for the title.
     """
     figure, (rate_axis, memory_axis) = new_figure(1, 2, size=(13, 5))
@@ -68,7 +68,10 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
 
 
 def plot_profile(profile: dict[str, Any]) -> Figure:
-    """Plot the phases of a step, the step time without the profiler, and the operators that take the most time."""
+    """Plot the phases of a step, the step time without the profiler, and the operators that take the most time.
+
+    `profile` is the content of profile.json.
+    """
     figure, (step_axis, operator_axis) = new_figure(2, 1, size=(11, 6.5))
     unprofiled = profile["unprofiled_step_ms"]
     bars = {f"profiled, {profile['steps']} steps": profile["step_ms"]}

@@ -1,17 +1,17 @@
-"""Time of a training step by phase, and its share of the device's peak arithmetic rate.
+"""Measure the time of a training step by phase, and the share of the device's peak arithmetic rate that it reaches.
 
     python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml --steps 20
     torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
 
-Phases: data (waiting for a batch), forward, backward, reduce (the part of the all-reduce that does not overlap with
-backward), optimizer (including clipping and clearing gradients), host (everything else while the device is idle or, on
-the CPU, between the phases). They add up to the wall time of the step. On a GPU they are device times, on the CPU host
-times. Under torchrun the first rank is profiled.
+Phases: data (waiting for a batch), proxy (selection of samples by train.proxy, if set), forward, backward, reduce (the
+part of the all-reduce that does not overlap with backward), optimizer (including clipping and clearing gradients), host
+(everything else while the device is idle or, on the CPU, between the phases). They add up to the wall time of the step.
+On a GPU they are device times, on the CPU host times. Under torchrun the first rank is profiled.
 
 A captured step (CUDA graph) has no phases. It is profiled without capture, and the time of the captured step is
-reported separately. Model FLOPs utilisation is the arithmetic of forward and backward, 2 operations per multiply-add,
-divided by the rate that a large matrix multiplication reaches here. trace.json.gz can be opened in
-https://ui.perfetto.dev or chrome://tracing.
+reported separately. Model FLOPs utilization is the arithmetic rate of forward and backward, with 2 FLOPs per
+multiply-add, divided by the rate that a large matrix multiplication reaches on this machine. trace.json.gz can be
+opened in https://ui.perfetto.dev or chrome://tracing.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ def without_graph(config: Config) -> Config:
 def build_training(
     config: Config, dataset: dict[str, Any], classes: int, ranks: Ranks, device: torch.device
 ) -> tuple[TrainState, Loader]:
-    """Build the training state and the loader of epoch 0."""
+    """Build the training state, without pretrained weights, and the loader of epoch 0.
+
+    All ranks must call this function.
+    """
     loader = build_train_loader(
         config.data,
         config.aug,
@@ -118,5 +121,8 @@ def build_training(
 
 
 def measure_rate(state: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
-    """Return the training rate of all ranks together in images/s, measured without the profiler."""
+    """Return the training rate of all ranks together in images/s, measured without the profiler.
+
+    All ranks must call this function.
+    """
     return measure_images_per_s(state, loader, ranks.world_size, warmup_steps=WARM_STEPS, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Results of a step profile: the model FLOPs utilisation and the files profile.json, profile.csv and profile.png."""
+"""Report a step profile: compute the model FLOPs utilization, and write profile.json, profile.csv and profile.png."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ TRACE = "trace.json.gz"
 def flops_utilization(
     config: Config, classes: int, image_size: int, device: str, amp: torch.dtype | None, images_per_s: float
 ) -> dict[str, Any]:
-    """Return the model FLOPs utilisation of one device, the FLOPs per image, and the peak rates for comparison.
+    """Return the model FLOPs utilization of one device, the FLOPs per image, and the peak rates for comparison.
+
+    The peak rate of a matrix multiplication is measured, and that of the data sheet is looked up. Rates that are
+    unknown are left out.
 
     Args:
         config: Config of the training.
         classes: Number of classes.
-        image_size: Side of the images in pixels.
+        image_size: Image size (height and width) in pixels.
         device: "cpu" or "cuda".
-        amp: Autocast precision. None: float32.
-        images_per_s: Training rate of the device.
+        amp: Autocast dtype, or None for float32.
+        images_per_s: Training rate of one device.
     """
     flops = roofline.training_flops(config.model, classes, image_size)
     reached = flops * images_per_s
@@ -70,15 +73,16 @@ def profile_content(
     rates: dict[str, float],
     utilization: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the content of profile.json. Times are in ms per forward and backward pass.
+    """Return the content of profile.json. Times are in ms per micro-step (one forward and backward pass).
 
     Args:
         config: Config of the training.
-        ranks: Ranks that trained.
-        amp: Autocast precision. None: float32.
+        ranks: Rank and world size of this process.
+        amp: Autocast dtype, or None for float32.
         profile: Profile of the first rank.
-        rates: images/s of all ranks without the profiler, by mode ("uncaptured", "captured").
-        utilization: Result of `flops_utilization`. None: not computed.
+        rates: Training rates of all ranks together without the profiler, in images/s, by mode ("uncaptured",
+            "captured").
+        utilization: Result of `flops_utilization`, or None if it was not computed.
     """
     images = config.data.batch_size * ranks.world_size
     return {

@@ -1,10 +1,10 @@
-"""Time of training steps by phase, read from a profiler trace.
+"""Measure the time of training steps by phase with a profiler trace.
 
 Each moment belongs to one phase, so that the phases add up to the wall time. On the CPU, a moment belongs to the phase
 of the training thread. On a GPU, it belongs to the phase that launched the device's current work, since the host runs
-ahead. While the device is idle, a moment belongs to `data` if the host waits for a batch. `reduce` is the part of the
-all-reduce during which nothing else is computed, since an all-reduce that overlaps with backward costs no time. The
-rest is `host`.
+ahead of the device. While the device is idle, a moment belongs to `data` if the host waits for a batch. `reduce` is the
+part of the all-reduce during which nothing else is computed, since an all-reduce that overlaps with backward does not
+take extra time. The rest is `host`.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class StepProfile:
 
 
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
-    """Profile `steps` steps and write the trace in Chrome's format (.json.gz).
+    """Profile `steps` micro-steps and write the trace in Chrome's format (.json.gz).
 
-    All other ranks must call `run_alongside` at the same time.
+    Profiling starts after WARM_STEPS micro-steps. All other ranks must call `run_alongside` at the same time.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"
@@ -86,7 +86,7 @@ def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
 
 
 def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
-    """Run `count` steps and wait for the device."""
+    """Run `count` micro-steps and wait for the device."""
     set_training_mode(state.forward)
     for number in range(1, count + 1):
         with record_function(PREFIX + DATA):
@@ -148,7 +148,8 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 def phase_times(events: Sequence[Event]) -> dict[str, float]:
     """Return the time in µs of each phase within the profiled window.
 
-    `events` are the complete events ("ph": "X") of a Chrome trace. The window is the event named WINDOW.
+    `events` are the complete events ("ph": "X") of a Chrome trace. The window is the event named WINDOW. The
+    phase PROXY is only included if it occurs.
     """
     (window,) = (event for event in events if event["name"] == WINDOW and event["cat"] == "user_annotation")
     thread = window["tid"]
@@ -165,7 +166,7 @@ def phase_times(events: Sequence[Event]) -> dict[str, float]:
 def _host_claims(
     events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
 ) -> list[tuple[str, list[Interval]]]:
-    """Return the phases and their intervals on the CPU, in order of precedence.
+    """Return phases and the intervals they claim on the CPU, in order of precedence. A phase may occur several times.
 
     During backward the training thread issues all-reduces, computes, or waits while other threads reduce.
     """
@@ -184,10 +185,10 @@ def _host_claims(
 def _device_claims(
     events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
 ) -> list[tuple[str, list[Interval]]]:
-    """Return the phases and their intervals on a GPU, in order of precedence.
+    """Return phases and the intervals they claim on a GPU, in order of precedence.
 
-    Work of the device belongs to the phase that launched it, except NCCL kernels, which belong to `reduce`. Launches by
-    threads other than the training thread and autograd's threads belong to the loader.
+    Work of the device belongs to the phase that launched it, but NCCL kernels belong to `reduce`. Work launched by
+    threads other than the training thread and autograd's threads belongs to `data`, since the loader launched it.
     """
     training_threads = {thread} | {
         event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")
@@ -226,9 +227,10 @@ def _phase_at(moment: float, spans: list[tuple[float, float, str]]) -> str:
 
 
 def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
-    """Return how much of the window's time belongs to each name, without counting any moment twice.
+    """Return how much of the window's time belongs to each phase, without counting any moment twice.
 
-    A moment belongs to the first claim that contains it, or to HOST if none does.
+    `claims` are phases and the intervals they claim. A moment belongs to the first claim that contains it, or to HOST
+    if none does.
     """
     times: dict[str, float] = defaultdict(float)
     taken: list[Interval] = []
@@ -272,7 +274,7 @@ def _span(event: Event) -> Interval:
 
 
 def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Return the operators that took the most CPU time, with their time over all calls in ms.
+    """Return the operators that took the most CPU time, with the number of calls and the total time in ms.
 
     The time of an operator excludes that of the operators it calls.
     """
@@ -282,7 +284,10 @@ def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
 
 
 def top_kernels(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the kernels and copies that took the most GPU time, with their time over all calls in ms."""
+    """Return the GPU operations that took the most time, with the number of calls and the total time in ms.
+
+    GPU operations are kernels, copies and memory sets.
+    """
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event["cat"] in DEVICE_WORK:
