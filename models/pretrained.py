@@ -41,10 +41,10 @@ def build_pretrained(
         config: The model section. `pretrained` is True for published weights, or the path of a file.
         num_classes: Number of logits. The head is new if the weights have a different number of classes.
         image_size: Height and width in pixels.
-        mean, std: Those of the data set. They are used only if neither the config.json beside the file nor timm
-            specifies others.
-        classes: Names of the classes, or None if unknown. The head is new if the config.json lists
-            different names or a different order.
+        mean, std: Normalization of the data set. It is used only if neither the config.json beside the file nor timm
+            specifies one.
+        classes: Names of the classes, or None if unknown. The head is new if the config.json lists different names or
+            a different order.
 
     Returns:
         The model, and a note for the log about the weights and the normalization.
@@ -205,8 +205,8 @@ def copy_weights_with_timm(
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
     """Return the number of classes that weights were trained on.
 
-    If the weights do not include the head, this is `described` (the number in config.json). If that is None, it is the
-    number of classes in `published`, which is timm's PretrainedCfg.
+    If the weights do not include the head, the result is `described`, or `published.num_classes` if that is None.
+    `published` is timm's PretrainedCfg of the model, and `described` is the number of classes in config.json, if any.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

@@ -124,7 +124,7 @@ def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | N
     """Measure batch sizes from `first` to `maximum`, each twice the previous one, and yield the trials.
 
     The search stops after the first size that fails or does not fit. The last size is `maximum` itself. If `maximum` is
-    None, there is no last size.
+    None, there is no limit.
     """
     batch_size = first if maximum is None else min(first, maximum)
     while True:

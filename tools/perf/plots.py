@@ -34,7 +34,7 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
 
     Args:
         searches: One search per model. Those without a fitting trial are left out.
-        limit: Size in GiB and name of the memory limit, which is drawn as a dashed line, or None for no line.
+        limit: Size in GiB and name of the memory limit, drawn as a dashed line, or None for no line.
         machine: Description of the machine, for the title.
     """
     figure, (rate_axis, memory_axis) = new_figure(1, 2, size=(13, 5))

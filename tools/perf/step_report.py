@@ -104,7 +104,7 @@ def profile_content(
 
 
 def write_results(content: dict[str, Any], out: Path) -> None:
-    """Write profile.json, .csv and .png, and print the tables and the summary."""
+    """Write profile.json, profile.csv and profile.png, and print the tables and the summary."""
     write_csv(out / "profile.csv", content["phases"])
     write_text(out / "profile.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     save(plots.plot_profile(content), out / "profile.png")

@@ -1,4 +1,4 @@
-"""Read the records of runs, finished or not, and arrange them as rows of a comparison table and of curves.
+"""Read the records of runs, finished or not, and turn them into rows of a comparison table and of curves.
 
 A record is read from config.yaml, metrics.jsonl and facts.json of a run folder. Rows count epochs from 1 (epochs
 trained), and metrics.jsonl counts them from 0.
@@ -189,8 +189,8 @@ def uses_ema(record: RunRecord) -> bool:
 def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
     """Return the best validation accuracy, the latest training metrics, time, speed and memory.
 
-    Unknown values are None, except that `device_memory_gib` is left out. `weights` is the value of eval.weights. It
-    selects the validation accuracy of the trained weights or of their moving average.
+    An unknown `device_memory_gib` is left out, and other unknown values are None. `weights` is the value of
+    eval.weights. It selects the validation accuracy of the trained weights or of their moving average.
     """
     evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)

@@ -30,7 +30,7 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
             slots than groups, slots share groups.
 
     Raises:
-        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs (1 without GPUs).
+        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs, or 1 if there are none.
     """
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:

@@ -115,7 +115,10 @@ def write_report(sweep: Sweep) -> None:
 
 
 def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
-    """Return a hint for each numeric setting whose best value is the smallest or largest of at least three values."""
+    """Return a hint for each numeric setting whose best value is the smallest or largest of at least three values.
+
+    `best` is the index of the best run. The hint suggests to try values beyond its value.
+    """
     settings = [settings_by_key(config) for config in configs]
     hints = []
     for key in differing_keys(configs):

@@ -155,7 +155,7 @@ def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) ->
 
 
 def mean_scores(scores: list[Row]) -> list[Row]:
-    """Return two rows: the mean scores over classes, and the mean scores weighted by support."""
+    """Return two rows: the unweighted mean of each score over the classes, and the mean weighted by support."""
     support = [row["support"] for row in scores]
     rows: list[Row] = []
     for name, weights in (("macro mean", None), ("weighted mean", support)):

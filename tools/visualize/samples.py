@@ -110,7 +110,7 @@ def sample_figure(
     Args:
         original: Unaugmented images, uint8 [N, 3, H, W].
         rows: Augmented images of each epoch, of the same shape.
-        epochs: Number of each epoch.
+        epochs: Number of each epoch, counted from 0.
         names: Class name of each sample.
         title: Start of the figure's title.
         mixtures: For each epoch and sample, the classes that were mixed. Empty without mixing.
