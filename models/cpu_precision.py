@@ -16,7 +16,7 @@ def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str |
     larger for wider layers.
     """
     if amp == torch.float16 and (trains or not _fp16_is_native()):
-        return "oneDNN has no fast fp16 kernels for training on a CPU"
+        return f"oneDNN has no fast fp16 kernels for {'training on a CPU' if trains else 'this CPU'}"
     if amp == torch.bfloat16 and not bf16_is_native():
         limit = isa_limit()
         allowed = f" that ONEDNN_MAX_CPU_ISA={limit} allows" if limit else ""

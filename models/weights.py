@@ -54,7 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path} are not a plain file; give the path of a .safetensors, .pth or .bin file")
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return {_strip_wrappers(name): value for name, value in load_file(path).items()}
         content: Any = _load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"weights {path} do not exist; give the path of a .safetensors, .pth or .bin file") from None

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from configs.schema import DataConfig, EvalConfig
@@ -169,8 +170,10 @@ def test_state_dicts_are_found_under_usual_names(tmp_path: Path, key: str, prefi
     network = lenet_of_200()
     state = {prefix + name: tensor for name, tensor in network.state_dict().items()}
     torch.save({key: state, "epoch": 3}, tmp_path / "x.pth")
-    weights = read_weights(tmp_path / "x.pth")
-    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+    save_file(state, tmp_path / "x.safetensors")
+    for file in ("x.pth", "x.safetensors"):
+        weights = read_weights(tmp_path / file)
+        assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
 
 
 class Evil:
