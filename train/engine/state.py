@@ -182,11 +182,17 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
             for value in buffers.values():
                 if isinstance(value, Tensor):
                     value.zero_()
-    reset_averages(state)
+    reset_copies(state)
 
 
-def reset_averages(state: TrainState) -> None:
-    """Set the moving average and Lookahead's slow weights to the current weights."""
+def reset_copies(state: TrainState) -> None:
+    """Set all copies of the weights and buffers to the current values. Call this after the weights were replaced.
+
+    The copies are the moving average, Lookahead's slow weights, and the buffers that a skipped step restores.
+    """
+    for part in state.parts():
+        if part.guard is not None:
+            part.guard.start()
     if state.lookahead is not None:
         state.lookahead.start()
     if state.ema is not None:

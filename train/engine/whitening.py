@@ -13,7 +13,7 @@ from configs.schema import DataConfig, EvalConfig
 from models.speedrun import find_whitening, fit_whitening
 from pipelines import build_eval_loader
 from train.distributed import collectives
-from train.engine.state import TrainState, reset_averages
+from train.engine.state import TrainState, reset_copies
 
 WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 
@@ -62,7 +62,7 @@ def whiten(state: TrainState, images: Tensor | None) -> float:
             if one.is_fresh_init:
                 fit_whitening(one.network, images)
             collectives.broadcast_buffers(one.network)
-        reset_averages(state)
+        reset_copies(state)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
     return time.perf_counter() - start_s

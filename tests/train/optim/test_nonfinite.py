@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from configs.schema import OptimizerConfig, TrainConfig
+from configs.schema import DataConfig, OptimizerConfig, TrainConfig
 from configs.utils.errors import UserError
-from helpers.training import alone, make_state, random_batch, small_net
+from helpers.training import CPU, alone, make_state, random_batch, small_net
+from helpers.trees import assert_equal_trees
+from models import Normalize, PixelClassifier
+from models.speedrun import SpeedrunNet
 from pipelines.loader.batches import Batch
 from train.engine import precision
-from train.engine.state import TrainState
+from train.engine.state import TrainState, restart_in_place
 from train.engine.step import train_step
+from train.engine.warm_up import blank_batch, warm_up_training
+from train.engine.whitening import whiten, whitening_images
 from train.optim.nonfinite import max_abs
 
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -83,6 +89,29 @@ def test_finite_steps_equal_those_without_a_guard_bitwise(optimizer: dict[str, A
     pairs = zip(ours.network.state_dict().values(), plain.network.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(ours.sums, plain.sums)
+
+
+@pytest.mark.parametrize("change", ["whiten", "restart", "warm up"])
+def test_skipped_first_step_keeps_replaced_buffers(change: str, npy_data: Path) -> None:
+    def build(seed: int) -> TrainState:
+        torch.manual_seed(seed)
+        network = PixelClassifier(Normalize([0.5] * 3, [0.3] * 3), SpeedrunNet(12, (24, 24, 24)))
+        return make_state(network, on_nonfinite="skip")
+
+    state = build(0)
+    if change == "whiten":
+        whiten(state, whitening_images(state, DataConfig(path=str(npy_data))))
+    elif change == "restart":
+        train_step(state, random_batch(8, classes=12))
+        restart_in_place(state, build(1))
+    else:
+        warm_up_training(state, blank_batch(8, 32, CPU))
+    assert state.guard is not None
+    before, skipped = state_of(state), float(state.guard.skipped)
+    state.network.register_forward_hook(lambda module, images, logits: logits * float("nan"))
+    train_step(state, random_batch(8, seed=1, classes=12))
+    assert float(state.guard.skipped) == skipped + 1
+    assert_equal_trees(state_of(state), before)
 
 
 def test_without_guard_bad_batch_corrupts_weights() -> None:
