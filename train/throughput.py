@@ -18,6 +18,8 @@ from train.engine.step import run_step
 from train.engine.warm_up import warm_up
 from train.optim.freeze import set_training_mode
 
+ENDLESS = 2**62  # optimizer steps of a run without end
+
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
     """Yield batches epoch after epoch. The iterator never ends."""
@@ -26,13 +28,16 @@ def endless_batches(loader: Loader) -> Iterator[Batch]:
 
 
 def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run a micro-step and, if `optimizer_step` is True, update the moving average. Lookahead is not updated.
+    """Run a micro-step and, if `optimizer_step` is True, update the moving average and Lookahead.
 
-    `step` is the number of the micro-step, counted from 1.
+    `step` is the optimizer step, counted from 0. The run is assumed to be endless.
     """
     run_step(state, batch, step, optimizer_step=optimizer_step)
-    if optimizer_step and state.ema is not None:
-        state.ema.update(step)
+    if optimizer_step:
+        if state.lookahead is not None:
+            state.lookahead.update(step, ENDLESS)
+        if state.ema is not None:
+            state.ema.update(step + 1)
 
 
 def measure_images_per_s(
@@ -57,15 +62,16 @@ def measure_images_per_s(
     warm_up(state, loader)
     set_training_mode(state.forward)
     batches = endless_batches(loader)
-    batch_size = 0
+    batch_size, accumulation = 0, state.config.accumulation_steps
 
     def run(steps: int) -> float:
         nonlocal batch_size
         start_s = time.perf_counter()
-        for step in range(1, steps + 1):
+        for number in range(steps):
             batch = next(batches)
             batch_size = len(batch.labels)
-            full_step(state, batch, step, optimizer_step=step % state.config.accumulation_steps == 0)
+            step, micro_step = divmod(number, accumulation)
+            full_step(state, batch, step, optimizer_step=micro_step == accumulation - 1)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
         return time.perf_counter() - start_s

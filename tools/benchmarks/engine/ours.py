@@ -201,6 +201,6 @@ def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
 
 def _steps(state: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
     """Run one training step per item."""
-    for number in itertools.count(1):
+    for number in itertools.count():
         full_step(state, next_batch(), number, optimizer_step=True)
         yield
