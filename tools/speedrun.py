@@ -100,6 +100,7 @@ def main() -> None:
             result |= {"first_result_s": first_result_s, "command_s": timer.command_s}
             if arguments.json is not None:  # after every run, so that an interruption loses at most one
                 write_text(arguments.json, json.dumps(result, indent=2) + "\n")
+            del train_loader  # frees resident data before the next loader is built
     print(
         f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "
         f"{result['time_s_mean']:.3f} ± {result['time_s_std']:.3f} s on {result['device']}; "

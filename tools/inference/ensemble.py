@@ -58,7 +58,7 @@ def predict(
                 bar.update(len(values))
             if start != len(images):
                 raise RuntimeError(f"predicted {start} of {len(images)} images")
-            each += evaluations(sums, images)
+            each += evaluations(sums)
     if not several:
         return logits, each, each[0] if each else None
     logits -= np.float32(np.log(len(models)))
@@ -91,7 +91,7 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
         )
 
 
-def evaluations(sums: Tensor, images: ImageSet) -> list[Evaluation]:
+def evaluations(sums: Tensor) -> list[Evaluation]:
     """Return the evaluation computed from sums of `loss_and_hits` in a list, which is empty if there are no labels."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
@@ -103,7 +103,7 @@ def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
     parts = zip(
         torch.from_numpy(logits).split(CHUNK_SIZE), torch.from_numpy(images.labels).split(CHUNK_SIZE), strict=True
     )
-    return evaluations(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)), images)[0]
+    return evaluations(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)))[0]
 
 
 def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

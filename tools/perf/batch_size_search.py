@@ -237,7 +237,9 @@ class BatchSizeSearch:
             repeat = measure_size(trial.batch_size)
             trial.is_repeated, trial.error = True, repeat.error
             trial.rates = repeat.rates if trial.origin == "bisection" else trial.rates + repeat.rates
-            trial.memory_gib = max(filter(None, (trial.memory_gib, repeat.memory_gib)), default=None)
+            for name in ("memory_gib", "reserved_gib", "device_memory_gib"):
+                peaks = filter(None, (getattr(trial, name), getattr(repeat, name)))
+                setattr(trial, name, max(peaks, default=None))
             yield trial
 
 

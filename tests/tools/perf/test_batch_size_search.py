@@ -202,6 +202,20 @@ def test_size_that_fails_its_repeat_is_not_largest(tmp_path: Path, monkeypatch: 
     assert found["largest_batch"] == found["best_batch"] < 100
 
 
+def test_repeated_size_has_the_highest_memory_of_both_measurements() -> None:
+    tried: list[int] = []
+
+    def measure_size(batch: int, _: str) -> Trial:
+        tried.append(batch)
+        memory = 3.0 if tried.count(batch) > 1 else 2.0
+        return Trial(batch, [float(batch)], memory_gib=memory, reserved_gib=memory, device_memory_gib=5 - memory)
+
+    search = BatchSizeSearch(Target("fake", ANY_CONFIG))
+    *_, repeated = search.run(measure_size, first=1, maximum=4, tolerance=0.0)
+    assert repeated.is_repeated
+    assert (repeated.memory_gib, repeated.reserved_gib, repeated.device_memory_gib) == (3.0, 3.0, 3.0)
+
+
 def test_other_error_fails_only_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
