@@ -77,7 +77,7 @@ def build_train_loader(
             raise UserError(
                 f"data.batch_size={batch_size} exceeds the {most} samples per rank of split {split.name!r} "
                 f"({len(split)} samples, world_size {world_size}, accumulation_steps {accumulation_steps}); "
-                f"use at most {most}"
+                f"use {f'at most {most}' if most else 'fewer ranks or micro-steps, or more samples'}"
             )
         size = _image_size(section.image_size, data, split)
         _check_sizes(aug, size)

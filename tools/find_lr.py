@@ -40,7 +40,7 @@ from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_
 from train.build import build_all, check_classes
 from train.distributed.process_group import Ranks, process_group
 from train.engine.cpu_settings import limit_threads
-from train.engine.epoch import build_timeline, set_whitening_bias_grad
+from train.engine.epoch import set_whitening_bias_grad
 from train.engine.hard_samples import check_proxy
 from train.engine.state import TrainState
 from train.engine.step import run_step, update_averages
@@ -120,14 +120,13 @@ def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurv
     sums: list[torch.Tensor] = []  # state.sums after each step, on the device
     before = state.sums.clone()
     accumulation = state.config.accumulation_steps
-    timeline = build_timeline(state.config, loader)
     batches = endless_batches(loader)
     for step, lr in enumerate(tqdm(rates, unit="step", leave=False, disable=not sys.stderr.isatty())):
         for part in state.parts():
             set_learning_rate(part.optimizer, float(lr))
         for micro_step in range(accumulation):
             run_step(state, next(batches), step, optimizer_step=micro_step == accumulation - 1)
-        update_averages(state, step, timeline)
+        update_averages(state, step, None)
         sums.append(state.sums.clone())
         if (step + 1) % SYNC_EVERY == 0 or step + 1 == len(rates):
             differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronizes

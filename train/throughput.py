@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -14,11 +15,9 @@ from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 from train.distributed.process_group import Ranks
 from train.engine.state import TrainState
-from train.engine.step import run_step
+from train.engine.step import run_step, update_averages
 from train.engine.warm_up import warm_up
 from train.optim.freeze import set_training_mode
-
-ENDLESS = 2**62  # optimizer steps of a run without end
 
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
@@ -30,14 +29,11 @@ def endless_batches(loader: Loader) -> Iterator[Batch]:
 def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
     """Run a micro-step and, if `optimizer_step` is True, update the moving average and Lookahead.
 
-    `step` is the optimizer step, counted from 0. The run is assumed to be endless.
+    `step` is the optimizer step, counted from 0.
     """
     run_step(state, batch, step, optimizer_step=optimizer_step)
     if optimizer_step:
-        if state.lookahead is not None:
-            state.lookahead.update(step, ENDLESS)
-        if state.ema is not None:
-            state.ema.update(step + 1)
+        update_averages(state, step, None)
 
 
 def measure_images_per_s(
@@ -52,8 +48,8 @@ def measure_images_per_s(
         state: Training state.
         loader: Data loader of one stage.
         world_size: Number of ranks.
-        warmup_steps: Number of micro-steps to run before the measurement, for compilation, caches and clocks. They are
-            run twice, and the second time determines the number of micro-steps in a group.
+        warmup_steps: Minimum number of micro-steps to run before the measurement, for compilation, caches and clocks.
+            They are run twice, and the second time determines the number of micro-steps in a group.
         seconds: Approximate duration of the measurement. At least three groups are run.
 
     Raises:
@@ -63,23 +59,26 @@ def measure_images_per_s(
     set_training_mode(state.forward)
     batches = endless_batches(loader)
     batch_size, accumulation = 0, state.config.accumulation_steps
+    numbers = itertools.count()  # of micro-steps, over all groups
 
     def run(steps: int) -> float:
         nonlocal batch_size
         start_s = time.perf_counter()
-        for number in range(steps):
+        for _ in range(steps):
             batch = next(batches)
             batch_size = len(batch.labels)
-            step, micro_step = divmod(number, accumulation)
+            step, micro_step = divmod(next(numbers), accumulation)
             full_step(state, batch, step, optimizer_step=micro_step == accumulation - 1)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
         return time.perf_counter() - start_s
 
+    warmup_steps = -(-warmup_steps // accumulation) * accumulation  # whole optimizer steps, as in each group
     run(warmup_steps)
     warm_s = run(warmup_steps)
     # equal on all ranks, which would otherwise wait for each other forever
-    steps = collectives.from_first_rank(lambda: max(1, int(warmup_steps / warm_s)))
+    optimizer_steps = collectives.from_first_rank(lambda: max(1, int(warmup_steps / warm_s / accumulation)))
+    steps = optimizer_steps * accumulation
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
     return steps * batch_size * world_size / times[len(times) // 2]

@@ -99,7 +99,10 @@ def resident_fits(split: Split, device: torch.device) -> bool:
     """
     if split.encoding != "npy" or split.image_shape is None:
         return False
-    limit = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else RESIDENT_BYTES_ON_CPU
+    limit = RESIDENT_BYTES_ON_CPU
+    if device.type == "cuda":  # memory that torch has cached is free as well
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = (torch.cuda.mem_get_info(device)[0] + cached) // 2
     return len(split) * int(np.prod(split.image_shape)) <= limit
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configs.load import load_config
+from configs.schema.optim import LookaheadConfig
 from configs.utils.errors import UserError
 from helpers.training import DIGITS, Run, alone, make_state, random_batch
 from helpers.training import lenet as lenet_of
@@ -19,6 +20,7 @@ from tools import find_lr
 from tools.find_lr import options_for, range_test
 from tools.runs.lr_range import DELAY_DECADES, LossCurve, divergence_index, smooth_losses, suggest_lr
 from train.engine.step import run_step
+from train.optim.averaging import build_lookahead
 from train.optim.schedule import scale_learning_rates
 
 RATES = np.geomspace(1e-6, 10, 150)
@@ -125,6 +127,18 @@ def test_every_step_runs_at_its_rate_and_reports_its_loss() -> None:
     assert {group["lr_scale"] for group in by_hand.optimizer.param_groups} == {1.0, 2.0}
     assert curve.loss == pytest.approx(losses)
     for ours, theirs in zip(tested.network.parameters(), by_hand.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_range_test_may_be_longer_than_the_run() -> None:
+    """Lookahead has no share beyond the end of a run. At the start, it keeps nothing of the slow weights."""
+    batch, rates = random_batch(16), np.geomspace(1e-4, 1e-3, 12)
+    with alone():
+        tested, plain = (make_state(lenet_of(), lr=1e-3, epochs=1) for _ in range(2))
+        tested.lookahead = build_lookahead(tested.network, LookaheadConfig(every_steps=1))
+        for state in (tested, plain):
+            range_test(state, Repeated(batch), rates)  # type: ignore[arg-type]
+    for ours, theirs in zip(tested.network.parameters(), plain.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from configs.schema.optim import EmaConfig, LookaheadConfig
 from helpers.loaders import train_loader
-from helpers.training import alone, make_state, on_ranks, random_batch, small_net
+from helpers.training import alone, make_state, on_ranks, small_net
 from train.distributed.process_group import Ranks
 from train.optim.averaging import build_ema, build_lookahead
-from train.throughput import full_step, measure_images_per_s
+from train.throughput import measure_images_per_s
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +43,19 @@ def throughput(ranks: Ranks, data: Path) -> int:
     return batches
 
 
-def test_averages_are_updated_as_often_as_in_training() -> None:
-    state = make_state(small_net(), accumulation_steps=2)
-    state.ema = build_ema(state.network, EmaConfig(decay=0.5, every_steps=3))
-    state.lookahead = build_lookahead(state.network, LookaheadConfig(every_steps=3))
-    assert state.ema is not None
-    assert state.lookahead is not None
-    copies = (state.ema.state()["head.weight"], state.lookahead.slow["head.weight"])
-    changes: tuple[list[int], list[int]] = ([], [])
-    for number in range(12):
-        before = [tensor.clone() for tensor in copies]
-        full_step(state, random_batch(4), number // 2, optimizer_step=number % 2 == 1)
-        for old, new, changed in zip(before, copies, changes, strict=True):
-            changed += [] if torch.equal(old, new) else [number]
-    assert changes == ([5, 11], [5, 11])
+def test_averages_are_updated_after_each_optimizer_step(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_state(small_net(12), accumulation_steps=3)
+    state.ema = build_ema(state.network, EmaConfig(decay=0.5))
+    state.lookahead = build_lookahead(state.network, LookaheadConfig(every_steps=5))
+    micro_steps, averaged, synchronized = [], [], []
+    state.network.register_forward_hook(lambda *_: micro_steps.append(1))
+    monkeypatch.setattr(state.ema, "update", lambda done: averaged.append((done, len(micro_steps))))
+    monkeypatch.setattr(state.lookahead, "sync", lambda kept: synchronized.append((kept, len(micro_steps))))
+    measure_images_per_s(state, train_loader(npy_data, batch_size=4), 1, warmup_steps=10, seconds=0.01)
+    assert len(micro_steps) % 3 == 0
+    assert averaged == [(done, 3 * done) for done in range(1, len(micro_steps) // 3 + 1)]
+    assert len(averaged) > 2 * 4
+    assert synchronized == [(pytest.approx(0), 15 * (n + 1)) for n in range(len(averaged) // 5)]
 
 
 def test_throughput_makes_same_steps_on_all_ranks(npy_data: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -67,10 +68,9 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises UserError if the file cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    content = text.encode(errors="backslashreplace")  # file names can be any bytes
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes
-        temporary.rename(path)
+        atomic_write(path, lambda file: file.write(content))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
 

@@ -110,6 +110,8 @@ def _trial(batch_size: int, measurement: Measurement, limit_bytes: int | None) -
     trial.rates = measurement.rates
     for name in ("memory_gib", "reserved_gib", "device_memory_gib", "gpu_memory_gib"):
         setattr(trial, name, measurement.details.get(name))
+    if limit_bytes is not None and trial.memory_gib is None:
+        trial.error = f"the memory is unknown ({measurement.details.get('details_error')})"
     # the limit may have been exceeded after the last check of the process
     if limit_bytes is not None and (trial.memory_gib or 0) * process_memory.GIB > limit_bytes:
         trial.error = process_memory.limit_error(limit_bytes)

@@ -78,8 +78,11 @@ def main(arguments: argparse.Namespace) -> int:
         profile = None
         if ranks.is_first:
             hidden = out / f".{TRACE}"  # the profiler compresses files with this ending
-            profile = profile_steps(state, loader, arguments.steps, hidden)
-            hidden.rename(out / TRACE)
+            try:
+                profile = profile_steps(state, loader, arguments.steps, hidden)
+                hidden.rename(out / TRACE)
+            finally:
+                hidden.unlink(missing_ok=True)
         else:
             run_alongside(state, loader, arguments.steps)
         del state, loader

@@ -27,9 +27,8 @@ from torch.profiler import ProfilerActivity, record_function
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
 from train.engine.state import TrainState
-from train.engine.step import run_step
 from train.optim.freeze import set_training_mode
-from train.throughput import endless_batches
+from train.throughput import endless_batches, full_step
 
 DATA, FORWARD, BACKWARD, OPTIMIZER, REDUCE, HOST = "data", "forward", "backward", "optimizer", "reduce", "host"
 PROXY = "proxy"  # selection of samples by train.proxy
@@ -88,10 +87,12 @@ def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
 def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
     """Run `count` micro-steps and wait for the device."""
     set_training_mode(state.forward)
-    for number in range(1, count + 1):
+    accumulation = state.config.accumulation_steps
+    for number in range(count):
         with record_function(PREFIX + DATA):
             batch = next(batches)
-        run_step(state, batch, number, optimizer_step=number % state.config.accumulation_steps == 0)
+        step, micro_step = divmod(number, accumulation)
+        full_step(state, batch, step, optimizer_step=micro_step == accumulation - 1)
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
 
@@ -127,6 +128,8 @@ def annotate_phases(state: TrainState) -> Iterator[None]:
         (state.scaler, "update", OPTIMIZER),
         (state.optimizer, "zero_grad", OPTIMIZER),
     ]
+    averages = [average for average in (state.lookahead, state.ema) if average is not None]
+    functions += [(average, "update", OPTIMIZER) for average in averages]
     if state.proxy is not None:
         functions.append((state.proxy, "select", PROXY))
     with ExitStack() as stack:

@@ -197,8 +197,8 @@ def _error_line(error: BaseException) -> str:
 
 def _resume_advice() -> str:
     """Return advice, for an error message, on how to resume after a process was killed."""
-    started, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    if started < limit:
+    counts = [os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    if all(map(str.isdecimal, counts)) and int(counts[0]) < int(counts[1]):
         return "torchrun restarts all ranks"
     return "resume with --resume auto; torchrun --max-restarts=3 restarts and resumes by itself"
 

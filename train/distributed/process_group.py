@@ -40,7 +40,7 @@ class Ranks:
 
         Raises:
             UserError: A variable is missing although WORLD_SIZE is set to a value other than 1, or is not a whole
-                number.
+                number from 0.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
@@ -52,9 +52,7 @@ class Ranks:
         if missing:
             return cls()
         if wrong := [f"{name}={os.environ[name]}" for name in names if not os.environ[name].isdecimal()]:
-            raise UserError(
-                f"{', '.join(wrong)} is not a whole number; start with torchrun, which sets it, or unset it"
-            )
+            raise UserError(f"{', '.join(wrong)} must be whole numbers from 0; start with torchrun, which sets them")
         return cls(*(int(os.environ[name]) for name in names))
 
     @classmethod

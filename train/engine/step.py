@@ -15,6 +15,8 @@ from train.distributed.process_group import without_reduction
 from train.engine.state import TrainState
 from train.optim.schedule import Timeline
 
+ENDLESS = 2**62  # optimizer steps of a run without a schedule
+
 
 def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
     """Run the forward and backward pass on one batch and, if `optimizer_step` is True, update the weights.
@@ -60,12 +62,16 @@ def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool
     (state.captured_step or train_step)(state, batch, optimizer_step=optimizer_step)
 
 
-def update_averages(state: TrainState, step: int, timeline: Timeline) -> None:
-    """Update the moving average and Lookahead after optimizer step `step` of the run, counted from 0."""
+def update_averages(state: TrainState, step: int, timeline: Timeline | None) -> None:
+    """Update the moving average and Lookahead after optimizer step `step` of the run, counted from 0.
+
+    `timeline` is None for steps without a schedule, such as those of a measurement. Lookahead then keeps nothing of the
+    slow weights, as at the start of a run.
+    """
     if state.lookahead is not None:
-        state.lookahead.update(step, timeline.total)
+        state.lookahead.update(step, ENDLESS if timeline is None else timeline.total)
     if state.ema is not None:
-        state.ema.update(step + 1 - timeline.first_step(state.config.first_epoch))
+        state.ema.update(step + 1 - (0 if timeline is None else timeline.first_step(state.config.first_epoch)))
 
 
 def clips_gradients(config: TrainConfig) -> bool:

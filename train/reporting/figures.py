@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,13 +52,9 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure to a PNG file atomically. Raises UserError if the file cannot be written."""
-    temporary = path.with_name(f".{path.name}")
     try:
-        figure.savefig(temporary, dpi=DPI, format="png")
-        temporary.rename(path)
+        atomic_write(path, lambda file: figure.savefig(file, dpi=DPI, format="png"))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space, or give another folder") from None
 
 

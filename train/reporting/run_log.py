@@ -172,7 +172,7 @@ class RunLog:
         Also redraws curves.png if the last drawing was at least CURVES_INTERVAL_S ago.
 
         Raises:
-            UserError: metrics.jsonl cannot be written or read.
+            UserError: metrics.jsonl cannot be written.
         """
         if self._folder is None:
             return
@@ -189,7 +189,7 @@ class RunLog:
         if self.has_trackers:
             values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
             self._each(lambda tracker: tracker.log_scalars(values, metrics["step"]))
-            self.update_summary(best_results(read_metrics(self._folder)))
+            self.update_summary(best_results(self._metrics()))
         if time.monotonic() - self._drawn_at >= CURVES_INTERVAL_S:
             self.draw_curves()
 
@@ -210,21 +210,16 @@ class RunLog:
 
     def draw_curves(self) -> None:
         """Draw curves.png from metrics.jsonl. If one cannot be read or the other written, log the error."""
-        if self._folder is None:
+        if self._folder is None or not (metrics := self._metrics()):
             return
         self._drawn_at = time.monotonic()
         try:
-            if metrics := read_metrics(self._folder):
-                figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
+            figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
         except UserError as error:  # must not end the run
             self.info(str(error))
 
     def finish(self, *, failed: bool = False) -> None:
-        """Finish the trackers and close the log. Before that, draw the final curves unless `fast_shutdown` is set.
-
-        Raises:
-            UserError: metrics.jsonl cannot be read.
-        """
+        """Finish the trackers and close the log. Before that, draw the final curves unless `fast_shutdown` is set."""
         if not self.fast_shutdown:
             self.draw_curves()
 
@@ -236,6 +231,15 @@ class RunLog:
         self._trackers.clear()
         for handler in self._logger.handlers:
             handler.close()
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl. If they cannot be read, log the error and return an empty list."""
+        assert self._folder is not None
+        try:
+            return read_metrics(self._folder)
+        except UserError as error:  # must not end the run
+            self.info(str(error))
+            return []
 
     def _each(self, use: Callable[[Tracker], None]) -> None:
         """Call `use` for every tracker. Finish and remove trackers that fail."""

@@ -424,6 +424,8 @@ def test_too_large_batch_size_names_the_maximum(npy_data: Path) -> None:
     assert len(train(npy_data, 87, world_size=8)) == 1
     with pytest.raises(UserError, match=r"accumulation_steps 2\); use at most 43"):
         train(npy_data, 44, world_size=8, accumulation_steps=2)
+    with pytest.raises(UserError, match=r"exceeds the 0 samples per rank .*; use fewer ranks or micro-steps"):
+        train(npy_data, 1, world_size=800)
 
 
 def test_mixed_size_images_need_an_image_size(jpeg_data: Path) -> None:

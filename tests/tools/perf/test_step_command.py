@@ -85,8 +85,17 @@ def test_gpu_time_belongs_to_the_launching_phase() -> None:
     assert step_trace.top_kernels(events)[0] == {"name": "Memcpy HtoD", "ms": 0.045, "calls": 1}
 
 
-@pytest.mark.parametrize("options", [(), ("train.clip_grad_norm=1", "train.accumulation_steps=2", "train.compile=off")])
-def test_phases_add_up_and_annotations_are_removed(options: tuple[str, ...], digits_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "optimizer_ranges"),
+    [
+        ((), 6 * 3),  # step, update, zero_grad
+        (("train.clip_grad_norm=1", "train.accumulation_steps=2", "train.compile=off"), 3 * 5),  # unscale_, clip
+        (("train.ema.decay=0.5", "train.lookahead.every_steps=2"), 6 * 5),
+    ],
+)
+def test_phases_add_up_and_annotations_are_removed(
+    options: tuple[str, ...], optimizer_ranges: int, digits_run: Run, tmp_path: Path
+) -> None:
     config = load_config("configs/digits_lenet.yaml", options, **{"data.path": str(digits_run.data)})
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     with alone() as device:
@@ -108,6 +117,7 @@ def test_phases_add_up_and_annotations_are_removed(options: tuple[str, ...], dig
     assert found.phases["backward"] > found.phases["optimizer"]
     ranges = [event["name"] for event in events if str(event["name"]).startswith(step_trace.PREFIX)]
     assert ranges.count("step: forward") == ranges.count("step: backward") == ranges.count("step: data") == 6
+    assert ranges.count("step: optimizer") == optimizer_ranges
     assert len(found.operators) == 10
     assert sum(each["ms"] for each in found.operators) <= found.step_ms
     assert any("convolution_backward" in each["name"] and each["calls"] == 2 for each in found.operators)

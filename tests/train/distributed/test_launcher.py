@@ -261,9 +261,9 @@ def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_rank_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "first", "LOCAL_RANK": "0", "WORLD_SIZE": "", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "-1", "LOCAL_RANK": "first", "WORLD_SIZE": "", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"RANK=first, WORLD_SIZE= is not a whole number"):
+    with pytest.raises(UserError, match=r"RANK=-1, LOCAL_RANK=first, WORLD_SIZE= must be whole numbers"):
         Ranks.from_environment()
 
 

@@ -134,9 +134,12 @@ def test_unwritable_curves_do_not_end_the_run(tmp_path: Path, capsys: pytest.Cap
     assert len(read_metrics(tmp_path)) == 2
 
 
-def test_damaged_metrics_do_not_prevent_the_end_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written = run_log(tmp_path, metrics(0))
+def test_metrics_damaged_during_a_run_do_not_end_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run_log(tmp_path, metrics(0, step=5))
+    written.start_trackers(LogConfig(tensorboard=True), {}, 0)
+    assert written.has_trackers
     (tmp_path / "metrics.jsonl").write_text("[]\n")
+    written.log_epoch(metrics(1, step=10))
     written.finish()
     assert "metrics.jsonl:1 is not a line of a run's metrics" in capsys.readouterr().out
 

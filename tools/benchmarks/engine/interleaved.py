@@ -128,7 +128,7 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: f
     if measurement.error is not None:
         raise RuntimeError(measurement.error)
     if "result" not in measurement.details:
-        raise RuntimeError(f"the result of {candidate.name or 'the function'} could not be sent from its process")
+        raise RuntimeError(f"the result could not be sent: {measurement.details.get('details_error')}")
     return measurement.details["result"]
 
 
@@ -191,13 +191,14 @@ class _CandidateProcess:
     def fetch_details(self, measurements: list[Measurement]) -> None:
         """Fetch the details of all workloads and store them in the measurements.
 
-        If no workload has a rate or the process does not reply, the details are empty.
+        If no workload has a rate, the details are empty. If they cannot be fetched, `details_error` has the reason.
         """
         has_rates = any(measurement.rates for measurement in measurements)
         details = self._request(None, DETAILS_TIMEOUT_S) if has_rates else {}
-        if isinstance(details, dict):
-            for measurement in measurements:
-                measurement.details = details.get(measurement.workload, {})
+        for measurement in measurements:
+            measurement.details = (
+                {"details_error": details} if isinstance(details, str) else details.get(measurement.workload, {})
+            )
 
     def _request(self, request: str | None, timeout_s: float, timeout_error: str | None = None) -> Any:
         self._signal(signal.SIGCONT)

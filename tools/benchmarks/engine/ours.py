@@ -118,8 +118,6 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         images = distinct.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)  # channels last
         batch = Batch(images, distinct.labels[indices])
         del distinct, images, indices
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         classes = config.model.num_classes or len(dataset["classes"])
         state = build_all(without_pretrained(config), dataset, classes, side, device)
         if state.needs_warmup:
@@ -200,7 +198,9 @@ def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
 
 
 def _steps(state: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
-    """Run one training step per item."""
+    """Run one micro-step per item."""
+    accumulation = state.config.accumulation_steps
     for number in itertools.count():
-        full_step(state, next_batch(), number, optimizer_step=True)
+        step, micro_step = divmod(number, accumulation)
+        full_step(state, next_batch(), step, optimizer_step=micro_step == accumulation - 1)
         yield

@@ -23,6 +23,7 @@ import torch
 
 from configs.load import to_yaml
 from configs.schema import Config
+from configs.utils.files import atomic_write
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
@@ -215,11 +216,9 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
         return
     opened = open_split(data, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     images = torch.from_numpy(datasets.read_pixels(opened).copy())
     content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
-    torch.save(content, temporary)
-    temporary.replace(path)  # so that a kill leaves no incomplete file
+    atomic_write(path, lambda file: torch.save(content, file))
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
