@@ -35,10 +35,10 @@ GROUP_BYTES = 2**24  # maximum size of a group of several batches
 
 @dataclass(frozen=True)
 class Transforms:
-    """The transforms of a sample, in one version for DALI and one for the CPU kernels."""
+    """Two implementations of the same transforms: one for DALI and one for the CPU kernels."""
 
     dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
-    cpu: CpuGraph | None  # None: stored pixels are not changed
+    cpu: CpuGraph | None  # None: stored pixels need no transforms
     crops_and_flips: bool = False  # True if images are stored at the batch's size and only cropped and flipped
     padding_mode: str = "constant"  # padding of crops: "constant" (black) or "reflect"
 
@@ -48,8 +48,8 @@ class Backend:
     """How samples are transformed and reach the device."""
 
     resident: bool  # the whole split is in the device's memory
-    uses_dali: bool  # True: a DALI graph transforms samples. False: one kernel gathers and transforms
-    passes_through: bool  # stored pixels are not changed
+    uses_dali: bool  # True: a DALI graph applies the transforms. False: the sample source applies them
+    passes_through: bool  # stored pixels need no transforms
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def assemble(
     pixels: Callable[[], torch.Tensor],
     bad: BadSamples,
 ) -> Loader:
-    """Build a loader.
+    """Assemble a loader from a batch plan, transforms and a backend.
 
     Args:
         spec: Data, image size and device.
@@ -180,7 +180,9 @@ def default_threads(ranks: int) -> int:
 
 
 def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
-    """Return True if the whole split is to be kept in device memory. data.placement=auto keeps a split that fits.
+    """Return True if data.placement puts the whole split in device memory.
+
+    data.placement=auto depends on the size of the split, see `resident_fits`.
 
     Raises:
         UserError: data.placement=device, but the split stores encoded images.

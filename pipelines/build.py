@@ -48,11 +48,12 @@ def build_train_loader(
         seed: Seed of the sample order and of the augmentation.
         device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
         rank, world_size: Rank of this process, and number of training processes.
-        local_world_size: Number of ranks that share the cores of this machine, or None for `world_size`.
+        local_world_size: Number of ranks on this machine, which share its CPU cores. If None, use `world_size`.
         accumulation_steps: Batches per optimizer step. len(loader) is a multiple of this number.
 
     Raises:
-        UserError: The split cannot be opened, or a setting does not fit the split or another setting.
+        UserError: The split cannot be opened or changes while it is loaded, or a setting is incompatible with the split
+            or with another setting.
     """
     aug = aug or AugConfig()
     mixup.check_mixing(data, aug.mix)
@@ -121,11 +122,12 @@ def build_eval_loader(
         split: Name of the split, or None for data.val_split.
         device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
         rank, world_size: Rank of this process, and number of evaluating processes.
-        local_world_size: Number of ranks that share the cores of this machine, or None for `world_size`.
-        replace_bad_samples: Apply data.on_bad_sample. Must be False in an evaluation, which counts every sample once.
+        local_world_size: Number of ranks on this machine, which share its CPU cores. If None, use `world_size`.
+        replace_bad_samples: Replace bad samples if data.on_bad_sample=skip. Must be False for an evaluation, since
+            every sample must count exactly once.
 
     Raises:
-        UserError: The split cannot be opened, or a setting does not fit the split.
+        UserError: The split cannot be opened or changes while it is loaded, or a setting is incompatible with it.
     """
     evaluation = evaluation or EvalConfig()
     skips = replace_bad_samples and data.on_bad_sample == "skip"
@@ -175,7 +177,7 @@ def _eval_transforms(split: Split, data: DataConfig, evaluation: EvalConfig, siz
 
 
 def _check_sizes(aug: AugConfig, size: int) -> None:
-    """Raise UserError if reflected aug.padding or aug.cutout is too large for images of `size` x `size` pixels."""
+    """Raise UserError if aug.cutout, or aug.padding with aug.padding_mode=reflect, is too large for the image size."""
     if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
         raise UserError(
             f"aug.padding={aug.padding} is too large for aug.padding_mode=reflect on images of {size} pixels; "

@@ -16,7 +16,7 @@ class FileMonitor(Protocol):
     """Detector of changes to the files that a source reads; see `pipelines.storage.monitor`."""
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed. Calling this method after every batch is cheap."""
+        """Raise UserError if a change to a file has been detected. Cheap enough to call after every batch."""
         ...
 
     def check(self) -> None:
@@ -25,15 +25,17 @@ class FileMonitor(Protocol):
 
 
 class SampleSource(Protocol):
-    """Source of samples. The loader's background threads call `fill` to fill slots."""
+    """Source of samples. The loader's background threads call `fill` to gather samples into slots (reused buffers)."""
 
     monitor: FileMonitor | None = None  # None: all samples were read at the start
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """Return the samples at `indices`, int64 [B]. Samples in host memory are valid until the slot's next fill.
+        """Return the samples at `indices`, int64 [B]: images, uint8 [B, H, W, 3], or encoded files, uint8 [bytes] each.
+
+        Samples in host memory are valid until the next call with the same `slot`.
 
         Raises:
-            Undecodable: Samples cannot be decoded. Samples that DALI decodes may also fail later, in the runner.
+            Undecodable: Samples cannot be decoded. Files that DALI decodes may also fail later, in `Runner.result`.
         """
         ...
 
@@ -42,7 +44,7 @@ class SampleSource(Protocol):
         return None
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed. Calling this method after every batch is cheap."""
+        """Raise UserError if a change to a file has been detected. Cheap enough to call after every batch."""
         if self.monitor is not None:
             self.monitor.poll()
 
@@ -58,7 +60,11 @@ class Runner(Protocol):
     def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
 
     def result(self) -> RunnerResult:
-        """Remove and return the oldest submitted batch."""
+        """Remove and return the oldest submitted batch.
+
+        Raises:
+            RuntimeError: The batch cannot be processed, e.g. because a sample cannot be decoded.
+        """
         ...
 
     def restart(self) -> None:

@@ -14,9 +14,9 @@ _MARKER = re.compile(b"\xff([\x02-\xcf\xd9-\xfe])")  # a marker followed by a le
 def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
     """Count the scans of a JPEG file and check for features that decoders handle differently.
 
-    For example, libjpeg skips bytes between segments, but nvImageCodec rejects them, and libjpeg detects RGB files, but
-    nvImageCodec treats every three-component file as YCbCr. 8-bit Huffman-coded baseline, extended and progressive
-    frames are safe. Data after the end-of-image marker is not checked.
+    For example, libjpeg skips bytes between segments, while nvImageCodec rejects such files. libjpeg detects RGB files,
+    while nvImageCodec treats every three-component file as YCbCr. 8-bit Huffman-coded baseline, extended and
+    progressive frames are safe. Data after the end-of-image marker is not checked.
 
     Returns:
         A tuple (scans, reason). `scans` is MAX_SCANS + 1 if the file has more than MAX_SCANS scans or too many

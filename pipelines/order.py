@@ -16,7 +16,7 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return the permutation of range(samples) for a seed and an epoch: int64 [samples].
 
     Samples are sorted by a hash. Unlike NumPy's random generators, the hash gives the same result for any version of
-    NumPy. The low bits of each sort key are replaced by the sample's index, since sorting is faster than an argsort.
+    NumPy. The low bits of each sort key hold the sample's index, so a plain sort replaces a slower argsort.
     """
     mask = np.uint64((1 << max(1, (samples - 1).bit_length())) - 1)
     keys = (_keys(samples, seed, epoch) & ~mask) | np.arange(samples, dtype=np.uint64)
@@ -32,7 +32,7 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
     can therefore be read ahead and dropped from memory together.
 
     Args:
-        shard: Shard of each sample, int [samples].
+        shard: Shard number of each sample, int [samples].
         window_shards: Number of shards per window.
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
@@ -45,7 +45,7 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
 
 
 def shard_windows(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the number of each shard's window in `window_permutation`: int64 [shards].
+    """Return the window number of each shard in `window_permutation`: int64 [shards].
 
     Windows are numbered in reading order.
     """
@@ -64,7 +64,7 @@ def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulati
 def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
     """Return the sample indices of one batch of a rank: int64 [batch_size].
 
-    The samples that all ranks read for one batch number are consecutive in `order`.
+    The batches of all ranks with the same number are consecutive in `order`.
 
     Args:
         order: Sample indices of the epoch, int64 [samples].
@@ -77,5 +77,5 @@ def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world
 
 
 def eval_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return the range [start, stop) of the samples of a rank. Together, all ranks evaluate each sample once."""
+    """Return the sample range [start, stop) of a rank. Together, all ranks evaluate each sample once."""
     return samples * rank // world_size, samples * (rank + 1) // world_size

@@ -22,7 +22,7 @@ def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: f
 
 
 def pad_crop_offsets(samples: np.ndarray, seed: int, epoch: int, padding: int) -> np.ndarray:
-    """Draw the top-left corners of crops from images that are padded by `padding` pixels on each side.
+    """Draw the top-left corners of image-sized crops from images padded by `padding` pixels on each side.
 
     Returns:
         int32 [B, 2] (y, x), from -padding to padding, relative to the unpadded image.

@@ -32,7 +32,7 @@ def check_mixing(data: DataConfig, mix: MixConfig) -> None:
 
 
 def identity_table(samples: int) -> np.ndarray:
-    """Return the table of a batch of `samples` samples that are not mixed: float32 [samples, 5], see `mix_table`."""
+    """Return a table that leaves all samples unmixed: float32 [samples, 5], see `mix_table`."""
     table = np.zeros((samples, 5), np.float32)
     table[:, 0] = 1.0
     return table
@@ -80,13 +80,13 @@ def mix_table(
 def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: int) -> np.ndarray:
     """Draw rows of `mix_table`, float32 [N, 5], with the distributions of timm's Mixup.
 
-    The center of a CutMix box is uniform. Before the box is clipped to the image, its share of the area is one minus
-    the drawn share, up to rounding.
+    A share is drawn from Beta(alpha, alpha). For mixup, this is the share of the sample. For CutMix, the center of the
+    box is uniform in the image, and the box covers 1 - share of the image's area (up to rounding) before it is clipped.
 
     Args:
         mix: Config section `aug.mix`.
-        keys: Keys of the random draws, int64 [N]. Depending on `mix.mode`, these are numbers of optimizer steps, of
-            pairs of neighbors, or of positions in the epoch's order.
+        keys: Keys of the random draws, int64 [N]. Each key is the number of an optimizer step (mode batch) or of a pair
+            of neighbors (pair), or a position in the epoch's order (elem).
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
         size: Height and width of the images, pixels.

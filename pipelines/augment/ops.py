@@ -1,10 +1,9 @@
 """Operations of augmentation programs, and the meaning of their values.
 
-A program is the list of operations that are applied to one sample after crop and flip (a sub-policy in AutoAugment's
-terms). It has one operation per slot, and all programs of a run have the same number of slots. The programs of a batch
-are two arrays: `ops`, int32 [B, slots], holds members of `Op`, and `values`, float32 [B, slots], holds their values for
-uint8 images of the training size. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs` on the
-CPU.
+A program is the list of operations that are applied to one sample after crop and flip. It has one operation per slot,
+and all programs of a run have the same number of slots. The programs of a batch are two arrays: `ops`, int32 [B,
+slots], holds members of `Op`, and `values`, float32 [B, slots], holds their values for uint8 images of the training
+size. `policies` draws programs; `gpu.dali_ops` runs them in DALI and `cpu.programs` on the CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Op(IntEnum):
     SHEAR_Y = 2  # tangent of the angle about the top-left corner; affine(shear=[0, degrees(atan(v))], center=[0, 0])
     TRANSLATE_X = 3  # whole pixels to the right; affine(translate=[value, 0])
     TRANSLATE_Y = 4  # whole pixels down; affine(translate=[0, value])
-    ROTATE = 5  # degrees counter-clockwise about the center, at the same image size; rotate
+    ROTATE = 5  # degrees counter-clockwise about the center, keeping the image size; rotate
     BRIGHTNESS = 6  # factor; adjust_brightness
     COLOR = 7  # factor; adjust_saturation
     CONTRAST = 8  # factor, about the mean gray of the image; adjust_contrast

@@ -148,6 +148,7 @@ def _jitter_slots(jitter: ColorJitterConfig) -> SlotOps:
 
 def _draw_jitter(jitter: ColorJitterConfig, samples: np.ndarray, seed: int, epoch: int) -> SlotDraws:
     """Draw color jitter for each sample with probability `jitter.probability`.
+
     As in torchvision's ColorJitter, the values are uniform and the operations are applied in a random order.
     """
     strengths = np.array(_strengths(jitter))

@@ -1,4 +1,4 @@
-"""Tables of RandAugment, TrivialAugment and AutoAugment as defined by torchvision."""
+"""Operations, values and sub-policies of RandAugment, TrivialAugment and AutoAugment as defined by torchvision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AUTO_AUGMENT_BINS = 10  # magnitude bins of the sub-policies below
 
 
 class SubPolicies(NamedTuple):
-    """Sub-policies of AutoAugment as arrays [sub-policies, 2], one column per operation."""
+    """AutoAugment sub-policies as arrays [sub-policies, 2], one column per operation."""
 
     ops: np.ndarray  # int32, numbers of Op
     probabilities: np.ndarray  # float64

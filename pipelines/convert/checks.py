@@ -21,7 +21,7 @@ from pipelines.storage import tar_format
 
 
 def check_classes(source: Source) -> None:
-    """Raise UserError if a class name contains control characters, which terminals and tables would interpret."""
+    """Raise UserError if a class name contains control characters, since terminals interpret them."""
     for name in source.classes:
         if printable(name) != name:
             raise UserError(f"{source.name} names a class {name!r}, which contains control characters; rename it")
@@ -55,7 +55,7 @@ def check_shapes(layouts: dict[str, SplitLayout]) -> None:
 
 
 def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
-    """Raise UserError if the converted data set and its spool files do not fit on the disk of `out`."""
+    """Raise UserError if the converted data set and its spool files are not expected to fit on the disk of `out`."""
     need = 64 * 2**20
     for layout in layouts.values():
         need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
@@ -71,13 +71,13 @@ def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
 
 @contextmanager
 def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
-    """Lock the spool folder of this conversion and yield its path.
+    """Create and lock the spool folder of this conversion and yield its path.
 
     `request` is recorded in the folder, and temporary files of an interrupted conversion are deleted.
 
     Raises:
-        UserError: `out` is not a folder, contains anything but an unfinished conversion with the same `request`, cannot
-            be read or written, or is used by another process.
+        UserError: `out` is not a folder, contains anything but an unfinished conversion with the same `request`, has
+            links in its spool folder, cannot be read or written, or is used by another process.
     """
     spool = out / ".spool"
     if out.exists() and not out.is_dir():

@@ -54,7 +54,7 @@ class Encoded:
     height: int
     width: int
     sums: np.ndarray  # int64 [2, 3]: per-channel sums of the values and of their squares over all pixels
-    reencoded: str | None = None  # reason a source file was re-encoded to jpeg. None: file kept, npy, or source pixels
+    reencoded: str | None = None  # reason a file was re-encoded to jpeg, or None if it was not
 
 
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:

@@ -53,7 +53,7 @@ def _declared_bits(image: Image.Image, content: bytes, grey: np.ndarray) -> int 
 def _significant_bits(png: bytes) -> int | None:
     """Return the number of significant bits (1 to 16) that a grayscale PNG declares, or None if it declares none.
 
-    The number is in the sBIT chunk. This chunk precedes the pixels.
+    The number is in the sBIT chunk, which precedes the pixels.
     """
     place = 8
     while (kind := png[place + 4 : place + 8]) and kind != b"IDAT":

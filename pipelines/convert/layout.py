@@ -12,7 +12,7 @@ GROUPS = 16  # maximum number of shard groups per split; a group's spool files a
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """Layout of one split. Both passes use the same layout, fixed before pass 1 starts."""
+    """Layout of one split, shared by both passes of the shuffle and fixed before the first pass."""
 
     dataset: str
     split: str

@@ -1,7 +1,7 @@
 """Limit the memory that a library can allocate during one call.
 
-A decoder allocates the size that a header claims, so it may allocate gigabytes for a tiny file. A limit on the address
-space covers all allocations of a decoder at once.
+A decoder allocates memory for the image size that a header claims, so a tiny file may take gigabytes. A limit on the
+address space covers all allocations of a decoder at once.
 """
 
 from __future__ import annotations

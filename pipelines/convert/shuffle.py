@@ -2,7 +2,7 @@
 
 Pass 1 (`partition`) encodes a block of source rows, sorts the samples by destination and writes them to spool files.
 Pass 2 (`merge`) collects the samples of one shard and writes its tar. Both passes run in worker processes. A block or
-shard is finished once its table has been renamed to its final name, so a pass can be repeated after a kill.
+shard is finished once its table has been renamed to its final name, so an interrupted pass can be repeated.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
 
 @lru_cache(maxsize=1)
 def _positions(rows: int, seed: int, shuffled: bool) -> np.ndarray:
-    """Return the position of each source row in stored order: int64 [rows]."""
+    """Return the position of each source row in the order of the shards: int64 [rows]."""
     if not shuffled:
         return np.arange(rows)
     positions = np.empty(rows, np.int64)

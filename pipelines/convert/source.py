@@ -14,7 +14,7 @@ from pipelines.convert.encode import Encoding
 class SplitSource(Protocol):
     """One split of a source. The object is pickled and sent to worker processes, which read the rows."""
 
-    labels: np.ndarray | None  # int64 [rows]; None for a split without labels
+    labels: np.ndarray | None  # int64 [rows], or None for a split without labels
     bytes_per_row: int  # average bytes read per row
 
     def __len__(self) -> int: ...
@@ -43,15 +43,15 @@ class Source:
     classes: tuple[str, ...]
     fingerprint: str  # sha256 of the content, or of a part that is cheap to read
     splits: dict[str, SplitSource]
-    # Differs after every modification of the files, including those that the fingerprint misses. Only an unfinished
-    # conversion stores it, so that a conversion never combines two versions of a source.
+    # Changes whenever the files are modified, even if the fingerprint does not. Only an unfinished conversion stores
+    # the state, so that a conversion never combines two versions of a source.
     state: str = ""
     unordered: tuple[str, ...] = ()  # splits whose numbered files are not in numeric order
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a conversion. Two conversions of one source with equal options are byte-identical."""
+    """Options of a conversion. Two conversions of one source with equal options give byte-identical shards."""
 
     encoding: Encoding
     shard_mib: int = 512

@@ -24,7 +24,7 @@ Table = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class WrittenSplit:
-    """Entry in dataset.json and statistics of a finished split."""
+    """Statistics of a finished split, and its entry in dataset.json."""
 
     entry: dict[str, Any]
     sums: np.ndarray  # int64 [2, 3], see Encoded
@@ -38,7 +38,8 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writte
     """Run both passes of the shuffle for one split and write the split's index.
 
     Raises:
-        UserError: `partition` rejects a row, no image can be decoded, the spool is damaged, or a worker was killed.
+        UserError: The source cannot be read, a row is rejected (see `partition`), no image can be decoded, the spool is
+            damaged, or a worker was killed.
     """
     layout.spool.mkdir(exist_ok=True)
     blocks = _encode_blocks(layout, pool)

@@ -1,4 +1,4 @@
-"""A pool of worker processes that share one object, return results in task order and end with their parent."""
+"""A pool of worker processes that each hold a copy of one object, and that are killed if their parent dies."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class WorkerPool:
         os.close(self._memory)
 
     def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Yield the results in task order. At most two tasks per worker are pending, so disk reads stay sequential.
+        """Yield the results in task order. At most two tasks per worker are pending, to keep disk reads sequential.
 
         Raises:
             UserError: A worker was killed.

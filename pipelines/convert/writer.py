@@ -1,6 +1,6 @@
 """Convert a source to shards, in parallel and in bounded memory. An interrupted conversion can be resumed.
 
-The train split is shuffled globally, but a source larger than memory can only be read sequentially. The conversion
+The train split is shuffled globally, but random reads from a source larger than memory would be slow. The conversion
 therefore makes two passes, and both access the disk sequentially. In pass 1 (`shuffle.partition`), workers encode
 blocks of source rows in order, sort the samples by destination and write them to spool files. In pass 2
 (`shuffle.merge`), each worker collects the samples of one shard and writes its tar. The position of a sample depends
@@ -33,7 +33,7 @@ from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, load_dataset
 from pipelines.storage.index import sample_stride
 
-BLOCK_BYTES = 512 * 2**20  # source rows that a worker holds in memory as one block
+BLOCK_BYTES = 512 * 2**20  # maximum size of a block of source rows, which a worker holds in memory
 SMALL_SOURCE = 4096  # rows; converting fewer takes less time than starting workers
 RULES_VERSION = 2  # version of the encoding rules; must not change within a conversion
 PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate the size of a JPEG
@@ -42,7 +42,8 @@ PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
     """Convert `source` into the folder `out` and show the progress on stderr.
 
-    If a call is interrupted at any point, the next call finishes the conversion with the same bytes.
+    After an interruption at any point, another call with the same arguments finishes the conversion. The resulting
+    bytes are those of an uninterrupted conversion.
 
     Args:
         source: Data set to convert.
@@ -171,7 +172,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
 
 
 def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
-    """Encode a few samples, to determine the image shape and the average size in bytes.
+    """Encode a few samples to determine the image shape (npy) or the average size in bytes (jpeg).
 
     Evenly spaced rows are tried until one sample (npy) or PROBED_ROWS samples (jpeg) have been encoded.
 

@@ -15,7 +15,7 @@ from configs.utils.errors import UserError, printable, readable
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
 RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
-MAX_BYTES = 2**25  # size of dataset.json: about 200,000 shards; parsed JSON takes up to 20 times as much
+MAX_BYTES = 2**25  # maximum size of dataset.json, for about 200,000 shards; parsed JSON takes up to 20 times as much
 MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples; half of the address space of a process
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
@@ -36,8 +36,8 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
     """Load and check dataset.json.
 
     Raises:
-        UserError: dataset.json is missing, unreadable, invalid or of another format version. The message says how to
-            fix this.
+        UserError: dataset.json is missing, unreadable, invalid, of another format version, or a link to a file outside
+            the data set. The message says how to fix this.
     """
     path = Path(folder) / "dataset.json"
     with readable(path):
@@ -73,14 +73,14 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
 def in_source_order(dataset: dict[str, Any], split: str) -> bool:
     """Return True if the samples of a split are stored in the order of the source's rows.
 
-    Predictions for a contest need this order. Older data sets do not record the order; only their train split is
-    shuffled.
+    Predictions for a contest need this order. Older data sets do not record whether a split is shuffled. Only their
+    train split is.
     """
     return not dataset["splits"][split].get("shuffled", split == "train")
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
-    """Return a sha256 of the entries that describe the samples: classes, encoding, image shape and files of the splits.
+    """Return the sha256 of the entries that describe the samples: classes, encoding, image shape and splits.
 
     A run gets the same batches from data sets with equal fingerprints.
     """
@@ -181,7 +181,7 @@ def _format_value(value: Any) -> str:
 
 
 def convert_hint(folder: str | Path) -> str:
-    """Return the last part of an error message. This part names the tools/convert.py command for `folder`.
+    """Return the end of an error message: how to convert `folder` with tools/convert.py.
 
     Only file names are examined. `tools/sources` checks the content of a source.
 

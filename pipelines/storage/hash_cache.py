@@ -60,7 +60,7 @@ class HashedFile(NamedTuple):
 
 
 def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
-    """Return the hash of each shard of a split. Files without a valid cache entry are read.
+    """Return the actual hash of each shard of a split. Files without a valid cache entry are read.
 
     A file whose cached hash differs from dataset.json is read again. One process per machine reads the files while
     other processes wait for the results, so ranks that start together read each file once.
@@ -138,8 +138,8 @@ class HashCache:
     def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
         """Return the cached hash of each shard. `shards` are entries of dataset.json.
 
-        The result is None for a shard that is not cached, has changed since it was hashed, or has a hash other than the
-        one in dataset.json.
+        The result is None for a shard that is not cached, has changed since it was hashed, or has a cached hash that
+        differs from dataset.json.
         """
         known = self._load()
         found: list[HashedFile | None] = []
@@ -155,7 +155,7 @@ class HashCache:
         self._new[name] = content
 
     def save(self, warn_on_error: bool = False) -> None:
-        """Merge the added entries into the cache file. Other processes may have updated this file in the meantime.
+        """Merge the added entries into the cache file, which other processes may have updated in the meantime.
 
         A failure is ignored, or reported as a warning if `warn_on_error` is set.
         """
@@ -184,7 +184,7 @@ class HashCache:
                 )
 
     def _load(self) -> dict[str, list[HashedFile]]:
-        """Return the entries of the cache file. A damaged or oversized file counts as empty."""
+        """Return the entries of the cache file. A missing, damaged or oversized file counts as empty."""
         try:
             if self._path is None or self._path.stat().st_size > MAX_CACHE_BYTES:
                 return {}
@@ -237,7 +237,9 @@ def _acquire(lock: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache files: model-zhu/verified in $XDG_CACHE_HOME if set, otherwise in ~/.cache.
+    """Return the folder of the cache files: model-zhu/verified in $XDG_CACHE_HOME or ~/.cache.
+
+    $XDG_CACHE_HOME is used only if it is an absolute path.
 
     Raises:
         RuntimeError: $XDG_CACHE_HOME is not an absolute path, and the user has no home folder.
@@ -251,8 +253,8 @@ def hash_files(
 ) -> Iterator[tuple[int, HashedFile | OSError]]:
     """Hash files in parallel and yield the position of each file in `files`, with its hash or error.
 
-    Files are yielded in order of completion. While the caller waits for a file, `heartbeat` is called at least once a
-    second.
+    Files are yielded in order of completion. While the caller waits for a file, `bar` is updated and `heartbeat` is
+    called about once a second or more often.
     """
     read, shown = [0] * len(files), 0
     stop = threading.Event()

@@ -33,14 +33,14 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
     Args:
         size: Size of an image member's content in bytes.
         labelled: True if each sample has a label member.
-        classes: Number of classes, which determines the width of labels.
+        classes: Number of classes, which determines the number of digits of a label.
     """
     stride = tar_format.BLOCK + tar_format.padded(size)
     return stride + tar_format.BLOCK + tar_format.padded(len(tar_format.label_text(0, classes))) if labelled else stride
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Raise UserError if a file is missing or unreadable, has an unexpected size in bytes, or is an external link."""
+    """Raise UserError if a file is missing, unreadable, not `expected` bytes long, or a link outside the data set."""
     with readable(file):
         refuse_external_link(file)
         if not file.is_file():
@@ -54,7 +54,8 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
     """Load the columns of a split's index, each [samples], and check them against dataset.json.
 
     Raises:
-        UserError: The index is missing, unreadable, damaged, an external link, or inconsistent with dataset.json.
+        UserError: The index is missing, unreadable, damaged, empty, inconsistent with dataset.json, or a link to a file
+            outside the data set.
     """
     entry = dataset["splits"][name]
     file, samples = folder / entry["index"]["file"], entry["samples"]
@@ -88,7 +89,7 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
 def _columns(content: bytes) -> dict[str, np.ndarray]:
     """Parse the columns of the index.
 
-    Unlike np.load, this function does not allocate the size that a damaged file claims.
+    Unlike np.load, this function does not allocate the array size that a damaged file claims.
     """
     index = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -17,7 +17,7 @@ ImageSize = tuple[int, int]  # height and width in pixels
 
 
 def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
-    """Describe what is wrong with the header of a JPEG file. Return None if the header is valid.
+    """Describe what is wrong with the header of a JPEG file, or return None if it is valid and matches the index.
 
     Args:
         file: Content of the file, uint8 [bytes].

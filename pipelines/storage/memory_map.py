@@ -47,6 +47,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
     Raises:
         UserError: A file cannot be read or mapped, or the range would exceed MAX_ADDRESSES.
         ValueError: Too many files are mapped, see `sigbus.register`.
+        OSError: The SIGBUS handler cannot be installed.
     """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 
@@ -82,7 +83,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
 
 
 def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:
-    """Advise the kernel about `size` bytes of mapped content from `start` on. Failures are ignored.
+    """Call madvise(2) on `size` bytes of mapped content from `start` on. Failures are ignored.
 
     `advice` is a constant such as mmap.MADV_WILLNEED.
     """

@@ -1,7 +1,8 @@
 """Detect shards that are truncated, overwritten, replaced or removed during a run.
 
-Shards are memory-mapped, so training sees in-place changes immediately and may use them until the next check, usually
-within 0.5 s. Call `check` before saving a checkpoint, so that no checkpoint is affected by changed data.
+Shards are memory-mapped, so training sees in-place changes immediately. It may use changed bytes until the next check,
+which usually follows within 0.5 s. Call `check` before saving a checkpoint, so that no checkpoint is affected by
+changed data.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class ShardMonitor:
         self._error: str | None = None
 
     def poll(self) -> None:
-        """Raise UserError if a file is known to have changed.
+        """Raise UserError if a change to a file has been detected.
 
-        After a failed read and about once per POLL_INTERVAL_S, this method calls `check`. Other calls take about two
-        microseconds, so `poll` can be called after every batch.
+        This method calls `check` after a failed read, and otherwise at most once per POLL_INTERVAL_S. All other calls
+        take about two microseconds, so `poll` can be called after every batch.
         """
         if self._error is not None:
             raise UserError(self._error)
@@ -64,10 +65,10 @@ class ShardMonitor:
             self.check()
 
     def check(self) -> None:
-        """Check all files now and raise UserError if the mapped content of a file has changed or cannot be read.
+        """Check all files now and raise UserError if the size or content of a mapped file has changed or a read failed.
 
         A file that was replaced or removed only causes a warning, since its mapping still shows the original content.
-        A check takes about two microseconds per file, unless modification times differ and files must be read.
+        A check takes about two microseconds per file, unless a modification time has changed and the file must be read.
         """
         with self._lock:
             start = time.monotonic()

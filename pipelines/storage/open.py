@@ -43,8 +43,9 @@ def open_split(
         allow_damaged_images: Warn instead of raising if only image bytes of a JPEG shard are damaged.
 
     Raises:
-        UserError: The data set or split does not exist, or a file is missing, unreadable, being changed or different
-            from dataset.json.
+        UserError: The data set or split does not exist, dataset.json is invalid, or a file is missing, unreadable,
+            being changed, different from dataset.json, or a link to a file outside the data set.
+        ValueError, OSError: See `map_files`.
     """
     folder = Path(folder)
     dataset = load_dataset(folder)

@@ -1,9 +1,9 @@
 """Turn SIGBUS on a mapped shard (truncated file, failing disk) into a flag instead of a crash.
 
 Reading a mapped page beyond the end of its file raises SIGBUS. By default, this signal ends the process without a
-Python traceback. The handler in `cpu.sigbus_handler` stores the address of the fault in a table and replaces the page
-and the rest of the file with zeros. Readers check the table before they use the bytes. A SIGBUS outside the registered
-ranges is passed to the previous handler.
+Python traceback. The handler in `cpu.sigbus_handler` stores the address of the fault in a table and maps zeros in place
+of the page and the rest of the file. Readers check the table before they use the bytes they have read. A SIGBUS outside
+the registered ranges is passed to the previous handler.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Split:
 
     dataset: dict[str, Any]  # content of dataset.json
     name: str
-    labels: np.ndarray | None  # int64 [samples]; None for a split without labels
+    labels: np.ndarray | None  # int64 [samples], or None for a split without labels
     shard: np.ndarray  # int32 [samples]: position in `files` of the sample's shard
     files: tuple[Path, ...]
     heights: np.ndarray  # int32 [samples], pixels
@@ -61,7 +61,7 @@ class Split:
         """Return the images of an npy split as one strided view, and the row of each sample in the view.
 
         Samples of equal size have a constant stride, and the slot size is a multiple of the stride, so one view spans
-        all shards. Rows between the last sample of a shard and the next shard are not samples.
+        all shards. Rows after the last sample of a shard are not samples.
 
         Returns:
             The view, uint8 [rows, height * width * 3], and the row of each sample, int64 [samples].
@@ -86,15 +86,15 @@ class Split:
     def source_rows(self) -> np.ndarray:
         """Return the source row of each sample, parsed from its key in the tar: int64 [samples].
 
-        This reads one page of memory per sample, so it reads about the whole split if the images are small.
+        This reads one page of each sample, and thus nearly the whole split if the images are small.
         """
         keys = self.content[(self.address - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
         return (keys - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
-        """Advise the kernel about whole shards. Failures are ignored.
+        """Call madvise(2) on whole shards. Failures are ignored.
 
-        `shards` are shard numbers; `advice` is a constant such as mmap.MADV_WILLNEED.
+        `shards` are shard numbers, and `advice` is a constant such as mmap.MADV_WILLNEED.
         """
         for shard in shards.tolist():
             size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]

@@ -1,7 +1,7 @@
 """Compare a mapped shard with the index and describe the differences.
 
-Headers and labels are compared in chunks, and images one by one. This is slower than comparing the sha256 of the shard,
-so use it only to explain a mismatch or to check a data set thoroughly.
+Headers and labels are compared in chunks, and images are checked one by one. This is slower than comparing the sha256
+of the shard, so use it only to explain a mismatch or to check a data set thoroughly.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAX_LISTED = 3  # samples named in a message
 
 
 class Damage(NamedTuple):
-    """Damage of a shard, as found by `diagnose`."""
+    """Damage to a shard, as found by `diagnose`."""
 
     text: str  # for an error message
     in_content_only: bool  # True if headers, keys and labels are intact, so that every sample can be found
 
 
 def diagnose(split: Split, number: int, sha256: str) -> Damage:
-    """Return the damage of a shard that does not have the sha256 of dataset.json.
+    """Find the damage to a shard whose sha256 differs from dataset.json.
 
     Args:
         split: Split of the shard.
@@ -159,7 +159,7 @@ def _describe_header(header: np.ndarray) -> str:
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """Describe what is wrong with a stored image. Return None if the image is valid.
+    """Describe what is wrong with a stored image, or return None if nothing is.
 
     Args:
         split: Split of the sample.

@@ -1,7 +1,7 @@
 """Byte format of a shard: USTAR headers, `.npy` headers and the lines of DALI's index.
 
 A shard follows the WebDataset convention. Each sample is a member KEY.npy or KEY.jpg, followed by a member KEY.cls if
-the split has labels. Keys are decimal numbers of fixed width, so names of members contain a single dot and no space and
+the split has labels. Keys are decimal numbers of fixed width, so member names contain a single dot and no spaces, and
 need no long-name extension.
 """
 

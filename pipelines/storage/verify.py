@@ -108,7 +108,8 @@ def _read_start(file: Path, most: int) -> bytes:
     """Read up to `most` bytes of a regular file.
 
     Raises:
-        FileNotFoundError: The file is missing or not regular. Reading a pipe might never end.
+        FileNotFoundError: The file is missing or not a regular file. Reading from a pipe might block forever.
+        OSError: The file cannot be read.
     """
     if not file.is_file():
         raise FileNotFoundError
@@ -121,7 +122,7 @@ def _reason(error: OSError) -> str:
 
 
 def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
-    """Return the content that the DALI index of a shard should have according to `SPLIT.index.npz`."""
+    """Return the content that a shard's DALI index should have, given `SPLIT.index.npz` and the keys in the tar."""
     extension = EXTENSIONS[split.encoding]
     label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
     offsets = split.address[chosen] - number * split.slot_bytes
