@@ -17,7 +17,7 @@ from pipelines.augment.ops import Op
 from pipelines.rng import normal, uniform
 
 SCALE = 10.0  # the magnitude at which an operation has its full span
-MAX_SIGMA = 2.0  # standard deviation of BLUR, pixels
+MAX_SIGMA = 2.0  # maximum standard deviation of BLUR, pixels
 _DRAWN = 0  # marks a sign that is drawn per sample
 
 

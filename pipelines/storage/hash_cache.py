@@ -253,8 +253,8 @@ def hash_files(
 ) -> Iterator[tuple[int, HashedFile | OSError]]:
     """Hash files in parallel and yield the position of each file in `files`, with its hash or error.
 
-    Files are yielded in order of completion. While the caller waits for a file, `bar` is updated and `heartbeat` is
-    called about once a second or more often.
+    Results are yielded in order of completion. While the caller waits for a file, `bar` is updated and `heartbeat` is
+    called at least once a second.
     """
     read, shown = [0] * len(files), 0
     stop = threading.Event()

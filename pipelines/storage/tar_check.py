@@ -159,7 +159,7 @@ def _describe_header(header: np.ndarray) -> str:
 
 
 def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
-    """Describe what is wrong with a stored image, or return None if nothing is.
+    """Describe what is wrong with a stored image, or return None if the image is valid.
 
     Args:
         split: Split of the sample.
