@@ -94,12 +94,12 @@ def build_model(
 def build_from_config(
     config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
 ) -> PixelClassifier:
-    """Build the model of a config's `model` section with randomly initialized weights.
+    """Build the model that a config's `model` section describes, with randomly initialized weights.
 
     See `build_model` for the arguments. The settings `pretrained`, `finetune` and `freeze` are ignored.
 
     Raises:
-        UserError: `config.options` contains a reserved key, or `build_model` rejects a setting.
+        UserError: `config.options` contains a key in RESERVED, or `build_model` rejects a setting.
     """
     model = build_model(
         config.name,
@@ -132,7 +132,7 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 def _build_builtin_model(
     name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Build a built-in model, see `build_model`.
+    """Build a built-in model. See `build_model` for the arguments and errors.
 
     `settings` contains drop_rate and activation. A value of None stands for the model's default.
     """

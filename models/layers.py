@@ -35,9 +35,9 @@ def init_gain(name: str) -> float:
     """Return the gain of Xavier initialization for a layer followed by this activation.
 
     The gain is 1 / sqrt(E[f(z)^2]) for a standard normal z. It keeps the scale of signals from layer to layer. For
-    relu, it is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain. That function does not
-    support gelu, silu, elu, hardswish and mish. For sigmoid, the gain is 4 instead, since the slope of a sigmoid is at
-    most 1/4 and its mean square is mostly that of its mean, 1/2.
+    relu, it is sqrt(2) (He et al., arXiv:1502.01852), as in torch.nn.init.calculate_gain, which does not support gelu,
+    silu, elu, hardswish or mish. For sigmoid, the gain is 4 instead: the slope of a sigmoid is at most 1/4, and most of
+    its mean square comes from its mean of 1/2, which carries no signal.
     """
     if name == "sigmoid":
         return SIGMOID_GAIN
@@ -65,9 +65,9 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
 class Normalize(nn.Module):
     """Normalize images [B, 3, H, W], uint8 or floats in 0..255, to (images / 255 - mean) / std.
 
-    This is the first module of a model rather than the last step of the loader, for three reasons. uint8 images have a
-    quarter of the bytes of float32 images when they are copied to the device. The compiler fuses the normalization into
-    the input of the first convolution. Saved models take raw pixels, so training and prediction cannot normalize
+    This is the first module of a model rather than the last step of the loader, for three reasons. Copying uint8
+    images to the device moves a quarter of the bytes of float32 images. The compiler fuses the normalization into the
+    input of the first convolution. Saved models take raw pixels, so training and prediction cannot normalize
     differently.
 
     If autocast is enabled for the device of `images`, the result has the autocast dtype. Otherwise it has the dtype of

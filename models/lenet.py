@@ -1,4 +1,4 @@
-"""LeNet for color images, as in the homework: average pooling, sigmoids, and a linear output layer."""
+"""LeNet for color images, as in the homework (docs/homework.md): average pooling, sigmoids, linear output layer."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class LeNet(nn.Module):
         """Initialize weights with Xavier uniform, scaled by `gain` (see `init_gain`), and biases with 0.
 
         Source: Glorot and Bengio, AISTATS 2010. With torch's default initialization and sigmoids, the difference
-        between images would shrink about tenfold per layer (measured: to 0.00006 in the logits), and training would
-        start on a plateau. fc3 has gain 1, since it is not followed by an activation.
+        between the activations of two images would shrink about tenfold per layer (measured: to 0.00006 in the logits),
+        and training would start on a plateau. fc3 has gain 1, since it is not followed by an activation.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

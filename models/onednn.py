@@ -89,9 +89,9 @@ def isa_limit() -> str:
     """Return the instruction set that the user limits oneDNN to, in lower case, or an empty string without a limit.
 
     The limit is read from ONEDNN_MAX_CPU_ISA, or from DNNL_MAX_CPU_ISA if that is unset or empty, as in oneDNN. oneDNN
-    ignores case and unknown values, and never uses instructions that the CPU lacks. torch does not export
-    dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows ATEN_CPU_CAPABILITY. That variable
-    does not limit oneDNN.
+    ignores case and unknown values, and never uses instructions that the CPU lacks. The variables are read directly,
+    since torch does not export dnnl_get_effective_cpu_isa, and torch.backends.cpu.get_cpu_capability() follows
+    ATEN_CPU_CAPABILITY, which does not limit oneDNN.
     """
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 

@@ -1,7 +1,7 @@
-"""Build models with pretrained weights, either timm's published weights in the local cache or a file of the user.
+"""Build models with pretrained weights, either timm's published weights in the local cache or a file.
 
-Nothing is downloaded. Weights of timm models are loaded by timm, since it converts older names and resamples position
-embeddings. Unlike in timm, all tensors must fit, except for those of a new head.
+Nothing is downloaded. timm loads the weights of timm models, since it converts older names and resamples position
+embeddings. Unlike in timm, the names and shapes of all tensors must match, except in the head.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def build_pretrained(
 
     Args:
         config: The model section. `pretrained` is True for published weights, or the path of a file.
-        num_classes: Number of logits. The head is new if the weights have a different number of classes.
+        num_classes: Number of logits. The head is reinitialized if the weights have a different number of classes.
         image_size: Height and width in pixels.
         mean, std: Normalization of the data set. It is used only if neither the config.json beside the file nor timm
             specifies one.
-        classes: Names of the classes, or None if unknown. The head is new if the config.json lists different names or
-            a different order.
+        classes: Names of the classes, or None if unknown. The head is reinitialized if the config.json lists
+            different names or a different order.
 
     Returns:
         The model, and a note for the log about the weights and the normalization.
 
     Raises:
-        UserError: The weights are not on this machine, are invalid or do not fit, the config.json is invalid, or
+        UserError: The weights are missing, invalid, or do not match the model; or the config.json is invalid; or
             `build_from_config` rejects a setting.
     """
     timm_name = config.name.removeprefix("timm/") if config.name.startswith("timm/") else None
@@ -95,7 +95,7 @@ def _numbers(numbers: Sequence[float]) -> str:
 def published_config(name: str) -> Any:
     """Return timm's PretrainedCfg of a model, or an empty one if timm does not know the model.
 
-    `name` does not start with timm/.
+    `name` has no timm/ prefix.
 
     Raises:
         UserError: The model is known, but the tag in `name` is not.
@@ -112,7 +112,7 @@ def published_file(name: str) -> Path:
     """Return the path of a model's published weights on this machine. `name` has the form timm/NAME.
 
     Raises:
-        UserError: There are no published weights, or they are not on this machine.
+        UserError: The model has no published weights, its tag is unknown, or the weights are not on this machine.
     """
     if not name.startswith("timm/"):
         raise UserError(
@@ -159,23 +159,24 @@ def copy_weights_with_timm(
     described: WeightsConfig | None,
     new_head: bool,
 ) -> LoadResult:
-    """Load weights into a new timm model, then copy them to a network with the same architecture.
+    """Load weights with timm into a temporary model, and copy them from there to `network`.
 
-    The new model has as many classes as the weights, so all tensors must fit. Only the head of `network` may differ.
-    timm itself would replace the head and then silently skip other tensors that do not fit.
+    The temporary model has as many classes as the weights, so all tensors must match. If the number of classes
+    differed, timm would replace the head and silently skip other tensors that do not match.
 
     Args:
-        network: The network to copy to.
+        network: The network to copy to, with the architecture that `config` describes. Only its head may differ from
+            the weights.
         config: The model section.
         num_classes: Number of logits of `network`.
         image_size: Height and width in pixels.
         weights: Tensors by name.
-        path: File of the weights, for errors.
+        path: Path of the weights file, for error messages.
         described: Content of the config.json beside the file, or None if there is none.
-        new_head: Whether the head keeps its initial values even if the shapes agree.
+        new_head: Whether the head keeps its initial values even if the shapes match.
 
     Raises:
-        UserError: The weights do not fit.
+        UserError: The weights do not match the model, or `timm_arguments` rejects a setting.
     """
     import timm
 
@@ -205,8 +206,8 @@ def copy_weights_with_timm(
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
     """Return the number of classes that weights were trained on.
 
-    If the weights do not include the head, the result is `described`, or `published.num_classes` if that is None.
-    `published` is timm's PretrainedCfg of the model, and `described` is the number of classes in config.json, if any.
+    If the weights do not include the head, the result is `described`, or `published.num_classes` if `described` is
+    None. `published` is timm's PretrainedCfg of the model, and `described` is the number of classes in config.json.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

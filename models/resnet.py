@@ -1,6 +1,6 @@
 """ResNets with the CIFAR stem: one 3x3 convolution with stride 1 and no pooling before the first block.
 
-Parameter names are torchvision's; only the shape of conv1.weight differs from its ImageNet models.
+Parameter names are those of torchvision's ImageNet models. Apart from the head, only the shape of conv1.weight differs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Build the identity if the shape is unchanged, otherwise a 1x1 convolution and batch norm.
 
-    This is option B of the paper.
+    This is option B in arXiv:1512.03385.
     """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
@@ -87,14 +87,15 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 class ResNet(nn.Module):
     """ResNet: images float [B, 3, H, W] with H, W >= 25 -> logits [B, num_classes].
 
-    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. The four stages have
-    the widths of the paper's ImageNet models, 64/128/256/512, if `width` is 64. The stem has stride 1, as for CIFAR.
+    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. With the default
+    width of 64, the four stages have the widths of the paper's ImageNet models, 64/128/256/512. The stem has stride 1,
+    as in the paper's CIFAR-10 models.
 
     Shapes of ResNet-18 at 32x32: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4
     [512, 4, 4] -> global mean [512].
     """
 
-    # From 25 on, layer4 has at least 4x4 positions, the size of the homework's pooling window.
+    # From 25 on, layer4 has at least 4x4 positions, the pooling window in the homework (docs/homework.md).
     min_image_size = 25
     max_image_size: int | None = None
 

@@ -1,4 +1,4 @@
-"""Networks of the CIFAR-10 speedruns: a whitening first layer, three groups of convolutions and one linear layer.
+"""Networks for CIFAR-10 speedruns: a whitening first layer, three groups of convolutions and one linear layer.
 
 Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, and the author's later networks for
 an accuracy of 94, 95 and 96 %.
@@ -162,7 +162,7 @@ def speedrun96(num_classes: int) -> SpeedrunNet:
 
 
 def speedrun96_proxy(num_classes: int) -> SpeedrunNet:
-    """Build the network that selects samples for speedrun96. It has 146,456 parameters with 10 classes."""
+    """Build the network that selects training samples for speedrun96. It has 146,456 parameters with 10 classes."""
     return SpeedrunNet(num_classes, (32, 64, 64))
 
 

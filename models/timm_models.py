@@ -19,7 +19,7 @@ CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
 def build_timm_model(name: str, num_classes: int, **settings: Any) -> nn.Module:
-    """Build timm's model `name`: images float [B, 3, H, W] -> logits [B, num_classes].
+    """Build the timm model `name`: images float [B, 3, H, W] -> logits [B, num_classes].
 
     `settings` are the keyword arguments of `timm_arguments`.
 
@@ -112,8 +112,8 @@ def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str
 def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
     """Return True if the constructor has an argument img_size.
 
-    The signature does not tell, since timm's entry points accept any keyword argument. Therefore the constructor is
-    called on the meta device.
+    The constructor is called on the meta device to find out, since the signatures of timm's entry points accept any
+    keyword argument.
     """
     problem = caught_error(build_shapes_only, name, {**arguments, "img_size": image_size})
     return problem is None or "unexpected keyword argument" not in problem

@@ -1,4 +1,7 @@
-"""Load weights from files and copy them into networks. All weights must fit, except for those of a new head."""
+"""Load weights from files and copy them into networks.
+
+Names and shapes must match, except in the head layers passed to `copy_weights`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ class SkippedDict:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors file or a file written by torch.save, without executing code in it.
 
-    Objects beside the state dict of a torch file, such as the settings of a run, are skipped.
+    If a torch file contains the state dict under a key in NESTED_UNDER, its other values, such as the settings of a
+    run, are skipped. The prefixes that DDP and torch.compile add to names are removed.
 
     Raises:
         UserError: The file cannot be read, is a checkpoint of this program, or does not contain tensors by name.
@@ -78,7 +82,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path) -> Any:
-    """Read a torch file, with a placeholder for each object that is not plain data."""
+    """Read a torch file, with a placeholder for each object that torch does not load safely."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -130,14 +134,14 @@ class LoadResult:
 def copy_weights(
     network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
 ) -> LoadResult:
-    """Copy weights into a network. Tensors of the head that are missing or do not fit keep their initial values.
+    """Copy weights into a network. Head tensors that are missing or have a different shape keep their initial values.
 
     Args:
         network: The network. It is unchanged if an error is raised.
         weights: Tensors by name.
-        head: Names of the layers of the head.
-        source: Description of the weights, for errors.
-        new_head: Whether the head keeps its initial values even if the shapes agree.
+        head: Names of the head layers.
+        source: Description of the weights, for error messages.
+        new_head: Whether the head keeps its initial values even if the shapes match.
 
     Raises:
         UserError: Tensors outside the head are missing, unexpected or of the wrong shape. The message names them.

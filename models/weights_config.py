@@ -26,7 +26,7 @@ class WeightsConfig:
     std: list[float] | None = None
     image_size: int | None = None  # image height in pixels that the weights were trained with
     num_classes: int | None = None
-    classes: list[str] | None = None  # in the order of the head; written by tools/export.py only
+    classes: list[str] | None = None  # in the order of the logits; written by tools/export.py only
     arguments: dict[str, Any] | None = None  # of the constructor
 
 
@@ -46,7 +46,7 @@ def read_weights_config(weights: Path) -> WeightsConfig | None:
         raise _broken(path, f"cannot be read as JSON ({reason})") from None
     if not isinstance(content, dict):
         raise _broken(path, "is not a mapping")
-    published = content.get("pretrained_cfg", content)  # missing in older files of timm
+    published = content.get("pretrained_cfg", content)  # missing in older timm files
     facts = content.get("model_zhu", {})
     if not isinstance(published, dict) or not isinstance(facts, dict):
         raise _broken(path, "has a pretrained_cfg or model_zhu that is not a mapping")

@@ -41,7 +41,7 @@ def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> Non
         if not whole_lines:
             copy_bytes(target, at, content, begin, size)
             continue
-        # Reads of scattered samples wait for memory, and the outer cache can have many more requests in flight.
+        # Scattered reads stall on memory. The outer cache can have many more requests in flight than the inner one.
         ahead = image_offsets[min(sample + samples_ahead, last)]
         for offset in range(0, size, LINE):
             prefetch(content, ahead + offset)

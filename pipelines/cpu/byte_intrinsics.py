@@ -67,7 +67,7 @@ def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> A
 
 @intrinsic
 def prefetch(typing: Any, source: Any, begin: Any) -> Any:
-    """Prefetch the cache line of source[begin] into the outer cache. `begin` may be out of bounds."""
+    """Prefetch the cache line of source[begin] into the outer cache. `begin` can be out of bounds."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         pointer = address(context, builder, signature, args, 0, args[1], _I8)

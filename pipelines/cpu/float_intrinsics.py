@@ -121,7 +121,7 @@ def _splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
 def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
     """Round floats between 0 and 255 to uint8, with ties to even.
 
-    The sum of a float and 2 ** 23 has no fractional bits, so the addition rounds.
+    The sum of such a float and 2 ** 23 has no fractional bits, so the addition rounds. The low byte is the result.
     """
     count = values.type.count
     moved = builder.fadd(values, ir.Constant(values.type, [2.0**23] * count))

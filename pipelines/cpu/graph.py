@@ -39,7 +39,7 @@ Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3]
 
 @dataclass(frozen=True)
 class CpuGraph:
-    """Graph that runs one or two stages on a batch and then changes the result in place.
+    """Graph that runs one or two stages (a resize, a crop and flip, or both) and then changes the result in place.
 
     The batch is processed in small pieces that stay in the cache, unless the graph is a single stage without changes.
     """
@@ -49,7 +49,7 @@ class CpuGraph:
     changes: tuple[Change, ...]
     _scratch: deque[np.ndarray]  # spare output buffers of the first of two stages
 
-    CHUNK = 2**18  # bytes per piece, as output of the first stage
+    CHUNK = 2**18  # bytes that the first stage writes per piece
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
         """Transform a batch and write the result to `out`, uint8 [B, size, size, 3]. Thread-safe."""
@@ -99,7 +99,7 @@ def train_graph(
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: When downscaling, widen the filter by the scale factor.
-        programs: Result of `build_programs`.
+        programs: Result of `build_programs`, None if there are no programs.
         mean: Per-channel mean of the train split's pixels, 0 to 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Numba decorators for kernels and C callbacks. The machine code of kernels is cached until a file of SOURCES changes.
+"""Numba decorators for kernels and C callbacks. The machine code of kernels is cached until a file in SOURCES changes.
 
 The cache is in a folder next to the source. If this folder is not writable or contains unreadable files of another
 user, the cache is in the user's own cache directory.
@@ -33,7 +33,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         # Numba checks only the file of the function itself, but the cached code contains the functions it calls too.
         cache_file = cache._cache_file
         cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
-        # Another user may write to the folder at any time.
+        # Another user may write to the folder at any time, so errors when loading or saving are ignored.
         cache.load_overload, cache.save_overload = map(_or_none, (cache.load_overload, cache.save_overload))
         return compiled
     except (RuntimeError, AttributeError):  # no cache folder, or a Numba version with other internals

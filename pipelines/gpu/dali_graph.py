@@ -1,8 +1,9 @@
 """DALI graphs for training and evaluation.
 
-The inputs of a graph are images and draws. A graph has no state or random operators, so its output is a pure function
-of its inputs. The output is uint8 [B, H, W, 3] on the device; the model normalizes it. Labels bypass the graph, since
-every input costs the feeding thread about 0.1 µs per sample.
+The inputs of a graph are images and draws, i.e. random augmentation parameters that the loader draws in advance. A
+graph has no state or random operators, so its output is a pure function of its inputs. The output is uint8 [B, H, W, 3]
+on the device; the model normalizes it. Labels bypass the graph, since every input costs the feeding thread about 0.1 µs
+per sample.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def train_graph(
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: When downscaling, widen the filter by the scale factor.
-        programs: Result of `build_programs`.
+        programs: Result of `build_programs`, None if there are no programs.
     """
     mean = [float(level) for level in grey_levels(spec.mean)]
 
@@ -144,8 +145,8 @@ def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: b
     Args:
         config: Device and resources.
         define: Function that builds the operators and returns the output.
-        chooses: True if the operators depend on the sample. DALI then converts the code of `define`. This takes about
-            one second.
+        chooses: True if different samples need different operators. DALI then converts `define` with AutoGraph, which
+            takes about one second.
     """
     # A queue of one, since the loader controls how many batches are in flight.
     options: dict[str, Any] = {

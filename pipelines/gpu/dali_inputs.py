@@ -2,7 +2,7 @@
 
 A branch is a function in `dali_ops`. Each slot of a program is encoded as a branch index and the arguments of that
 branch. Nearly all arguments are affine in the operation's value, so those of a whole batch are computed as
-`constants + slopes * value`, with both taken from lookup tables.
+`constants + slopes * value`, where `constants` and `slopes` come from lookup tables.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
 
     Args:
         programs: Result of `build_programs`.
-        ops, values: int32 and float32 [B, S], the result of `draw_programs`.
+        ops, values: int32 and float32 [B, S] for S slots, the result of `draw_programs`.
         size: Height and width of the images, pixels.
 
     Returns:

@@ -51,7 +51,7 @@ def linear(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
 
 @augmentation
 def about_mean(images: DataNode, _: None, numbers: DataNode, slot: int) -> DataNode:
-    """Add an affine map of the mean pixel to an affine map of each pixel, for contrast and everything in `linear`."""
+    """Add an affine map of the mean pixel to an affine map of each pixel, for contrast and operations of `linear`."""
     mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
     added = fn.coord_transform(mean, MT=numbers[slot, :, 4:8])
     return fn.cast(fn.coord_transform(images, MT=numbers[slot, :, 0:4]) + added, dtype=UINT8)
@@ -119,8 +119,8 @@ def equalize(images: DataNode, _: None, size: int) -> DataNode:
     """Equalize like Pillow, which counts the pixels below a level.
 
     DALI counts the pixels at or below a level. On the negative image, DALI's equalize therefore counts the pixels at or
-    above a level, and the negative of the result counts the pixels below the level. Pillow divides these counts by the
-    number of pixels per level, rounded down. This number excludes the pixels of the channel's brightest level.
+    above a level, and the negative of the result counts the pixels below the level. Pillow divides these counts
+    by n // 255, where n is the number of pixels that do not have the channel's brightest level.
     """
     pixels = size * size
     below = fn.equalize(images ^ _WHITE) ^ _WHITE  # 255 * share of the pixels except the brightest ones

@@ -19,7 +19,7 @@ DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # parts of the mes
 
 
 class DaliRunner:
-    """Run batches through a DALI graph. The returned images share the memory of DALI's outputs."""
+    """Runner that passes batches through a DALI graph. The images in a result share memory with DALI's outputs."""
 
     def __init__(self, build: Callable[[], Pipeline], device: torch.device) -> None:
         self._build = build

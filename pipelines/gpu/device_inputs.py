@@ -19,7 +19,7 @@ class DeviceInputs:
     def host(self, slot: int) -> np.ndarray:
         """Wait for the slot's last copy, and return the slot's host buffer for writing, int64 [*shape].
 
-        The loader does not wait for the copies of batches that were never consumed, so this method must wait.
+        The loader does not wait for the copies of batches that it never submitted to the runner, so this method must.
         """
         if slot in self._copied:
             self._copied[slot].synchronize()

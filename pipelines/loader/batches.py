@@ -1,4 +1,4 @@
-"""Batches, and the plans that determine their samples and draws."""
+"""Batches, and the plans that determine their samples and random augmentation parameters (draws)."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ class MixedBatch(Batch):
 
 
 class BatchPlan:
-    """Plan of the batches of each epoch on this rank.
+    """Base class of plans, which determine the batches of each epoch on this rank.
 
-    The results of a method depend only on its arguments. Methods are called from several threads.
+    Methods are called from several threads. The results of a method depend only on its arguments and the plan's
+    constructor arguments.
     """
 
     samples: int  # samples per epoch
@@ -61,7 +62,7 @@ class BatchPlan:
         raise NotImplementedError
 
     def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the draws of `samples`, int64 [N], as a dict of arrays [N, ...].
+        """Return the augmentation parameters of `samples`, int64 [N], as a dict of arrays [N, ...].
 
         The dict contains all inputs of the graph except the images, keyed by name.
         """

@@ -14,7 +14,7 @@ from pipelines.storage.split import Split
 
 
 class TrainOrder:
-    """Function that returns the order of all samples in an epoch. Thread-safe."""
+    """Callable that returns the order of all samples in an epoch. Thread-safe."""
 
     def __init__(self, data: DataConfig, split: Split, seed: int) -> None:
         windowed = data.order == "sequential-window"

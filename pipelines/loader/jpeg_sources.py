@@ -20,7 +20,11 @@ from pipelines.storage.split import Split
 
 
 class HostJpegs(SampleSource):
-    """Source that decodes JPEG shards on the CPU. Decoded pixels stay in the cache until the graph reads them."""
+    """Source that decodes JPEG shards on the CPU.
+
+    If there is a graph, images are decoded in pieces of about CHUNK bytes, so that the pixels are still in the CPU
+    cache when the graph reads them.
+    """
 
     CHUNK = 2**20  # bytes of decoded pixels per piece
 
@@ -71,6 +75,8 @@ class HostJpegs(SampleSource):
     def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
         """Decode images one after another with libjpeg-turbo, which gives the same pixels as DALI.
 
+        Pillow decodes the images for which libjpeg-turbo reports an error or a warning.
+
         Args:
             indices: Sample indices, int64 [B].
             sizes: Size of each decoded image, bytes, int64 [B].
@@ -117,8 +123,8 @@ class MappedFiles(SampleSource):
         """Return the encoded files as B arrays, uint8 [bytes].
 
         Files with suspicious headers (see `jpeg_headers.find_mismatches`) are tested one by one. Within a batch, an
-        undecodable header may crash the process, since the decoder of DALI 2.4 returns while its threads still work on
-        the other files.
+        undecodable header may crash the process, since DALI 2.4's decoder returns while its threads still work on the
+        other files.
 
         Raises:
             Undecodable: A file with a suspicious header is defective, see `defect`.

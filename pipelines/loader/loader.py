@@ -33,7 +33,7 @@ class Loader:
     """Iterable over the batches of an epoch. It supports one iterator at a time. `len` is the number of batches.
 
     Args:
-        plan: Batches of an epoch.
+        plan: Plan that determines the batches.
         source: Source that fills the slots.
         runner: Runner that turns filled slots into batches on the device.
         buffers: Number of slots and gather threads, and size of a slot.
@@ -196,8 +196,8 @@ class Loader:
     def _result(self, submitted: deque[HostBatch], threads: PrefetchThreads) -> tuple[HostBatch, RunnerResult]:
         """Return the oldest submitted batch and its result.
 
-        The errors of DALI do not name a sample. After an error this method therefore searches for the samples that
-        cannot be decoded, and runs all batches in flight again with substitutes.
+        DALI's errors do not name a sample. After an error, this method therefore searches the batches in flight for the
+        first one with samples that cannot be decoded, and runs all batches in flight again with substitutes.
 
         Raises:
             UserError: A file has changed, or bad samples cannot be replaced.

@@ -1,7 +1,7 @@
 """Background threads that fill slots with batches, ahead of the consumer.
 
-A thread fills one slot with a group of consecutive batches at once, because for small batches the calls and the thread
-wake-up cost more than gathering the samples. Threads take turns, and each thread owns some of the slots.
+A thread fills one slot with a group of consecutive batches at once, because for small batches the function calls and
+thread wake-ups take longer than gathering the samples. Threads take turns, and each thread owns some of the slots.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PrefetchThreads:
     """Threads that fill slots during one iteration over an epoch.
 
     Args:
-        plan: Batches of the epoch.
+        plan: Plan that determines the batches.
         source: Source that fills the slots.
         labels: int64 [samples of the split], or None if the split has no labels.
         buffers: Number of slots and threads, and size of a slot.
@@ -83,7 +83,8 @@ class PrefetchThreads:
     def get(self, block: bool) -> HostBatch | None:
         """Return the next batch. With `block`, wait until the batch is ready; otherwise return None if it is not ready.
 
-        The error of a failed thread is raised only with `block`, since earlier batches may still fail in the runner.
+        If the thread that gathers the next batch has failed, its error is raised, but only with `block`. Without
+        `block`, earlier batches may still be in the runner, and their errors must be raised first.
         """
         if not self._group and self._error is None:
             try:
@@ -108,7 +109,7 @@ class PrefetchThreads:
         self._threads[slot // self._slots_per_thread].free.put(slot)
 
     def gather(self, slot: int, wanted: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Fill a slot with the samples `wanted`, int64 [N], where bad samples are replaced by substitutes.
+        """Fill a slot with the samples `wanted`, int64 [N], and replace bad samples with their substitutes.
 
         Returns:
             Images, labels int64 [N] (-1 if the split has no labels), sample indices int64 [N], and draws. The labels,
@@ -176,7 +177,7 @@ def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
 
 
 class _GatherThread(threading.Thread):
-    """Thread that owns some of the slots and fills them with some of the groups of batches."""
+    """Thread that fills the slots it owns with its share of the groups of batches."""
 
     def __init__(self, owner: PrefetchThreads, groups: list[range], slots: range) -> None:
         super().__init__(name="gather", daemon=True)

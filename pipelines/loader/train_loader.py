@@ -1,7 +1,7 @@
 """Progressive resizing with one loader per stage, behind the interface of a single loader.
 
-A stage is a range of epochs with the same image size and batch size. The loaders of all stages are built at the start,
-so a new stage does not delay an epoch. The order of the samples does not depend on the stages.
+A stage is a range of epochs with the same image size and batch size. The loaders of all stages are built in
+advance, so a new stage does not delay an epoch. The order of the samples does not depend on the stages.
 """
 
 from __future__ import annotations
