@@ -13,8 +13,9 @@ class AlexNet(nn.Module):
     Source: Krizhevsky, "One weird trick for parallelizing convolutional neural networks", arXiv:1404.5997, after
     Krizhevsky, Sutskever, Hinton, NeurIPS 2012. 57,044,810 parameters with 10 classes.
 
-    Shapes at 70x70: conv [64, 16, 16] -> pool [64, 7, 7] -> conv [192, 7, 7] -> pool [192, 3, 3] -> three convs
-    [256, 3, 3] -> pool [256, 1, 1] -> adaptive pool [256, 6, 6] -> 9216 -> 4096 -> 4096 -> num_classes.
+    Shapes at 70x70: conv [64, 16, 16] -> pool [64, 7, 7] -> conv [192, 7, 7] -> pool [192, 3, 3] -> conv
+    [384, 3, 3] -> two convs [256, 3, 3] -> pool [256, 1, 1] -> adaptive pool [256, 6, 6] -> 9216 -> 4096 -> 4096 ->
+    num_classes.
     """
 
     # Below 63, the input of the third 3x3 pooling would be 2x2 or smaller.

@@ -8,7 +8,7 @@ from models.onednn import isa_limit
 
 
 def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str | None:
-    """Return the reason why autocast to this dtype is slower than float32 on this CPU, or None if it is not slower.
+    """Return the reason why autocast to `amp` is slower than float32 on this CPU, or None if it is not slower.
 
     `trains` is True if there are backward passes. They are slow in fp16 on every CPU, and in bf16 on CPUs without
     native instructions. Compared to float32, they took 2.6 times (AVX-512) or 8 times (AVX2) as long in bf16, and 13 to

@@ -206,8 +206,8 @@ def copy_weights_with_timm(
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
     """Return the number of classes that weights were trained on.
 
-    If the weights do not include the head, the result is `described`, or `published.num_classes` if `described` is
-    None. `published` is timm's PretrainedCfg of the model, and `described` is the number of classes in config.json.
+    If the weights do not include the head, the result is `described`, the number of classes in config.json, or
+    `published.num_classes` if `described` is None. `published` is timm's PretrainedCfg of the model.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

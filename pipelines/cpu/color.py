@@ -127,7 +127,7 @@ def _split(image: np.ndarray, start: int, planes: np.ndarray) -> tuple[np.ndarra
     """Split up to BLOCK pixels into channels, so that loops over a channel are vectorized.
 
     Returns:
-        Red, green and blue of the pixels from pixel `start` on, uint8 [at most BLOCK] each, as views of `planes`.
+        Red, green and blue from pixel `start` on, uint8 [at most BLOCK] each, as views of `planes`.
     """
     count = min(BLOCK, len(image) // 3 - start)
     red, green, blue = planes[0, :count], planes[1, :count], planes[2, :count]

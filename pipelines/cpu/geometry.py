@@ -28,7 +28,7 @@ TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 def warp(
     image: np.ndarray, side: int, op: int, value: float, bilinear: bool, fill: np.ndarray, scratch: np.ndarray
 ) -> None:
-    """Apply one operation of GEOMETRIC in place.
+    """Apply one operation of `ops.GEOMETRIC` in place.
 
     Args:
         image: uint8 [side * side * 3].

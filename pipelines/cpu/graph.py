@@ -2,8 +2,8 @@
 
 DALI's CPU operators set up every sample and copy the images from operator to operator. Here, a few kernel calls read
 the stored or decoded pixels and write them to the batch. Resized pixels may differ from DALI's by one gray level,
-because float32 sums are computed in a different order. Each operation of a program differs from torchvision's by at
-most one gray level.
+because float32 sums are computed in a different order. Each operation of an augmentation program differs from
+torchvision's by at most one gray level.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def train_graph(
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: When downscaling, widen the filter by the scale factor.
-        programs: Result of `build_programs`, None if there are no programs.
+        programs: Result of `build_programs`, or None if there are no programs.
         mean: Per-channel mean of the train split's pixels, 0 to 1.
 
     Returns:

@@ -33,7 +33,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         # Numba checks only the file of the function itself, but the cached code contains the functions it calls too.
         cache_file = cache._cache_file
         cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
-        # Another user may write to the folder at any time, so errors when loading or saving are ignored.
+        # Another user may write to the folder at any time, so OSErrors when loading or saving are ignored.
         cache.load_overload, cache.save_overload = map(_or_none, (cache.load_overload, cache.save_overload))
         return compiled
     except (RuntimeError, AttributeError):  # no cache folder, or a Numba version with other internals

@@ -62,7 +62,7 @@ def train_graph(
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
         antialias: When downscaling, widen the filter by the scale factor.
-        programs: Result of `build_programs`, None if there are no programs.
+        programs: Result of `build_programs`, or None if there are no programs.
     """
     mean = [float(level) for level in grey_levels(spec.mean)]
 

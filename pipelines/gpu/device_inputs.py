@@ -19,7 +19,8 @@ class DeviceInputs:
     def host(self, slot: int) -> np.ndarray:
         """Wait for the slot's last copy, and return the slot's host buffer for writing, int64 [*shape].
 
-        The loader does not wait for the copies of batches that it never submitted to the runner, so this method must.
+        The loader does not wait for the copies of batches that it never submitted to the runner, so this method must
+        wait.
         """
         if slot in self._copied:
             self._copied[slot].synchronize()

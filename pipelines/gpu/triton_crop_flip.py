@@ -19,7 +19,7 @@ import triton.language as tl
 from pipelines.gpu.device_inputs import DeviceInputs
 from pipelines.interfaces import SampleSource
 
-BLOCK_BYTES = 1024  # output bytes per program; an image of 32x32 takes three programs
+BLOCK_BYTES = 1024  # output bytes per Triton program; an image of 32x32 takes three programs
 DRAW_ROWS = 4  # rows: sample index, offset y, offset x, flip
 
 
@@ -47,7 +47,7 @@ def _gather_crop_flip(
         HEIGHT, WIDTH: Size of the stored images, pixels.
         SIZE: Height and width of the output, pixels.
         CROPS, FLIPS, REFLECTS: Enable cropping, flipping and reflected padding.
-        BLOCK: Output bytes per program.
+        BLOCK: Output bytes per Triton program.
     """
     sample = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

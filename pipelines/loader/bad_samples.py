@@ -71,7 +71,7 @@ class BadSamples:
 
         Args:
             defects: Maps the index of each bad sample to the reason.
-            defect: Function that tests candidates for substitutes.
+            defect: Function that tests candidate substitutes.
 
         Raises:
             UserError: The number of bad samples exceeds the budget, or no sample of the split can be decoded.

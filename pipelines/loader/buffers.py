@@ -27,8 +27,8 @@ class SlotBuffers:
         batch_size: Images per slot.
         shape: (H, W, 3).
         pinned: Use pinned memory, from which a GPU can copy asynchronously.
-        handed_out: True if batches reach the user without a copy. A buffer that the user still holds is then not
-            overwritten. Instead, its slot gets a buffer that was replaced earlier and is free again, or a new one.
+        handed_out: True if batches reach the consumer without a copy. A buffer that the consumer still holds is then
+            not overwritten. Instead, its slot gets a buffer that was replaced earlier and is free again, or a new one.
     """
 
     def __init__(

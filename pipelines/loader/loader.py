@@ -158,7 +158,7 @@ class Loader:
                         break
                     self._submit(host_batch, submitted)
                 host_batch, (images, labels, self.slot_waits[host_batch.slot]) = self._result(submitted, threads)
-                held.append(host_batch._replace(images=None))  # a reference here would count as the user's
+                held.append(host_batch._replace(images=None))  # a reference here would count as the consumer's
                 if len(held) > CONSUMER_HELD and (oldest := held.popleft()).is_last:
                     threads.release(oldest.slot)
                 batch = self._batch(images, labels)
