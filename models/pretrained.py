@@ -159,7 +159,7 @@ def copy_weights_with_timm(
     described: WeightsConfig | None,
     new_head: bool,
 ) -> LoadResult:
-    """Load weights with timm into a temporary model, and copy them from there to `network`.
+    """Load weights into a temporary timm model, and copy them from there to `network`.
 
     The temporary model has as many classes as the weights, so all tensors must match. If the number of classes
     differed, timm would replace the head and silently skip other tensors that do not match.
@@ -206,8 +206,8 @@ def copy_weights_with_timm(
 def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
     """Return the number of classes that weights were trained on.
 
-    If the weights do not include the head, the result is `described`, the number of classes in config.json, or
-    `published.num_classes` if `described` is None. `published` is timm's PretrainedCfg of the model.
+    `published` is timm's PretrainedCfg of the model. `described` is the number of classes in config.json, or None if
+    unknown. If the weights do not include the head, the result is `described`, or `published.num_classes` without it.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:
