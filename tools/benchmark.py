@@ -11,10 +11,10 @@
     python tools/benchmark.py all --report docs/benchmarks                        (make bench, make gpu-bench)
     python tools/benchmark.py all --report docs/benchmarks --part training        (make gpu-bench PART=training)
 
-The benchmark drives the real loader and the real training step. Each candidate has a separate process, and the
-candidates take turns in short rounds, so that a noisy machine slows all of them alike. Each figure is the median of the
-rounds. If a candidate fails, only its rows are lost, and the exit code is 1. Rows that are skipped because time ran out
-or an optional peer is missing are not failures.
+The benchmark drives the real loader and the real training step. Each candidate (this project or a peer in one setting)
+runs in a separate process. The candidates take turns in short rounds, so that a noisy machine slows all of them alike.
+Each figure is the median of the rounds. If a candidate fails, only its rows are lost, and the exit code is 1. Rows that
+are skipped because time ran out or an optional peer is missing are not failures.
 
 On a GPU, `all` measures in parts, each with a time limit. The JSON files of --report and --json are replaced after each
 round or row, so a killed run keeps the rows measured so far. With --report, the parts are added to those of earlier
@@ -63,7 +63,7 @@ STAGES = {
 }
 COMMANDS = {"ramp": batch_size_command, "profile": step_command}  # commands with separate arguments and outputs
 GIB = 2**30
-FREE_SPACE_BYTES = {"cpu": 3 * GIB, "cuda": 12 * GIB}  # for the data sets of a whole run
+FREE_SPACE_BYTES = {"cpu": 3 * GIB, "cuda": 12 * GIB}  # for the data sets of `all`
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -160,9 +160,9 @@ def main() -> int:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Create the output folders and check that the --json file is writable, before anything is measured.
+    """Create the folders given by the arguments, and check that the --json file is writable.
 
-    Raises UserError if a folder cannot be created or the file cannot be written.
+    Call this before measuring. Raises UserError if a folder cannot be created or the file cannot be written.
     """
     for folder in (arguments.scratch, getattr(arguments, "report", None)):
         _try_output(_make_folder, folder)
@@ -195,7 +195,7 @@ def _check_writable(file: Path) -> None:
 
 
 def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFile:
-    """Measure the selected parts on this machine, and return the run with its JSON files.
+    """Measure the selected parts on this machine, and return the `RunFile` with their tables.
 
     On a GPU with --report, the parts are added to those of earlier runs in DEVICE.json.
 

@@ -77,7 +77,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM in this context, so that the conversion cleans up as it does after Ctrl-C.
+    """Raise `Terminated` on SIGTERM in this context, so that the conversion cleans up as after Ctrl-C.
 
     This has no effect outside the main thread.
     """
@@ -98,7 +98,8 @@ def raise_on_sigterm() -> Iterator[None]:
 def open_source(args: argparse.Namespace) -> Source:
     """Open the source given on the command line. With --download, download its archive first.
 
-    The readers are imported here, since every worker process imports this module.
+    The readers are imported in this function, so that worker processes, which import this module, do not import all of
+    them.
 
     Raises:
         UserError: The download fails, or the source is missing or invalid.
@@ -161,9 +162,9 @@ def dataset_name(args: argparse.Namespace) -> str:
 
 
 def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
-    """Return a summary of a conversion: a line on the data set, and a line on each split.
+    """Return a summary of a conversion, with a line about the data set and a line about each split.
 
-    The line of a split is followed by its first quarantined samples, if there are any.
+    A split with quarantined samples also has lines for the first of them.
     """
     lines = []
     splits: dict[str, dict[str, Any]] = dataset["splits"]

@@ -141,7 +141,8 @@ def write_report(
 ) -> None:
     """Write export.json, and print the table of the written formats and the code that uses them.
 
-    `failed` contains the error message of each format that was not written.
+    `failed` contains the error message of each format that was not written. Raises UserError if export.json cannot be
+    written.
     """
     snippets = {row["format"]: usage_snippet(row["format"], exportable, folder) for row in rows}
     content: dict[str, Any] = {

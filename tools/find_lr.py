@@ -6,10 +6,10 @@
 This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate
 that grows exponentially. The config's optimizer trains the config's initial weights on real batches for --steps steps,
 or until the smoothed loss exceeds four times its minimum. The trained weights are discarded. The suggestion is the rate
-where the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second
-opinion. The suggested rate is the peak of the schedule for the global batch of the test (with data.stages, that of the
-first stage). The printed train.lr is converted to train.lr_batch_size, if set. The tool writes find_lr.png, find_lr.csv
-(one row per step) and find_lr.json to --out.
+at which the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second
+opinion. The suggested rate is meant as the peak of the schedule for the global batch of the test (with data.stages,
+that of the first stage). The printed train.lr is converted to train.lr_batch_size, if set. The tool writes find_lr.png,
+find_lr.csv (one row per step) and find_lr.json to --out.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
-    """Take one optimizer step per learning rate, and return the losses up to the first diverged one.
+    """Take one optimizer step per learning rate, and return the losses up to and including the first diverged one.
 
     Losses are read every SYNC_EVERY steps, since reading synchronizes with the device. `state` is trained in place, so
     it cannot be used for a run afterwards.
@@ -140,7 +140,7 @@ def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurv
 
 
 def options_for(config: Config, lr: float) -> str:
-    """Return the --opts values that set this learning rate and scale the config's other rates by the same factor.
+    """Return the --opts values that set the learning rate `lr` and scale the config's other rates by the same factor.
 
     Args:
         config: The config of the range test.

@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: ImageSet, out: Path) -> None:
-    """Predict the images and write all output files."""
+    """Predict the images, write all output files, and print the results."""
     classes = models[0].classes
     file = submission_file(arguments, images, out)
     form = None
@@ -150,16 +150,16 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
 
 
 def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
-    """Return the default output folder, beside the checkpoint.
+    """Return the default output folder, which is in the folder of the checkpoint.
 
-    Its name starts with a different prefix for splits than for folders of pictures, so that the two never coincide.
+    Names for splits and for folders of pictures have different prefixes, so that they never coincide.
     """
     name = f"predictions-{split}" if pictures is None else f"pictures-{pictures.resolve().name}"
     return checkpoint.parent / name
 
 
 def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:
-    """Create the folder of the submission and return its path, or return None if no submission is written.
+    """Return the path of the submission file and create its folder, or return None if no submission is written.
 
     Raises:
         UserError: Submission options are given without a submission, the folder is not writable, or the path is a

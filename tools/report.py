@@ -55,6 +55,9 @@ def write(run: Run, folder: Path) -> list[Path]:
     """Write DEVICE.json, DEVICE.md and, if the run has rates, DEVICE.png. Return the written paths.
 
     If the folder is docs/benchmarks, the tables in its README.md are updated too.
+
+    Raises:
+        UserError: DEVICE.json cannot be written, or the README.md or another run in docs/benchmarks is invalid.
     """
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)
@@ -88,7 +91,7 @@ def load_runs(folder: Path) -> dict[str, Run]:
 
 
 def slug(run: Run) -> str:
-    """Return the name of the run's device for file names, reduced to letters, digits and hyphens."""
+    """Return the name of the run's device for use in file names, with only letters, digits and hyphens."""
     name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run["environment"]["device"])
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
@@ -119,7 +122,7 @@ def document(run: Run, folder: Path) -> list[Path]:
 def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
     """Return the text between the markers of README.md.
 
-    For each device, tables show this project's rates, their ratios to peers and their shares of bounds.
+    For each device, tables show this project's rates, their ratios to the peers' rates and their shares of the bounds.
     """
     text = []
     if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
@@ -180,16 +183,17 @@ def _peers(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
-    """Return one cell per peer: the ratio of this project's rate to the peer's, or an empty cell unless `shown`.
+    """Return one cell per peer with the ratio of this project's rate to the peer's. Cells without a ratio are empty.
 
-    The ratios refer to the first row of this project in the group, so only this row should show them.
+    The ratios refer to this project's first row in the group, so `shown` should be False for other rows, which leaves
+    all cells empty.
     """
     ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
     return [ratios.get(peer, "") for peer in peers]
 
 
 def _title(group: dict[str, Any], row: Row) -> str:
-    """Return the table's title, followed by the row's variant in parentheses, if there is one.
+    """Return the title of the row's table, followed by the row's variant in parentheses if there is one.
 
     The variant is the row's name after its first comma, without "end to end".
     """

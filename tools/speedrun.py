@@ -116,7 +116,7 @@ def run(
     val_loader: Loader,
     val_samples: int,
 ) -> dict[str, float]:
-    """Train from the weights of `state`, evaluate, and return top1 and time_s.
+    """Whiten, train from the weights of `state`, evaluate, and return top1 (0 to 1) and time_s.
 
     Args:
         config: Config with the seed of this run.

@@ -124,12 +124,14 @@ def main() -> int:
 
 
 def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> None:
-    """Run the waiting points. The tables are rewritten after each run, so that a killed sweep keeps its results.
+    """Train with each point (combination of settings) in `waiting`.
+
+    The tables are rewritten after each run, so that a killed sweep keeps its results.
 
     Args:
         sweep: The sweep. Errors of failed runs are added to `sweep.errors`.
         waiting: The points without a finished run.
-        slots: GPUs and threads for concurrent runs.
+        slots: GPUs and threads for each concurrent run.
         lock: File descriptor of the folder's lock.
     """
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program

@@ -1,4 +1,4 @@
-"""Trace a forward pass: the parameters, FLOPs and saved bytes of each module call."""
+"""Trace a forward pass to count the parameters, FLOPs and saved bytes of each module call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 class WeightCasts(TorchDispatchMode):
-    """Record autocast's copies of weights. The backward pass needs them, but they are not activations."""
+    """Records the copies of weights that autocast makes. The backward pass needs them, but they are not activations."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Determine the costs of a training step: parameters, FLOPs and memory.
+"""Count the parameters, FLOPs and memory of a training step.
 
 Costs are counted on fake tensors, which have shapes and strides but no memory, so any batch size works on any machine.
-Memory can also be measured on a GPU. FLOPs count 2 per multiply-add of convolutions, matrix products and attention, as
-torch.utils.flop_counter does. Pooling, norms and activations are left out.
+Memory can also be measured on a GPU. A multiply-add in convolutions, matrix products and attention counts as 2 FLOPs,
+as in torch.utils.flop_counter. Pooling, norms and activations are left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Costs:
 
     @property
     def memory_bytes(self) -> int:
-        """Upper bound of the training memory in bytes, apart from temporary buffers.
+        """Upper bound on the training memory in bytes, apart from temporary buffers.
 
         The actual peak is lower, since activations are released while gradients are allocated.
         """
@@ -67,14 +67,15 @@ def count_costs(
 
     Args:
         network: Network that takes uint8 images, on `device` and in the memory format used for training. Not modified.
-        config: Settings of the optimizer, loss, Lookahead and moving average.
+        config: Settings for the optimizer, loss, Lookahead and moving average.
         batch_size: Samples per step.
         image_size: Height and width of the images in pixels.
         device: Device of the network. Its autocast rules apply.
         amp: Dtype of autocast, or None if autocast is off.
 
     Raises:
-        Exception: Raised by torch if the forward pass or the optimizer depends on tensor values.
+        UserError: The optimizer cannot be built with these settings.
+        Exception: The forward pass or the optimizer depends on tensor values. torch raises one of several exceptions.
     """
     with FakeCopyMode(mode := FakeTensorMode()):
         network = copy.deepcopy(network)
@@ -114,11 +115,11 @@ def count_costs(
 def measure_memory(
     network: nn.Module, config: TrainConfig, *, batch_size: int, image_size: int, device: torch.device
 ) -> int:
-    """Train `network` for a few steps on a GPU, and return the peak of allocated memory in bytes.
+    """Train `network` for a few steps on a GPU, and return the peak allocated memory in bytes.
 
-    The steps are not compiled, to be comparable with `count_costs`. The peak covers MEASURED_STEPS steps after one
-    warm-up step, in which cuDNN tries its algorithms. It includes all other tensors on the device, so call
-    `free_device_memory` first.
+    The steps are not compiled, so that the result is comparable with `count_costs`. The peak covers MEASURED_STEPS
+    steps after one warm-up step, in which cuDNN tries its algorithms. The peak includes all other tensors on the
+    device, so call `free_device_memory` first.
     """
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
     training = build_state(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)

@@ -34,9 +34,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[int]) -> str:
-    """Return a Markdown table of text cells, padded to equal widths.
+    """Return a Markdown table of text cells, padded to the width of their column.
 
-    `right` contains the indices of the right-aligned columns.
+    `right` contains the indices of the right-aligned columns. "|" in cells is replaced with "/".
     """
     lines = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
     widths = [max(len(line[number]) for line in lines) for number in range(len(header))]
@@ -76,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Create the folder for a tool's results if needed, and return it. Raises UserError if it is not writable."""
+    """Create an output folder if needed, and return it. Raises UserError if it cannot be created or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"

@@ -34,8 +34,8 @@ def predict(
         batch_size: Images per batch, or None for the eval.batch_size of each model's config.
 
     Returns:
-        A tuple (logits, evaluations, average): the logits, float32 [N, C] on the host, the evaluation of each model,
-        and the evaluation of `logits`. If the images have no labels, `evaluations` is empty and `average` is None.
+        A tuple (logits, evaluations, average) of float32 [N, C] logits on the host, the evaluation of each model, and
+        the evaluation of `logits`. If the images have no labels, `evaluations` is empty and `average` is None.
 
     Raises:
         UserError: A data set cannot be read or has changed, or a logit is not finite.
@@ -92,7 +92,7 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
 
 
 def evaluations(sums: Tensor) -> list[Evaluation]:
-    """Return the evaluation computed from sums of `loss_and_hits` in a list, which is empty if there are no labels."""
+    """Return a list with the evaluation computed from sums of `loss_and_hits`, or [] if no image is labeled."""
     loss, top1, top5, count = sums.tolist()
     return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
 

@@ -1,4 +1,4 @@
-"""Check an exported model: compare its logits with the checkpoint's, in batches of several sizes."""
+"""Compare the logits of an exported model with the checkpoint's, in batches of several sizes."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Exportable:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The exported graph, with normalization and for any batch size. The torch and ONNX formats share it."""
+        """The exported graph, which includes normalization and accepts any batch size. Used for torch and ONNX."""
         example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # 1 would become a constant
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad():
@@ -136,7 +136,7 @@ def load_safetensors(folder: Path) -> PredictFunction:
 
 
 def write_torch(exportable: Exportable, folder: Path) -> str:
-    """Write model.pt2. It can be loaded without this project's code."""
+    """Write model.pt2, a graph that can be loaded without this project's code."""
     metadata = {"model_zhu.json": json.dumps(exportable.metadata)}
     torch.export.save(exportable.program, folder / "model.pt2", extra_files=metadata)
     return "graph, from uint8"

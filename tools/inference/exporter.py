@@ -26,12 +26,12 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
         name: The format, a key of FORMATS.
         exportable: The model to export.
         expected: The checkpoint's logits.
-        tolerance: Maximum absolute difference between logits. Values below ROUNDING times the largest absolute logit
-            are raised to that.
+        tolerance: Maximum absolute difference between logits. Raised to ROUNDING times the largest absolute logit if
+            this is larger.
         folder: Output folder.
 
     Returns:
-        The format's row in the printed table.
+        The format's row of the table that tools/export.py prints.
 
     Raises:
         UserError: The format cannot be written or run, or its logits differ too much. `folder` is then unchanged. Also

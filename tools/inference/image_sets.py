@@ -53,7 +53,7 @@ class ImageSet:
 
 
 def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
-    """Return the folder of the data set to read splits from: `data_path`, or the run's data.path if it is None."""
+    """Return the folder of the data set to read splits from: `data_path` if given, else the run's data.path."""
     return Path(data_path or model.config.data.path)
 
 
@@ -92,9 +92,9 @@ def open_images(
 
     Args:
         split: Name of the split. Ignored for pictures.
-        pictures: The folder of pictures, or None to use the split.
+        pictures: The folder of pictures, or None to open the split.
         models: The models that will run on the images.
-        data_path: The data set that contains the split, or None for the data set of each model.
+        data_path: The data set that contains the split, or None for the data set of each model. Ignored for pictures.
         scratch: Folder for the converted pictures. They are deleted when the context ends.
 
     Raises:

@@ -37,7 +37,7 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
 def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
     """Return the text of predictions.csv.
 
-    Rows are not collected as dicts, which would take gigabytes for a large split.
+    The text is written row by row, since a list of dicts takes gigabytes for a large split.
 
     Args:
         images: The predicted images.
@@ -72,7 +72,7 @@ def build_metrics(
         images: The predicted images.
         tta: Test-time augmentation, or None for the eval.tta of each model's config.
         each: The evaluation of each model. Empty if there are no labels.
-        mean: The evaluation of the average, or None if there are no labels.
+        mean: The evaluation of the averaged predictions, or None if there are no labels.
     """
     checkpoints: list[dict[str, Any]] = []
     for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):

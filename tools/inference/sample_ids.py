@@ -32,7 +32,7 @@ class IdMatch:
 def match_ids(ids: Sequence[str], images: ImageSet, sample: Path) -> IdMatch:
     """Match the ids with the source rows of the images. There must be as many different ids as source rows.
 
-    Raises UserError if the ids do not fit the images, or if the match is ambiguous.
+    Raises UserError if the ids do not match the images, or if the match is ambiguous.
     """
     if images.files is not None:
         if (found := _match_by_name(ids, images.files)) is not None:
@@ -86,7 +86,7 @@ def _match_in_sample_order(ids: Sequence[str], images: ImageSet, sample: Path) -
 
 
 def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
-    """Match ids with files by path, file name, stem or number. Return None if none of these fits all ids."""
+    """Match ids with files by path, file name, stem or number. Return None if none of these matches all ids."""
     names = [Path(file).name for file in files]
     stems = [Path(file).stem for file in files]
     for known, asked in ((files, ids), (names, ids), (stems, ids), (stems, [Path(text).stem for text in ids])):
@@ -103,9 +103,10 @@ def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
 
 
 def _consecutive_numbers(ids: Sequence[str], sample: Path) -> list[int] | None:
-    """Return the number in each id, or None unless these numbers are 0 to N - 1 or 1 to N in any order.
+    """Return one number from each id, at the same place in all N ids, or None if no place qualifies.
 
-    Raises UserError if the ids contain several such numbers that would give different matches.
+    At a place that qualifies, the numbers are 0 to N - 1 or 1 to N in any order. Raises UserError if several places
+    qualify but match the ids differently.
     """
     groups = [re.findall("[0-9]+", text) for text in ids]
     if any(len(group) > MAX_DIGITS for found in groups for group in found):

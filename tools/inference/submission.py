@@ -1,6 +1,7 @@
-"""Write the submission file of a contest: an id and a class number for every source row of a split.
+"""Write the submission file of a contest, with an id and a class number for every source row of a split.
 
-`build_form` runs before any prediction and refuses anything that would shift an id. `write_submission` writes the file.
+Call `build_form` before predicting, since it raises UserError if ids could be assigned to the wrong images. Then call
+`write_submission`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def build_form(
     category_column: str | None = None,
     fill: int | None = None,
 ) -> SubmissionForm:
-    """Return the form of a submission for these images.
+    """Determine the columns, ids and row order of a submission for these images.
 
     Args:
         images: The images to predict.
@@ -56,7 +57,7 @@ def build_form(
 
     Raises:
         UserError: The order of the images is uncertain, `fill` is not a class number, images cannot be read and `fill`
-            is None, or the sample does not match the images or the other arguments.
+            is None, or the sample cannot be read or does not match the images or the other arguments.
     """
     _check_rows(images)
     if images.is_unordered:
@@ -104,7 +105,7 @@ def build_form(
 
 
 def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predicted: np.ndarray, classes: int) -> str:
-    """Write a submission file, and return a sentence that lists the checks made.
+    """Write a submission file, and return a sentence that says what was checked.
 
     Args:
         path: The file to write.
@@ -114,7 +115,7 @@ def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predict
         classes: Number of classes.
 
     Raises:
-        RuntimeError: The ids, rows or class numbers are invalid. `build_form` should have prevented this.
+        RuntimeError: The ids, rows or class numbers are invalid, which indicates a bug.
         UserError: The file cannot be written.
     """
     categories = np.full(images.source_rows, form.fill, np.int64)
@@ -140,7 +141,7 @@ def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predict
 def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
     """Return the names of the two columns and the ids of a contest's sample submission.
 
-    Raises UserError if the sample is not a CSV file of two columns with unique ids.
+    Raises UserError if the sample cannot be read, or is not a CSV file of two columns with unique ids.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -161,7 +162,7 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
 
 
 def _check_rows(images: ImageSet) -> None:
-    """Raise UserError unless the images are in source order and, with the unreadable ones, cover each row once."""
+    """Raise UserError unless images are in source order and, with the unreadable ones, cover each source row once."""
     if not images.in_source_order:
         raise UserError(
             f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "

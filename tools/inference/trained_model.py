@@ -46,9 +46,9 @@ class TrainedModel:
 
 
 def load_trained_model(path: Path, device: torch.device, *, compiled: bool = False) -> TrainedModel:
-    """Load a model for evaluation, with the weights selected by eval.weights of its config.
+    """Load a model for evaluation, with the weights that eval.weights in its config selects.
 
-    Requires a process group.
+    Requires an initialized process group.
 
     Args:
         path: A run folder or a checkpoint. In a run folder, best.pt is preferred.
@@ -57,7 +57,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
             the run's evaluations.
 
     Raises:
-        UserError: There is no intact checkpoint, or the checkpoint was written by another program or an older version
+        UserError: There is no intact checkpoint, the checkpoint was written by another program or by an older version
             that did not record the classes, or its contents are invalid.
     """
     path, content = store.load_newest(find_checkpoints(path))

@@ -1,4 +1,4 @@
-"""Readers of the sources of `tools/convert.py`: one module per kind of source, and helper modules.
+"""Source readers for `tools/convert.py`. Each kind of source has a module, and the other modules are helpers.
 
 Each `open_*` function validates a source and returns a `pipelines.convert.source.Source`. Import these modules inside
 functions, so that h5py and scikit-learn are imported only if a source needs them.

@@ -1,8 +1,8 @@
 """Read CIFAR-10 and CIFAR-100 as published: pickled batches in a folder or in the .tar.gz archive.
 
 If the source is a folder, each worker process reads the batches that it needs. An archive can only be read
-sequentially, so the main process reads all pixels (184 MB) once, without unpacking the archive to disk, and sends them
-to the workers.
+sequentially, so the main process reads all pixels (184 MB) once and sends them to the workers. The archive is not
+unpacked to disk.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ EDITIONS = {
 
 
 class CifarSplit:
-    """One split: the concatenated rows of its batches."""
+    """One split, which consists of the rows of its batches in order."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class CifarSplit:
         Batches stay in memory after they are read (154 MB for train).
 
         Raises:
-            UserError: A batch cannot be read, or has changed since the source was opened.
+            UserError: A batch is missing or invalid, or its number of rows has changed since the source was opened.
         """
         first = 0
         for file, rows in self._batches.items():
@@ -132,11 +132,11 @@ class CifarSplit:
 def open_cifar(kind: str, source: Path) -> Source:
     """Open CIFAR-10 or CIFAR-100. The test batch becomes the val split and, without its labels, the test split.
 
-    Every file is read completely to get its labels and sha256, and to check that an archive is complete.
+    All files are read completely to get the labels and the fingerprint, and to verify the checksum of an archive.
 
     Args:
         kind: Key of `EDITIONS`.
-        source: The official folder, the official .tar.gz archive, or the folder that contains either.
+        source: The official folder, the official .tar.gz archive, or a folder that contains either.
 
     Raises:
         UserError: The source is missing, unreadable, incomplete or damaged.

@@ -60,8 +60,8 @@ class Scan:
     def images(self, folder: str) -> list[tuple[str, int]]:
         """Return the path and size in bytes of every image file at any depth below a folder, sorted by path.
 
-        Links to folders are skipped, since the linked files are listed at their real paths, and following a cycle of
-        links would never end. Raises UserError for the same reasons as `entries`.
+        Links to folders are skipped, since they could list files twice or form an endless cycle. Raises UserError for
+        the same reasons as `entries`.
         """
         found: list[tuple[str, int]] = []
         waiting = [folder]
@@ -86,7 +86,7 @@ class Scan:
         self._skipped[kind, reason] = (count + 1, first)
 
     def summary(self) -> str:
-        """Return the numbers of skipped entries by kind and reason as text, or '' if there are none.
+        """Return text that counts the skipped entries by kind and reason, or '' if nothing was skipped.
 
         Example: '3 .txt, not an image (a/x.txt …); 1 .jpg, hidden (a/.x.jpg)'.
         """
@@ -105,7 +105,7 @@ class Scan:
             note(f"skipped {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
 
     def _skip_reason(self, entry: os.DirEntry[str], expected: str) -> str:
-        """Return the reason an entry is skipped, or '' for folders, image files and the file named `expected`.
+        """Return the reason to skip an entry, or '' for folders, image files and the file named `expected`.
 
         Raises UserError if the entry is a link that leads out of the root.
         """
@@ -146,11 +146,10 @@ class Scan:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """Read a file that a scan has listed.
+    """Read a file that a scan has listed. Opening does not block, even if the file has been replaced by a pipe.
 
     Raises:
-        UserError: The file has been replaced by a file that is too large, or by something other than a regular file,
-            such as a pipe. Reading a pipe might never end.
+        UserError: The file is no longer a regular file, or has become too large.
         OSError: The file cannot be opened or read.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

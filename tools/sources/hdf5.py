@@ -2,7 +2,7 @@
 
 Images are uint8 [N, 3, H, W] or [N, H, W, 3]. A file is read sequentially and in large pieces, since reading random
 rows takes a hundred times as long if the file is chunked, compressed or on a spinning disk. Before any pixels are read,
-HDF5's metadata is used to check that all of them were written.
+HDF5's metadata is used to check that all pixels were written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_by
 
 READ_BYTES = 64 << 20  # of one read, so that disk seeks take little of the time
 FINGERPRINT_ROWS = 64
-# Memory of one read, besides chunks and result. A compressed chunk may inflate to a thousand times its declared size.
+# Memory limit of one read, besides chunks and result. A compressed chunk may inflate to a thousand times its declared
+# size.
 READING_BYTES = 256 << 20
 DAMAGE = (OSError, RuntimeError, LookupError, ValueError, MemoryError, TypeError, OverflowError, AttributeError)
 
@@ -77,9 +78,10 @@ class Hdf5Split:
 
 
 def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
-    """Open an HDF5 file, check its metadata and read all labels. Rows keep their order.
+    """Open an HDF5 file, check its metadata and read all labels. Rows keep the order of the file.
 
-    The train split is required; val and test are optional. If all labels of test are -1, test has no labels.
+    The train split is required; val and test are optional. The test split is unlabeled if labels-test is missing or all
+    of its labels are -1.
 
     Args:
         path: The HDF5 file.
@@ -88,7 +90,8 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
         max_pixels: Maximum number of pixels per image.
 
     Raises:
-        UserError: The file is missing, damaged or in a different layout, or a label or `classes_file` is invalid.
+        UserError: The file is missing, damaged, in a different layout or stored in an unsupported way, its images have
+            more than `max_pixels` pixels, or a label or `classes_file` is invalid.
     """
     if not path.is_file():
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
@@ -191,7 +194,7 @@ def _open_file(path: Path) -> h5py.File:
 
 
 def _explain_refusal(path: Path, error: OSError) -> str | None:
-    """Explain why HDF5 refuses to open a file that may be intact, and how to fix this. Return None for other errors."""
+    """Return why HDF5 refuses to open a file that may be intact, and how to fix this, or None for other errors."""
     text = str(error)
     if "unable to lock file" in text:
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -213,11 +216,11 @@ def _explain_refusal(path: Path, error: OSError) -> str | None:
 
 @contextmanager
 def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
-    """Limit the memory used in this context, and convert errors of HDF5 into a UserError.
+    """Limit the memory that can be allocated in this context, and convert errors from h5py into a UserError.
 
     Args:
         what: File, or part of a file, to name in the message.
-        held_bytes: Size of a chunk in bytes. The memory limit is `READING_BYTES` plus twice this size.
+        held_bytes: Size of a chunk in bytes. The limit is `READING_BYTES` plus twice this size.
     """
     try:
         with memory_limit.at_most(READING_BYTES + 2 * held_bytes):

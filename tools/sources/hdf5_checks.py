@@ -1,4 +1,4 @@
-"""Check storage, types, shapes and labels of the data sets in an HDF5 source."""
+"""Check the storage, types, shapes and labels of the data sets in an HDF5 source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_CLASSES = 100_000  # if there is no list of class names; higher labels count
 
 
 def chunk_bytes(dataset: h5py.Dataset) -> int:
-    """Return the uncompressed size of a chunk in bytes, or 0 for a data set without chunks."""
+    """Return the uncompressed size of a chunk in bytes, or 0 if the data set is not chunked."""
     return math.prod(dataset.chunks) * int(dataset.dtype.itemsize) if dataset.chunks else 0
 
 
@@ -27,7 +27,8 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     returns zeros where the source of a virtual data set is missing or data was never written.
 
     Raises:
-        UserError: `key` is not a data set, or the data set is empty, incomplete or stored in an unsupported way.
+        UserError: `key` is a link or not a data set, or the data set is empty, incomplete, stored in an unsupported
+            way, or stored in chunks larger than MAX_CHUNK_BYTES.
     """
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
         raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
@@ -70,7 +71,8 @@ def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool
     """Return True for images [N, 3, H, W] and False for [N, H, W, 3].
 
     Raises:
-        UserError: The dtype or shape is not supported, the shape is ambiguous, or images exceed `max_pixels` pixels.
+        UserError: The dtype or shape is not supported, the shape is ambiguous, or the images have more than
+            `max_pixels` pixels.
     """
     shape, key = images.shape, images.name.lstrip("/")
     if images.dtype != np.uint8:
@@ -127,14 +129,17 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 
 def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
-    """Load and check the labels of a split, int64 [rows]. Return None for test if all of its labels are -1.
+    """Load and check the labels of a split.
 
     Args:
         path: Path of the file, for messages.
         file: The open file.
         split: Name of the split.
         rows: Number of images in the split.
-        classes: Number of classes. If None, labels must be below `MAX_CLASSES`.
+        classes: Number of classes, or None to allow labels below MAX_CLASSES.
+
+    Returns:
+        The labels, int64 [rows], or None if `split` is test and all labels are -1.
 
     Raises:
         UserError: `checked_dataset` refuses the labels, their dtype or shape is wrong, or a label is out of range.

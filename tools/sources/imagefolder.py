@@ -1,7 +1,7 @@
 """Read image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
 
-All paths are stored in one bytes object. For 1.5 million files, this takes a third of the memory of a list of strings,
-and it is sent to worker processes more quickly.
+The paths of a split are stored in one bytes object. For 1.5 million files, it takes a third of the memory of a list of
+strings, and it is sent to worker processes more quickly.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ImageFolderSplit:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Yield the contents of the files from `start` up to `stop` (exclusive).
 
-        Raises UserError if a file cannot be read.
+        Raises UserError if a file cannot be read or `read_regular_file` refuses it.
         """
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))
@@ -77,8 +77,9 @@ def open_imagefolder(root: Path) -> Source:
     val/val_annotations.txt, and test/images without labels.
 
     Raises:
-        UserError: The layout is not supported, a split has no images, a folder cannot be read, a link leads out of
-            `root`, or a file is larger than `MAX_FILE_BYTES`.
+        UserError: The layout is not supported, a class folder is not named in UTF-8, val_annotations.txt is invalid, a
+            split has no images, a folder cannot be read, a link leads out of `root`, or a file is larger than
+            `MAX_FILE_BYTES`.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -147,7 +148,7 @@ def is_in_numeric_order(paths: Sequence[str]) -> bool:
 
 
 def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """Return the numbers in each name, or None unless the names differ only in numbers, as `img_1` and `img_10` do."""
+    """Return the numbers in each name if names differ only in numbers, like `img_1` and `img_10`, otherwise None."""
     # Each item is text, number, text, … with at most 18 digits per number, since Python limits the digits of int().
     parts = [re.split("([0-9]{1,18})", name) for name in names]
     if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
@@ -210,8 +211,8 @@ def _list_split(
         digest: Fingerprint to update with labels that are not part of the paths.
 
     Raises:
-        UserError: A class folder is unknown, test has image files beside class folders, the annotations of val are
-            invalid, or a folder cannot be read.
+        UserError: Train lacks a class folder of the split, test has image files beside class folders, the
+            annotations of val are invalid, or a folder cannot be read.
     """
     found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}

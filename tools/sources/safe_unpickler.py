@@ -1,10 +1,10 @@
 """Unpickle the dict of a CIFAR batch without running code that the pickle names.
 
 A pickle names the functions that create its objects. `find_class` replaces those for bytes and for NumPy's arrays,
-dtypes and scalars with functions of this module, which check their arguments and do not allocate more bytes than the
+dtypes and scalars with functions in this module, which check their arguments and do not allocate more bytes than the
 pickle contains. All other names are refused.
 
-The base class is the standard library's unpickler written in Python. The version in C has no hook before it hashes a
+The base class is the standard library's pure-Python unpickler. The C version has no hook that runs before it hashes a
 dict key or sets the state of an object. A pickle of 100 bytes can contain a key that takes years to hash (nested tuples
 that each contain one tuple twice), and 8 bytes can make the C version allocate 64 GiB for its memo.
 """
@@ -22,15 +22,15 @@ from configs.utils.errors import UserError
 from pipelines.convert import memory_limit
 
 LOADING_BYTES = 256 << 20  # memory for labels, file names and the unpickler itself
-COPIES = 3  # copies of the pixels; loading protocol 2 of Python 3 decodes them from UTF-8 and encodes them as Latin-1
-MAX_TEXT = 200  # characters of a reason
+COPIES = 3  # of the pixels; Python 3 stores them in protocol 2 as UTF-8 text, which is decoded and encoded as Latin-1
+MAX_TEXT = 200  # characters of an error in a message
 
 
 def load_pickle(content: bytes, file: str) -> dict[str, Any]:
-    """Return the dict in a pickle of Python 2 or 3, of any protocol.
+    """Load a dict from a pickle written by Python 2 or 3, with any protocol.
 
-    Keys are converted to str, arrays of text to lists, and NumPy scalars to Python types. Arrays of numbers stay NumPy
-    arrays, and strings of Python 2 become bytes.
+    Keys are converted to str, text arrays to lists, and NumPy scalars to Python types. Numeric arrays stay NumPy
+    arrays, and Python 2 strings in values become bytes.
 
     Args:
         content: The pickle.
@@ -81,7 +81,7 @@ class _Dtype:
         self.type = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
-        """Set the byte order. The other items of the state repeat the type name and are ignored."""
+        """Set the byte order. The other items of the state are ignored, since the type name determines them."""
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         if order not in ("|", "<", ">", "="):
             raise pickle.UnpicklingError("an unknown byte order")
@@ -89,7 +89,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stand-in for the empty array that NumPy creates first. `__setstate__` sets its shape, type and content."""
+    """Stand-in for the empty array that unpickling creates first. `__setstate__` sets its shape, type and content."""
 
     content: np.ndarray | None = None
 
@@ -115,12 +115,12 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np
         raw: Bytes of the elements.
         dtype: Stand-in for the type of the elements.
         shape: Shape of the array before its axes are transposed.
-        order: Order of the elements: "C" or "F".
+        order: Order of the elements, "C" or "F". Ignored if `axes` is given.
         axes: Permutation of the axes, or None if they are not transposed.
 
     Raises:
         pickle.UnpicklingError: An argument has the wrong type.
-        ValueError: The bytes do not fit the dtype and shape.
+        ValueError: The number of bytes does not match the dtype and shape.
     """
     if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError("an array of neither numbers nor text")
@@ -157,7 +157,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ig
 
 
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Unpickler that calls only functions of this module and hashes only text and bytes."""
+    """Unpickler that calls only functions in this module and hashes only text and bytes."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
@@ -182,7 +182,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return _NUMPY[full_name]
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
-        """Return the bytes of `text`. Protocols 0 to 2 of Python 3 store bytes as text that is encoded as Latin-1."""
+        """Encode text as Latin-1. In protocols 0 to 2, Python 3 pickles bytes as a call of this function with text."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("an encoding other than latin1")
         self._text_left -= len(text)  # encoding one memoized text a million times would take hours

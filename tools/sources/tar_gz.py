@@ -1,8 +1,9 @@
 """Read members of a .tar.gz by their bare names, sequentially.
 
-Nothing is unpacked to disk, and paths, links and devices in the archive are ignored. Python's tarfile is not used. It
-treats a damaged header as the end of the archive, reads an extended header of any claimed size at once, and before
-Python 3.10.15, 3.11.10 and 3.12.6 takes quadratic time for extended headers (CVE-2024-6232).
+Nothing is unpacked to disk, and paths, links and devices in the archive are ignored. Python's tarfile is not
+used, since it treats a damaged header as the end of the archive, and reads an extended header into memory, whatever
+size it claims. Before Python 3.10.15, 3.11.10 and 3.12.6, it also takes quadratic time for extended headers
+(CVE-2024-6232).
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def read_members(
     Args:
         path: Path of the archive.
         names: Bare names (without folders) of the members to read.
-        check_size: Called with the size in bytes and the name of each member to read. Raises if the size is too large.
+        check_size: Called with the size in bytes and the name of each member before it is read. The name includes the
+            path of the archive. Raises UserError if the size is too large.
         max_bytes: Maximum size of the uncompressed archive in bytes.
 
     Raises:
-        UserError: The archive is unreadable, incomplete, damaged or larger than `max_bytes`.
+        UserError: The archive is unreadable, incomplete, damaged or larger than `max_bytes`, or `check_size` raises.
     """
     try:
         with gzip.open(path) as opened:

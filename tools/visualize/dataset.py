@@ -26,7 +26,7 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
     Args:
         path: Folder of the data set.
         ranks: Rank and world size of this process. The world size must be 1.
-        count: Maximum number of classes to show an example of.
+        count: Maximum number of classes in examples.png, one image each.
         seed: Seed for the choice of examples.
         out: Output folder, or None for output/show/NAME.
 
@@ -75,7 +75,7 @@ def class_counts(split: Split) -> np.ndarray:
 
 
 def split_row(split: Split, counts: np.ndarray | None) -> Row:
-    """Return the table row of a split: number of samples, ranges of image height and width in pixels, class sizes.
+    """Return the table row of a split: number of samples, ranges of height and width in pixels, and class sizes.
 
     The class sizes are the minimum, median and maximum of `counts`. They are None if `counts` is None.
     """

@@ -166,7 +166,7 @@ def mean_scores(scores: list[Row]) -> list[Row]:
 
 
 def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """Write confusion.png, confusion.csv (the matrix) and confused.csv (confused pairs, the most frequent first).
+    """Write confusion.png, confusion.csv (the matrix) and confused.csv (pairs of classes, most often confused first).
 
     Also print the most frequent pairs.
     """
@@ -186,7 +186,7 @@ def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: t
 
 
 def confused_pairs(counts: np.ndarray, classes: tuple[str, ...]) -> list[Row]:
-    """Return a row for each pair of a true and a different predicted class that occurs, the most frequent first.
+    """Return a row for each pair of true class and wrongly predicted class that occurs, the most frequent first.
 
     `counts` is the confusion matrix, int64 [C, C], with a row per true class.
     """

@@ -39,7 +39,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
         out: Output folder, or None for OUTPUT/show/NAME.
 
     Raises:
-        UserError: The config does not fit the data set, the data set cannot be read, or a file cannot be written.
+        UserError: The config does not match the data set, the data set cannot be read, or a file cannot be written.
     """
     with process_group(ranks) as device:
         samples, rows = augmented_samples(config, epochs, count, device)
@@ -74,8 +74,8 @@ def augmented_samples(
 ) -> tuple[np.ndarray, list[RenderedBatch]]:
     """Return the indices of the first samples of `epochs[0]`, int64 [N], and these samples as augmented in each epoch.
 
-    The augmented samples are on the host. In all epochs, samples are mixed with their partners of `epochs[0]`, although
-    training would pair them differently.
+    The augmented samples are on the host. If samples are mixed, they have the partners of `epochs[0]` in all epochs. In
+    training, the partners differ between epochs.
     """
     data = config.data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     loader = build_train_loader(
