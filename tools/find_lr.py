@@ -8,7 +8,7 @@ that grows exponentially. The config's optimizer trains the config's initial wei
 or until the smoothed loss exceeds four times its minimum. The trained weights are discarded. The suggestion is the rate
 at which the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second
 opinion. The suggested rate is meant as the peak of the schedule for the global batch of the test (with data.stages,
-that of the first stage). The printed train.lr is converted to train.lr_batch_size, if set. The tool writes find_lr.png,
+that of the first stage). The printed train.lr is for train.lr_batch_size if that is set. The tool writes find_lr.png,
 find_lr.csv (one row per step) and find_lr.json to --out.
 """
 

@@ -192,7 +192,7 @@ FORMATS = {
 
 
 def usage_snippet(name: str, exportable: Exportable, folder: Path) -> str:
-    """Return Python code that loads the format `name` from `folder` and runs it on `images`, uint8 [B, 3, H, W]."""
+    """Return Python code that loads format `name` from `folder` and runs the model on `images`, uint8 [B, 3, H, W]."""
     if name == "torch":
         return (
             f"import torch\nmodel = torch.export.load({str(folder / 'model.pt2')!r}).module()\nlogits = model(images)"

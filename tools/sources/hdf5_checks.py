@@ -142,7 +142,7 @@ def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int
         The labels, int64 [rows], or None if `split` is test and all labels are -1.
 
     Raises:
-        UserError: `checked_dataset` refuses the labels, their dtype or shape is wrong, or a label is out of range.
+        UserError: The labels fail `checked_dataset`, their dtype or shape is wrong, or a label is out of range.
     """
     key = f"labels-{split}"
     dataset = checked_dataset(path, file, key)

@@ -51,7 +51,7 @@ class ImageFolderSplit:
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
         """Yield the contents of the files from `start` up to `stop` (exclusive).
 
-        Raises UserError if a file cannot be read or `read_regular_file` refuses it.
+        Raises UserError if a file cannot be read, has become too large or is no longer a regular file.
         """
         for row in range(start, stop):
             path = self._root / os.fsdecode(self._path(row))

@@ -182,7 +182,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         return _NUMPY[full_name]
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
-        """Encode text as Latin-1. In protocols 0 to 2, Python 3 pickles bytes as a call of this function with text."""
+        """Encode text as Latin-1. In protocols 0 to 2, Python 3 pickles bytes as calls of `_codecs.encode`."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("an encoding other than latin1")
         self._text_left -= len(text)  # encoding one memoized text a million times would take hours

@@ -26,7 +26,7 @@ MAX_PRINTED_PAIRS = 10
 def show_predictions(
     checkpoint: Path, ranks: Ranks, split: str | None, data_path: str | None, count: int, seed: int, out: Path | None
 ) -> None:
-    """Write the plots of a split, each with a CSV file, and print scores and confusions.
+    """Plot the predictions for a split, write a CSV file for each plot, and print scores and confusions.
 
     If the split has no labels, only random samples are plotted.
 
