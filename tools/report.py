@@ -57,7 +57,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     If the folder is docs/benchmarks, the tables in its README.md are updated too.
 
     Raises:
-        UserError: DEVICE.json cannot be written, or the README.md or another run in docs/benchmarks is invalid.
+        UserError: DEVICE.json cannot be written, or README.md or another run in docs/benchmarks is invalid.
     """
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)

@@ -40,7 +40,7 @@ class Exportable:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The exported graph, which includes normalization and accepts any batch size. Used for torch and ONNX."""
+        """The exported graph, with normalization and for any batch size. The torch and ONNX formats share it."""
         example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # 1 would become a constant
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad():
