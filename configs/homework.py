@@ -1,6 +1,7 @@
-"""Translate the homework's keys to settings, including its behavior that depends on several keys or on none.
+"""Translate the keys of the homework's configs (see docs/homework.md) to settings.
 
-`configs.load` passes the values with their origins to `translate`, and validates the result.
+This includes behavior of the homework that depends on several keys, or that has no key. `configs.load` passes the
+values with their origins to `translate`, and validates the result.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def translate(
         source: Name of the config, for messages.
 
     Raises:
-        UserError: DATA.DATASET is unknown, MODEL.NAME is missing, or a value cannot be converted.
+        UserError: A value cannot be converted, DATA.DATASET is unknown and no path is given, or MODEL.NAME is missing
+            and `with_defaults` is set.
     """
     result = TranslatedConfig()
     unused = [f"{key} ({entry.origin})" for key, entry in given.items() if not KEYS[key].target]
@@ -103,7 +105,7 @@ def _lookup(settings: Mapping[str, Any], dotted: str, otherwise: Any = _UNSET) -
 def _set_data_set(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], with_defaults: bool, result: TranslatedConfig
 ) -> list[str]:
-    """Set data.path and model.num_classes from the homework keys DATASET, DATA_PATH, IMG_SIZE and NUM_CLASSES.
+    """Set data.path from DATA_PATH, or from DATASET and IMG_SIZE, and drop a NUM_CLASSES that contradicts DATASET.
 
     Returns:
         Warnings for the user.
@@ -142,10 +144,10 @@ def _set_data_set(
 def _add_defaults(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig, source: str
 ) -> dict[str, Any]:
-    """Add and remove defaults of the homework depending on the other settings, and set the name of the run.
+    """Add the homework's defaults that depend on other settings, remove those that do not apply, and name the run.
 
     Returns:
-        The settings that were added, by dotted key.
+        The settings that were added, by dotted key, except for the name and output folder of the run.
 
     Raises:
         UserError: MODEL.NAME is missing.
@@ -176,10 +178,10 @@ def _add_defaults(
 def _resolve_contradictions(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig
 ) -> list[str]:
-    """Limit the learning rates of LIMITED_BY_LR to TRAIN.LR.
+    """Reduce learning rates in LIMITED_BY_LR that exceed TRAIN.LR to TRAIN.LR.
 
     Returns:
-        Warnings about limited learning rates, and about dropout that MODEL.DROP_RATE=0 disables.
+        Warnings about reduced learning rates, and about dropout that MODEL.DROP_RATE=0 disables.
     """
     warnings = []
     name, drop_rate = (_lookup(settings, key, result.values.get(key)) for key in ("model.name", "model.drop_rate"))

@@ -1,10 +1,10 @@
-"""Keys of the homework's configs (`TRAIN.LR`), with the settings and defaults that they translate to.
+"""Keys of the homework's configs, such as `TRAIN.LR`, with the settings that they translate to and their defaults.
 
 A default is the value that the homework's code effectively uses. It may differ from the default that the code declares,
 since the code never reads the keys for warm-up, minimum learning rate, interpolation, RandAugment, color jitter,
 dropout, the scheduler and others.
 
-Values that cannot be translated are passed on unchanged, and the schema validates them.
+Invalid values are usually passed on unchanged, and the schema rejects them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from configs.suggestions import KeyPath, format_value, one_line_error, suggest_keys
 
-SCHEDULES = {  # keys: the name's letters in lower case, without a final "lr"
+SCHEDULES = {  # keys: lowercase letters of the homework's name, without a final "lr"
     **{name: name for name in ("cosine", "linear", "constant", "step", "multistep", "exponential", "polynomial")},
     "cosineannealing": "cosine",
     "none": "constant",
@@ -41,8 +41,8 @@ class KeyRule:
     target: str = ""  # dotted setting; empty: the key has no effect here
     default: Any = None  # the homework's value if the key is missing; None: the schema's default
     convert: Callable[[Any], Any] = lambda value: value
-    null: Any = None  # value that replaces a null of the file; None: use the default
-    without: str = ""  # description of the behavior if the key is missing; empty: `default`
+    null: Any = None  # value that replaces a null in the file; None: use the default
+    without: str = ""  # for messages, what applies if the key is missing; empty: `default`
     optimizers: tuple[str, ...] = ()  # optimizers to which the default applies; empty: all
 
 
@@ -135,7 +135,7 @@ def flatten_keys(
         path: Key of the section that contains `values`.
 
     Raises:
-        UserError: A key is not one of the homework's keys, or a section has a single value.
+        UserError: A key is not one of the homework's keys, or a section is given as a single value.
     """
     found: dict[str, HomeworkValue] = {}
     for name, value in values.items():

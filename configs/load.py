@@ -26,7 +26,7 @@ from configs.validation import describe_error
 
 SUFFIXES = (".yaml", ".yml")  # of bases
 MAX_FILES = 64  # per config, since nested bases could multiply to millions
-MAX_KEY_DEPTH = 50  # of a dotted key
+MAX_KEY_DEPTH = 50  # dots in a dotted key
 # Sections that may be given as a single value.
 SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): auto_augment_section}
 
@@ -36,14 +36,14 @@ class _Layer:
     """Settings from one source, or merged from several sources."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # nested; keys in lower case
-    origins: dict[KeyPath, str] = field(default_factory=dict)  # file and line of each key
+    origins: dict[KeyPath, str] = field(default_factory=dict)  # per key: file and line, --opts, or argument
     homework_values: dict[str, HomeworkValue] = field(default_factory=dict)  # by the homework's dotted keys
     is_homework: bool = False  # a file has homework keys, so the homework's defaults apply
     warnings: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: Any) -> Config:
-    """Load a config file with its bases, then apply overrides, then replacements.
+    """Load a config file with its bases, apply overrides and then replacements, and validate the result.
 
     Args:
         path: YAML file. Its name without suffix is the default of `name`.
@@ -115,6 +115,9 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
         path: The file.
         including: Files that include this one, directly or through other bases, outermost first.
         opened: All files read so far, extended in place. The first is the one that the user named.
+
+    Raises:
+        UserError: A file cannot be read or is invalid, or a base is not allowed.
     """
     place = f"{including[-1]}: base {path}" if including else str(path)
     if path.resolve() in [file.resolve() for file in including]:
@@ -153,7 +156,11 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
 
 
 def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> list[str]:
-    """Remove the keys `base` and `BASE` from a file's values, and return the file names they contain."""
+    """Remove the keys `base` and `BASE` from a file's values, and return the file names they contain.
+
+    Raises:
+        UserError: A value is not a file name or a list of file names.
+    """
     bases = []
     for key in ("BASE", "base"):
         names = values.pop(key, None)
@@ -168,11 +175,14 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
 
 
 def _check_base(path: Path, place: str, first: Path) -> None:
-    """Raise `UserError` if a base is not named like a YAML file, not in an allowed folder, or not a regular file.
+    """Check that a base has a YAML suffix, is in an allowed folder and, if it exists, is a regular file.
 
-    The allowed folders are the folder of the user's config, the working folder and the folder of this module, including
-    subfolders, and the folders above the user's config without subfolders. A config may come from an untrusted source,
-    and error messages quote the content of its bases.
+    The folders of the user's config and of this module and the working folder are allowed with their subfolders. The
+    folders above the user's config are allowed without subfolders. Other folders are not, since a config may come from
+    an untrusted source, and error messages quote the content of its bases.
+
+    Raises:
+        UserError: A condition does not hold.
     """
     beside = first.resolve().parent
     allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))
@@ -205,9 +215,16 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
 def _layer(
     values: dict[str, Any], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
 ) -> _Layer:
-    """Return a layer with these values.
+    """Return a layer with these values. Uppercase top-level keys are homework keys.
 
-    `origin` is the origin of all keys, or a mapping from each key to its origin.
+    Args:
+        values: Nested values.
+        origin: Origin of all keys, or a mapping from each key to its origin.
+        warnings: Warnings to add to the layer.
+        is_file: True for the values of a file. Only homework keys in a file enable the homework's defaults.
+
+    Raises:
+        UserError: A homework key is unknown, or a homework section is given as a single value.
     """
     homework_values = {key: value for key, value in values.items() if key.isupper()}
     origins = dict.fromkeys(_key_paths(values), origin) if isinstance(origin, str) else origin

@@ -1,4 +1,4 @@
-"""Settings that depend on the epoch with progressive resizing (data.stages)."""
+"""Resolve the image size and batch size of an epoch with progressive resizing (data.stages)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def stage_starts(data: DataConfig) -> list[int]:
 
 
 def data_at(data: DataConfig, epoch: int) -> DataConfig:
-    """Return the data section without stages, with the image size and batch size of this epoch."""
+    """Return the data section with the image size and batch size of this epoch, and without stages."""
     stage = max((stage for stage in data.stages if stage.epoch <= epoch), key=lambda stage: stage.epoch, default=None)
     sizes = {} if stage is None else {"image_size": stage.image_size, "batch_size": stage.batch_size}
     return data.model_copy(update={**{key: size for key, size in sizes.items() if size is not None}, "stages": ()})

@@ -18,11 +18,13 @@ from configs.suggestions import KeyPath, format_value, suggest_keys
 def describe_error(
     error: ValidationError, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], path: str
 ) -> str:
-    """Describe the first error in one sentence, followed by the number of other errors. Unknown keys come first.
+    """Describe the first error in one sentence, followed by the number of other errors.
+
+    Errors about unknown keys come before all other errors.
 
     Args:
-        error: pydantic's errors.
-        origins: File and line of each key.
+        error: Error raised by pydantic.
+        origins: Origin of each key, such as its file and line.
         labels: Homework keys that the user wrote, by the key of the setting that they translate to.
         path: Origin of keys that are not in `origins`.
     """
@@ -64,10 +66,10 @@ def _requirement(problem: Any, key_path: KeyPath, field: FieldInfo | None) -> st
 
 
 def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
-    """Return the setting that a key belongs to, and the rest of the key.
+    """Return the setting or section that a key belongs to, and the rest of the key.
 
-    The rest is a key within a mapping, or pydantic's name of a type in a union. If the key belongs to no setting, the
-    result is None and the whole key.
+    The rest is an unknown key in a section, a key in a mapping, or pydantic's name of a type in a union. If the key
+    does not belong to a setting or section, the result is None and the whole key.
     """
     settings = dict(all_settings())
     for key, field in all_settings():

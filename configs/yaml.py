@@ -1,8 +1,8 @@
 """Parse YAML text to plain values, and write plain values as YAML.
 
-The parser accepts the core types of YAML 1.2, None for null, and numbers in parentheses, but rejects aliases and tags.
-A repeated key is an error, except in and below uppercase top-level keys (the homework's style). There the last value
-counts.
+Scalars have the types of YAML 1.2, without hexadecimal, octal, infinite and nan numbers. In addition, None is null, and
+numbers in parentheses are a list. Aliases and custom tags are errors. A repeated key is an error, unless its top-level
+key is uppercase, as in the homework's configs. The last value then counts.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def parse(text: str, source: str) -> Document:
     """Parse one YAML document.
 
     Raises:
-        UserError: The document is invalid. The message names `source` and, if known, the line.
+        UserError: The document is invalid or too long. The message names `source` and, if known, the line.
     """
     return _parse(_Loader, text, source, line_numbers=True)
 
@@ -97,7 +97,7 @@ def parse_value(text: str, source: str) -> Any:
     """Parse one command-line value, in which `#` does not start a comment and a leading `&` does not start an anchor.
 
     Raises:
-        UserError: The value is empty or invalid YAML. The message names `source`.
+        UserError: The value is empty, invalid or too long. The message names `source`.
     """
     text = text.strip()
     if not text:

@@ -1,4 +1,4 @@
-"""Settings of augmentation."""
+"""Augmentation settings."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ class EraseConfig(Section):
     ratio: Pair = (0.3, 3.3)
     """Minimum and maximum height / width."""
     fill: Literal["mean", "black", "random"] = "mean"
-    """Fill of the rectangle: the data set's mean color, black, or a color drawn from the normal distribution with the
-    data set's mean and standard deviation."""
+    """Fill of the rectangle: the data set's mean color (mean), black, or one color per sample, drawn from the normal
+    distribution with the data set's mean and standard deviation (random)."""
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -122,7 +122,7 @@ class EraseConfig(Section):
 class MixConfig(Section):
     """Mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899).
 
-    The image and label of each sample are mixed with those of its neighbor in the batch.
+    Samples 2i and 2i + 1 of a batch are neighbors. The image and label of each sample are mixed with its neighbor's.
     """
 
     mixup: float = Field(default=0.0, ge=0)
@@ -130,7 +130,7 @@ class MixConfig(Section):
     cutmix: float = Field(default=0.0, ge=0)
     """Alpha of the Beta(alpha, alpha) distribution of the area share, for CutMix; 0: no CutMix."""
     probability: float = Field(default=1.0, ge=0, le=1)
-    """Probability of mixing at all."""
+    """Probability of mixing, drawn as often as the other mixing parameters (see mode)."""
     switch_probability: float = Field(default=0.5, ge=0, le=1)
     """Probability of CutMix instead of mixup, if both are enabled."""
     mode: Literal["batch", "pair", "elem"] = "batch"
@@ -160,7 +160,8 @@ class AugConfig(Section):
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip; 0: off."""
     flip_mode: Literal["random", "alternating"] = "random"
-    """Draw flips independently in every epoch, or once and then invert them every epoch (arXiv:2404.00498)."""
+    """Draw flips independently in every epoch (random), or draw them once and invert them in every other epoch
+    (alternating, arXiv:2404.00498)."""
     color_jitter: ColorJitterConfig = ColorJitterConfig()
     """One number (strength of brightness, contrast and saturation), or the section."""
     auto: AutoAugmentConfig = AutoAugmentConfig()
@@ -174,7 +175,7 @@ class AugConfig(Section):
     mix: MixConfig = MixConfig()
     """Mixup and CutMix."""
     cutout: int = Field(default=0, ge=0)
-    """Height and width in pixels of a square of the image to fill with the data set's mean color; 0: off."""
+    """Height and width in pixels of a randomly placed square to fill with the data set's mean color; 0: off."""
 
     @field_validator("color_jitter", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Settings of the data set and its loader."""
+"""Data set and loader settings."""
 
 from __future__ import annotations
 
@@ -37,28 +37,29 @@ class DataConfig(Section):
     """Progressive resizing: image and batch size by epoch, as [{epoch: 0, image_size: 160}, {epoch: 8, image_size:
     192}]. Before the first stage, data.image_size and data.batch_size apply. Evaluation uses eval.image_size."""
     placement: Literal["auto", "host", "device"] = "auto"
-    """Location of the samples: memory-mapped files on the host, or the whole split in GPU memory; auto: depends on
-    the split's size and the free memory."""
+    """Where to keep the samples: in memory-mapped files on the host (host), or the whole split in the memory of the
+    training device (device, for npy encoding only); auto: device if the split is small enough, otherwise host."""
     verify: Literal["changed", "off"] = "changed"
-    """Shards to verify by sha256 at the start. changed: those that changed since their last check (recorded in the
-    user's cache); off: none, only file sizes, for huge data sets on slow storage."""
+    """Shards to verify by sha256 at startup. changed: those that are new or have changed since their last check,
+    which is recorded in the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
-    """Training order: a random permutation of all samples per epoch, or shards in random order with samples shuffled
-    within a window of shards."""
+    """Training order in each epoch: a random permutation of all samples (random), or shards in random order with
+    samples shuffled within a window of shards (sequential-window)."""
     window_shards: int = Field(default=8, ge=1)
     """Shards per shuffle window, for the sequential-window order."""
     prefetch: int = Field(default=3, ge=1, le=16)
     """Batches to prepare ahead of training."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads per rank for loading images; null: the cores available to this process divided by the ranks on this
-    machine."""
+    """CPU threads per rank for loading images; null: the number of cores available to this process divided by the
+    number of ranks on this machine."""
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
-    """Share of JPEGs decoded by the GPU's hardware decoder; 0: use the same decoder on every GPU."""
+    """Share of JPEGs decoded by the GPU's hardware decoder, if it has one; 0: none, so every GPU uses the same decoder."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
-    """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample by the next one in
-    stored order in every epoch (skip). Evaluation always stops, since it counts every sample exactly once."""
+    """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample with the next
+    decodable one in stored order, in every epoch (skip). Evaluation always stops, since it counts every sample exactly
+    once."""
     max_bad_samples: int = Field(default=16, ge=1)
-    """Maximum number of samples to replace, for on_bad_sample skip; one more ends the run."""
+    """Maximum number of samples to replace over all ranks, for on_bad_sample skip; one more ends the run."""
     train_split: str = Field(default="train", min_length=1)
     """Split to train on."""
     val_split: str = Field(default="val", min_length=1)

@@ -40,7 +40,7 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Return the name of a type as config files call it, such as `int or null`."""
+    """Return the name of a type in the terms of config files, such as `int or null`."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Settings of evaluation."""
+"""Evaluation settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class EvalConfig(Section):
     """Share of the shorter side kept by the center crop: the shorter side is resized to round(image_size /
     crop_fraction)."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Weights used for best.pt, predictions and exports; auto: the moving average (ema) if there is one."""
+    """Weights whose accuracy selects best.pt, also used for predictions and exports; auto: ema, the moving average, if
+    there is one, otherwise raw."""
     tta: Literal["none", "flip", "flip-translate"] = "none"
     """Test-time augmentation: average the logits of the image and its mirror image (flip), and also of both shifted by
     one pixel up-left and down-right, with half of the total weight (flip-translate)."""

@@ -1,4 +1,4 @@
-"""Settings of logs and experiment trackers."""
+"""Logging and experiment tracking settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of the model and its initial weights."""
+"""Settings for the model and its initial weights."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class ModelConfig(Section):
     for a timm model."""
     pretrained: Annotated[bool | str, IsPath] = False
     """Initial weights. true: timm's published weights, which must be in the hub's cache on this machine; or the path of
-    a weights file (.safetensors, .pth). Images are then normalized by the mean and std in a config.json beside the
-    file, else by timm's for this model, else by the data set's."""
+    a weights file (.safetensors, .pth). Images are then normalized with the mean and std from a config.json beside the
+    file, or from timm for a timm model, or otherwise from the data set."""
     finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
-    """Checkpoint of this project, or a run's folder, to take initial weights from; the head is new if the classes
-    differ."""
+    """Checkpoint of this project, or a run's folder, to take initial weights from; the head is not loaded if the
+    classes differ."""
     freeze: Texts = ()
-    """Shell patterns of names of parameters not to train, such as network.layer1.*; norm layers that are frozen
-    completely keep their running statistics."""
+    """Shell patterns of the names of parameters not to train, such as network.layer1.*; fully frozen norm layers keep
+    their running statistics."""

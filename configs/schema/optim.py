@@ -1,4 +1,4 @@
-"""Settings of the optimizer, the learning-rate schedule and averages of the weights."""
+"""Settings for the optimizer, the learning rate schedule and weight averaging."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from configs.schema.section import Section, as_tuple
 
 BUILT_IN_OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "muon")  # all other names are timm's
-# Values of null settings for built-in optimizers; timm's optimizers have their own defaults.
+# Values of null settings for built-in optimizers; timm optimizers have their own defaults.
 OPTIMIZER_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "nesterov": True}
 
 
@@ -18,25 +18,25 @@ class OptimizerConfig(Section):
 
     name: str = Field(default="adamw", min_length=1)
     """adamw, sgd, adam, rmsprop: torch's optimizers, fused if available; muon: Muon for convolution filters and sgd
-    with Nesterov momentum for all other parameters; any other name, such as lamb, lion or timm/muon: timm's optimizer,
-    with its own defaults where betas, eps and nesterov are null."""
+    with Nesterov momentum for all other parameters; any other name, such as lamb, lion or timm/muon: a timm optimizer,
+    with timm's defaults where betas, eps and nesterov are null."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay: decoupled from the gradient for adamw and muon's filters, added to the gradient for sgd, adam and
-    rmsprop. The learning rate that scales it is train.lr, also for parameters with norm_bias_lr, bias_lr or linear_lr,
-    times the factors of layer_decay and lr_scales."""
+    rmsprop. Each step scales it by the learning rate that follows from train.lr, even for parameters with norm_bias_lr,
+    bias_lr or linear_lr, and by the factors of layer_decay and lr_scales."""
     decay_biases: bool = False
     """Whether to apply weight decay to biases and norm parameters too."""
     betas: tuple[float, ...] | None = Field(default=None, validate_default=True)
     """Decay rates of the running means of the gradient and its square; null: [0.9, 0.999] for adamw and adam, the
-    optimizer's default for timm's optimizers."""
+    optimizer's default for timm optimizers."""
     eps: float | None = Field(default=None, gt=0, validate_default=True)
-    """Term added to the denominator; null: 1e-8 for adamw, adam and rmsprop, the optimizer's default for timm's
+    """Term added to the denominator; null: 1e-8 for adamw, adam and rmsprop, the optimizer's default for timm
     optimizers."""
     nesterov: bool | None = Field(default=None, validate_default=True)
-    """Whether to use Nesterov momentum; null: true for sgd and muon's filters, the optimizer's default for timm's
+    """Whether to use Nesterov momentum; null: true for sgd and muon's filters, the optimizer's default for timm
     optimizers."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum, for sgd, rmsprop, muon's filters, and timm's optimizers with momentum."""
+    """Momentum, for sgd, rmsprop, muon's filters, and timm optimizers that have momentum."""
     sgd_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of the parameters that muon leaves to sgd."""
     newton_schulz_steps: int = Field(default=5, ge=1)
@@ -89,7 +89,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Settings of the schedules step, multistep, exponential, polynomial, plateau and one-cycle."""
+    """Settings for the schedules step, multistep, exponential, polynomial, plateau and one-cycle."""
 
     epochs: float = Field(default=30.0, gt=0)
     """Epochs (fractions allowed) between two decays, counted from the start of training, for step."""
@@ -102,7 +102,7 @@ class ScheduleConfig(Section):
     metric: Literal["val_loss", "val_top1", "train_loss"] = "val_loss"
     """Metric to monitor, at the end of each epoch that has it, for plateau."""
     patience: int = Field(default=10, ge=0)
-    """Epochs without improvement before a decay, for plateau."""
+    """Epochs without improvement to allow, for plateau; the next one decays the learning rate."""
     threshold: float = Field(default=1e-4, ge=0)
     """Minimum change that counts as an improvement, in units of the metric, for plateau."""
     peak: float = Field(default=0.3, gt=0, lt=1)
@@ -117,12 +117,12 @@ class ScheduleConfig(Section):
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the weights, evaluated in addition to them (timm's ModelEmaV3)."""
+    """An exponential moving average of the weights (timm's ModelEmaV3), evaluated in addition to the weights."""
 
     decay: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the average kept by an update; null: no average."""
+    """Share of the average that an update keeps; null: no average."""
     warmup: bool = False
-    """Whether the kept share starts lower and rises to decay, as 1 - (1 + updates) ** (-2 / 3)."""
+    """Whether the kept share is min(decay, 1 - (1 + updates) ** (-2 / 3)), which starts low and rises to decay."""
     every_steps: int = Field(default=1, ge=1)
     """Optimizer steps between two updates of the average."""
 
@@ -133,5 +133,5 @@ class LookaheadConfig(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between two synchronizations of slow and trained weights; null: off."""
     decay: float = Field(default=0.75, ge=0, lt=1)
-    """Share of the slow weights kept by a synchronization at the end of training; it grows with the cube of the
-    progress."""
+    """Share of the slow weights that a synchronization keeps at the end of training; it grows from 0 with the cube of
+    the finished fraction of training."""

@@ -1,6 +1,6 @@
 """Parse timm's RandAugment strings such as `rand-m9-mstd0.5-inc1`.
 
-Parts, defaults and limits follow timm's `rand_augment_transform` (timm.data.auto_augment).
+The parts and their defaults are those of timm's `rand_augment_transform` (timm.data.auto_augment).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def _expand_home(value: Any) -> Any:
     return expand_home(value) if isinstance(value, str) else value
 
 
-IsPath = AfterValidator(_expand_home)  # marks a setting as a path
+IsPath = AfterValidator(_expand_home)  # marks a setting as a path, and expands ~
 Pair = Annotated[tuple[float, float], BeforeValidator(two_numbers)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
@@ -64,7 +64,10 @@ def is_section(field: FieldInfo) -> bool:
 
 
 def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield (dotted key, field) for every setting in source order. A section precedes its fields."""
+    """Yield (dotted key, field) for every setting of a section class in source order. Keys start with `prefix`.
+
+    A nested section precedes its fields.
+    """
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if is_section(field):

@@ -1,4 +1,4 @@
-"""Settings of training: epochs, learning rate, loss, precision, checkpoints."""
+"""Training settings: epochs, learning rate, loss, precision, checkpoints."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TrainConfig(Section):
     first_epoch: int = Field(default=0, ge=0)
     """Epoch at which a new run starts, with the order, augmentation and learning rate of that epoch."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate at the global batch of data.batch_size * ranks * accumulation_steps samples. It is rescaled
-    only if lr_batch_size is set."""
+    """Peak learning rate. If lr_batch_size is set, lr is rescaled to the global batch, which has
+    data.batch_size * ranks * accumulation_steps samples."""
     lr_batch_size: int | None = Field(default=None, ge=1)
-    """Global batch size for which all learning rates are given; null: the actual one, so they are not rescaled."""
+    """Global batch size for which all learning rates are given; null: do not rescale learning rates."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """How to scale learning rates with the ratio of the global batch to lr_batch_size."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -55,12 +55,12 @@ class TrainConfig(Section):
     ema: EmaConfig = EmaConfig()
     """Exponential moving average of the weights."""
     proxy: ProxyConfig = ProxyConfig()
-    """Selection of the hard samples of each batch."""
+    """Training on only the hard samples of each batch."""
     whiten_bias_epochs: int | None = Field(default=None, ge=0)
     """Epochs in which to train the bias of a whitening first layer; null: all."""
     whiten_bias_anneal: bool = False
-    """Whether the learning rate of this bias falls linearly from lr to 0 over whiten_bias_epochs, if set, instead of
-    following schedule."""
+    """Whether the learning rate of the whitening layer's bias falls linearly from lr to 0 over whiten_bias_epochs, if
+    set, instead of following schedule."""
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
     """Cross-entropy, or binary cross-entropy per class (arXiv:2110.00476)."""
     bce_threshold: float | None = Field(default=None, gt=0, lt=1)
@@ -80,22 +80,22 @@ class TrainConfig(Section):
     """Autocast dtype; auto: bf16 on GPUs that support it, fp16 on other GPUs, float32 on the CPU. bf16 on a CPU without
     bf16 instructions, and fp16 on any CPU, are many times slower than float32."""
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """Mode of torch.compile; auto: depends on the device."""
+    """Mode of torch.compile; auto: default on a GPU, off on the CPU."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay the whole step as one CUDA graph; auto: on a single GPU, unless fp16, compile=reduce-overhead or an
-    optimizer that cannot be captured is used."""
+    """Replay the whole step as one CUDA graph; auto: on a single GPU, unless fp16, compile=reduce-overhead, an
+    optimizer that cannot be captured, or on_nonfinite=skip with an optimizer that is not fused is used."""
     channels_last: bool = True
     """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """Action if a loss or weight becomes nan or infinite: end the run (stop); skip optimizer steps with non-finite
     gradients (skip); or return to the last checkpoint and skip the affected steps, at most a few times (rewind)."""
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints; null: every five minutes. Checkpoints are also written at the end of
-    epochs."""
+    """Optimizer steps between checkpoints; null: every five minutes. Checkpoints are also written at the end of epochs
+    (see save_every_epochs)."""
     save_every_epochs: int = Field(default=1, ge=1)
     """Write a checkpoint at the end of every N-th epoch, and always after the last one."""
     eval_every_epochs: int = Field(default=1, ge=1)
-    """Evaluate after every N-th epoch."""
+    """Evaluate after every N-th epoch, and always after the last one."""
 
     @field_validator("min_lr", "warmup_lr")
     @classmethod

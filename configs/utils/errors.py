@@ -42,7 +42,8 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 
     Args:
         main: The entry point. Returns the exit code, or None for 0.
-        is_result_printed: True if stdout is the result. Failing to write it, e.g. to a full disk, is then an error.
+        is_result_printed: True if stdout is the result. Failing to write to stdout, e.g. on a full disk, is then an
+            error.
     """
     _open_standard_streams()
     _use_utf8()
@@ -61,10 +62,10 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 
 
 def _use_utf8() -> None:
-    """Restart in Python's UTF-8 mode if the locale's encoding is not UTF-8, e.g. de_DE.ISO-8859-1.
+    """Restart in Python's UTF-8 mode if the locale, e.g. de_DE.ISO-8859-1, does not use UTF-8.
 
-    In other encodings, file names could not contain all characters. Child processes of multiprocessing inherit the
-    mode. They are not restarted, since their command line cannot be repeated.
+    Other encodings cannot represent every character in a file name. multiprocessing children inherit the mode. They are
+    not restarted, since their command line cannot be re-executed.
     """
     # With -X utf8=0, PYTHONUTF8=1 has no effect, so a restart would not help.
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
@@ -78,10 +79,10 @@ def _use_utf8() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open each closed standard stream on /dev/null.
+    """Open /dev/null for each standard stream that the parent process closed (`2>&-`).
 
-    If the parent closed a stream (`2>&-`), its descriptor would be reused by a data file, and messages would go into
-    the file.
+    Otherwise, a data file could get the descriptor of the stream, and messages would be written to this file. Also
+    escape characters that the encoding of stdout or stderr lacks.
     """
     for descriptor in range(3):
         try:

@@ -24,7 +24,7 @@ MAX_TEXT_BYTES = 2**26  # limit for text files written by runs; a line of metric
 
 
 def expand_home(path: str) -> str:
-    """Replace a leading `~` or `~user` by the home directory. Raises ValueError if the user does not exist."""
+    """Replace a leading `~` or `~user` with the home directory. Raises ValueError if the user does not exist."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError("starts with ~, but there is no such user; write ./~ for a file name that starts with ~")
@@ -40,7 +40,7 @@ def path_text(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Return a path from the command line as a Path, with the home directory expanded as in `path_text`."""
+    """Expand the home directory in a path like `path_text`. Raises UserError if the user does not exist."""
     return Path(path_text(text))
 
 
@@ -79,7 +79,7 @@ def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEX
     return content.decode(errors=errors)
 
 
-# Writing. An OSError leaves the earlier file unchanged.
+# Writing. If `write` fails, existing files stay unchanged.
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -88,10 +88,11 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write `path` like `atomic_write`, and keep the existing file as `previous`.
+    """Replace `path` like `atomic_write`, and keep the existing file as `previous`.
 
-    Two complete files exist at every instant if the file system supports hard links. These are the old file and its
-    predecessor before the new file is in place, and the new file and one of these two afterwards.
+    `path` must exist. On file systems with hard links, `path` always holds a complete file, either the old or the new
+    one, and an existing `previous` is not replaced until the new file is in place. Without hard links, `path` is
+    missing for an instant and only `previous` exists.
     """
     remove_temporary(previous)
     temporary, kept = _write_temporary(path, write), _temporary(previous)
@@ -106,7 +107,7 @@ def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], obj
 
 
 def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]) -> None:
-    """Complete a call of `replace_and_keep` that was killed, and remove the temporary files it left.
+    """Finish the work of a process that was killed in `replace_and_keep`, and remove its temporary files.
 
     Args:
         path: The file that was replaced.
