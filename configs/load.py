@@ -177,12 +177,12 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
 def _check_base(path: Path, place: str, first: Path) -> None:
     """Check that a base has a YAML suffix, is in an allowed folder and, if it exists, is a regular file.
 
-    The folders of the user's config and of this module and the working folder are allowed with their subfolders. The
-    folders above the user's config are allowed without subfolders. Other folders are not, since a config may come from
-    an untrusted source, and error messages quote the content of its bases.
+    The working folder and the folders of the user's config and of this module are allowed with their subfolders. The
+    folders above the user's config are allowed without subfolders. Other folders are not allowed, since a config may
+    come from an untrusted source, and error messages quote the content of its bases.
 
     Raises:
-        UserError: A condition does not hold.
+        UserError: The base is not allowed.
     """
     beside = first.resolve().parent
     allowed = list(dict.fromkeys([beside, Path.cwd(), Path(__file__).parent]))

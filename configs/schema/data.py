@@ -53,7 +53,7 @@ class DataConfig(Section):
     """CPU threads per rank for loading images; null: the number of cores available to this process divided by the
     number of ranks on this machine."""
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
-    """Share of JPEGs decoded by the GPU's hardware decoder, if it has one; 0: none, so all GPUs use the same decoder."""
+    """Share of JPEGs decoded by the GPU's hardware decoder, if any; 0: none, so all GPUs use the same decoder."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
     """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample with the next
     decodable one in stored order, in every epoch (skip). Evaluation always stops, since it counts every sample exactly

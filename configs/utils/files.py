@@ -40,7 +40,7 @@ def path_text(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Expand the home directory in a path like `path_text`. Raises UserError if the user does not exist."""
+    """Return a Path with the home directory expanded like `path_text`. Raises UserError if the user does not exist."""
     return Path(path_text(text))
 
 
