@@ -144,7 +144,7 @@ def _set_data_set(
 def _add_defaults(
     given: Mapping[str, HomeworkValue], settings: Mapping[str, Any], result: TranslatedConfig, source: str
 ) -> dict[str, Any]:
-    """Add the homework's defaults that depend on other settings, remove those that do not apply, and set the run's name.
+    """Add homework defaults that depend on other settings, remove those that do not apply, and set the name of the run.
 
     Returns:
         The settings that were added, by dotted key, except for the name and output folder of the run.
