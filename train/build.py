@@ -32,14 +32,14 @@ def build_all(
     *,
     trains: bool = True,
 ) -> TrainState:
-    """Build the model, its optimizer, and the moving average, Lookahead and proxy that config.train enables.
+    """Build the training state: the model, its optimizer, and, if enabled, the moving average, Lookahead and proxy.
 
     The learning rates are scaled to the global batch. To load a checkpoint into the result, pass
     `without_pretrained(config)`. For evaluation only, pass `inference_config(config)` and trains=False. All ranks must
     call this function.
 
     Args:
-        config: Config of the run. `config.seed` seeds the initialization of the model.
+        config: Config of the run. `config.seed` seeds the random initial weights.
         dataset: Contents of dataset.json.
         classes: Number of outputs of the model.
         image_size: Height and width of the images in pixels.
@@ -47,8 +47,8 @@ def build_all(
         trains: False if only forward passes are run.
 
     Raises:
-        UserError: The model, its weights or the optimizer cannot be built with these settings, or train.cuda_graph is
-            on, but CUDA graphs cannot be used.
+        UserError: The model or an optimizer cannot be built with these settings, weights cannot be loaded, model.freeze
+            is invalid, or train.cuda_graph is "on" but CUDA graphs cannot be used.
     """
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []

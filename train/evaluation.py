@@ -35,8 +35,8 @@ def build_for_evaluation(
 ) -> tuple[TrainState, str]:
     """Build the model to evaluate, and return its training state and a description of its weights for messages.
 
-    Weights written by another program come without a config. The model is then built from `config`, with as many
-    outputs as the weights have, and pixels are normalized as in the homework. All ranks must call this function.
+    Weights written by another program come without a config. For such weights, the model is built from `config`, with
+    as many outputs as their head has, and pixels are normalized as in the homework. All ranks must call this function.
 
     Args:
         config: Config of the command.
@@ -46,8 +46,8 @@ def build_for_evaluation(
         device: Device of the model.
 
     Raises:
-        UserError: There is no intact checkpoint, the checkpoint does not fit the model or the data set, or eval.weights
-            is "ema" but the checkpoint has no moving average.
+        UserError: There is no intact checkpoint, the model cannot be built, the weights do not match the model or the
+            data set, or eval.weights is "ema" but the checkpoint does not contain a moving average.
     """
     if len(candidates) == 1 and store.is_foreign(candidates[0]):
         return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])

@@ -75,9 +75,9 @@ def fit(trainer: Trainer, position: dict[str, int], pending: PendingSignal) -> N
 
     Raises:
         Preempted: A signal asked to stop. The state is saved in a checkpoint.
-        RuntimeError: An evaluation missed samples or counted them twice.
-        UserError: Values are not finite and the run cannot continue, the data cannot be read or have changed, or a
-            checkpoint or metrics.jsonl cannot be written.
+        RuntimeError: An evaluation did not count every sample exactly once.
+        UserError: The loss, gradients, weights or optimizer state are not finite and the run cannot continue; the data
+            cannot be read or have changed; or a checkpoint or metrics.jsonl cannot be read or written.
     """
     config, loader = trainer.config.train, trainer.train_loader
     is_due = trainer.saving.is_due if config.save_every_steps is None else lambda: False
@@ -182,7 +182,14 @@ def _decays(trainer: Trainer) -> int:
 def _finish_epoch(
     trainer: Trainer, epoch: int, pending: PendingSignal, finite_check: FiniteCheck, consensus: StopConsensus
 ) -> None:
-    """Evaluate if due, log the metrics of the epoch, and save checkpoints if due."""
+    """Evaluate every train.eval_every_epochs epochs, log the metrics of the epoch, and save checkpoints.
+
+    best.pt is saved if the top-1 accuracy has improved, last.pt every train.save_every_epochs epochs. The last epoch is
+    always evaluated and saved.
+
+    Raises:
+        Preempted: A signal interrupted the evaluation. The state is saved in a checkpoint.
+    """
     config, state, progress = trainer.config, trainer.state, trainer.progress
     done, is_last = trainer.timeline.first_step(epoch + 1), epoch + 1 == config.train.epochs
     trainer.train_loader.check_unchanged()
@@ -226,7 +233,7 @@ def _finish_epoch(
 
 
 def _validate(trainer: Trainer, pending: PendingSignal) -> tuple[dict[str, float], float]:
-    """Evaluate the weights and, if it is enabled, the moving average.
+    """Evaluate the weights and, if there is one, the moving average.
 
     Returns:
         The metrics by name, and the top-1 accuracy of the weights selected by eval.weights.
@@ -333,7 +340,7 @@ def restore_run(
         The epoch, and the number of optimizer steps done in this epoch, with the keys epoch and step.
 
     Raises:
-        UserError: The checkpoint does not fit this run, or its position does not exist in this run.
+        UserError: The checkpoint does not match this run, or its position does not exist in this run.
     """
     restore_state(state, content, source)
     if not is_first_rank():

@@ -43,10 +43,10 @@ def limit_threads(device: torch.device) -> None:
 
 
 def restore_threads(threads: int) -> None:
-    """Set the number of CPU threads to that of the checkpoint, so that a resumed run computes bitwise equal weights.
+    """Set the number of CPU threads to the number in a checkpoint, for bitwise equal weights in a resumed run.
 
     At most one thread per available core is used. Warn if several threads are used but fewer cores are idle. No-op if
-    OMP_NUM_THREADS is set or the number is unknown.
+    OMP_NUM_THREADS is set or `threads` is 0.
 
     Args:
         threads: Number of threads in the checkpoint, or 0 if unknown.
@@ -94,7 +94,10 @@ def _busy_between(before: dict[int, tuple[int, int]], after: dict[int, tuple[int
 
 
 def _times() -> dict[int, tuple[int, int]]:
-    """Return (idle, total) time since boot for each core, in clock ticks. The total excludes stolen time."""
+    """Return (idle, total) time since boot for each core, in clock ticks.
+
+    The idle time includes waiting for I/O. The total excludes stolen time.
+    """
     found = re.findall(r"^cpu(\d+) (.*)$", Path("/proc/stat").read_text(encoding="ascii"), re.MULTILINE)
     times = {int(core): [int(value) for value in values.split()[:7]] for core, values in found}  # user to softirq
     return {core: (values[3] + values[4], sum(values)) for core, values in times.items()}
@@ -103,8 +106,8 @@ def _times() -> dict[int, tuple[int, int]]:
 def keep_freed_memory() -> None:
     """Let glibc keep the freed memory of large tensors instead of returning it to the operating system.
 
-    Otherwise, the memory of the activations is mapped, zeroed and faulted in again, page by page, in each step. No-op
-    with other C libraries.
+    Otherwise, each step maps the memory of the activations anew, and the kernel zeroes every page on first access.
+    No-op with other C libraries.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc

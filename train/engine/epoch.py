@@ -1,7 +1,7 @@
 """The loop over the batches of an epoch.
 
-The loop synchronizes the device only at the end of the epoch. The callback `after_step` may synchronize more often, and
-so may a step in fp16 or with train.on_nonfinite=skip.
+The loop itself synchronizes the device only at the end of the epoch. The callback `after_step` may synchronize as well,
+and a step may do so in fp16 or with train.on_nonfinite=skip.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_l
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Number of micro-steps, including skipped ones, and durations of an epoch or of its rest after a resume."""
+    """Number of micro-steps, including skipped ones, and durations of one call of `train_epoch`."""
 
     micro_steps: int
     time_s: float
@@ -76,8 +76,8 @@ def train_epoch(
         loader: Data loader, at the position to start from.
         seed: Seed of the run.
         rank: Rank of this process.
-        after_step: Called as after_step(step, lr) after each optimizer step, with the number of the step and its
-            learning rate. Steps of the run are counted from 0.
+        after_step: Called as after_step(step, lr) after each optimizer step, with the index of the step in the run,
+            counted from 0, and its learning rate.
         timeline: Timeline of the run, or None to build it from the loader.
         decays: Number of decays of the plateau schedule so far.
         skip_steps: Optimizer steps of the run to skip, counted from 0. `after_step` is not called for these steps.
@@ -115,11 +115,11 @@ def train_epoch(
 
 
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
-    """Exclude the bias of a whitening layer from the backward pass from epoch train.whiten_bias_epochs on.
+    """Let the bias of a whitening layer require a gradient only before epoch train.whiten_bias_epochs.
 
-    The learning rate of the bias is 0 in these epochs, so excluding the bias only saves the time to compute a gradient
-    over the largest activations. DDP and CUDA graphs need the same gradients in every step, so with them the bias is
-    never excluded.
+    The learning rate of the bias is 0 from this epoch on, so skipping the gradient only saves the time to sum it over
+    the largest activations. No-op with DDP or CUDA graphs, which need the same gradients in every step. Also a no-op if
+    the bias is frozen or train.whiten_bias_epochs is not set.
     """
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):

@@ -100,7 +100,7 @@ def evaluate(
 
 
 def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sums of loss, top-1 hits, top-5 hits and labeled samples over a batch, float64 [4].
+    """Return the summed loss and the numbers of top-1 hits, top-5 hits and labeled samples of a batch, float64 [4].
 
     Samples with label -1 do not count. Does not synchronize.
     """
@@ -138,10 +138,11 @@ def check_full_coverage(loader: Iterable[Batch]) -> None:
 
 
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
-    """Yield (weight, images [B, 3, H, W]) of each view of test-time augmentation `tta`. The weights sum to 1.
+    """Yield (weight, images [B, 3, H, W]) for each view of test-time augmentation `tta`. The weights sum to 1.
 
     The only view of "none" is the image. "flip" adds the horizontally mirrored image. "flip-translate" also adds the
-    image shifted by one pixel up-left and down-right with reflected edges, and the mirror image of each.
+    image shifted by one pixel up-left and down-right with reflected edges, and the mirror image of each. A shifted view
+    has half the weight of an unshifted one.
 
     Source: arXiv:2404.00498, section 3.5.
     """

@@ -1,8 +1,8 @@
 """Select hard samples by their losses in a proxy, a small network that is trained along with the model.
 
-The published script, airbench96_faster (github.com/KellerJordan/cifar10-airbench), trains the proxy before the model
-and stores the samples that the proxy selects in each step. Here, batches are a pure function of the step, so training
-both together selects the same samples, and nothing needs to be stored.
+The original script, airbench96_faster (github.com/KellerJordan/cifar10-airbench), trains the proxy before the model and
+stores the samples that the proxy selects in each step. Here, batches are a pure function of the step, so the proxy
+selects the same samples if it is trained along with the model, and nothing needs to be stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.optim.freeze import set_training_mode
 
 
 class HardSampleSelector:
-    """Selects the samples with the highest losses from each batch.
+    """Selects the samples of each batch for which the loss of the proxy is highest.
 
     Attributes:
         state: Training state of the proxy, built from the same train section as the state of the model.
@@ -35,7 +35,7 @@ class HardSampleSelector:
         self._losses = state.compiled(sample_losses)
 
     def select(self, batch: Batch, step: int) -> Batch:
-        """Return the samples with the highest losses. train.proxy.keep is their share of the batch.
+        """Return the fraction train.proxy.keep of the batch with the highest losses, but at least one sample.
 
         If `step` is a multiple of train.proxy.every_steps, also train the proxy on these samples.
 
@@ -63,7 +63,7 @@ class HardSampleSelector:
 
 
 def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Return the loss of each sample, float [B]. It is a separate function so that it can be compiled as a whole."""
+    """Return the loss of each sample, float [B]. This is a separate function, so that it can be compiled as a whole."""
     return F.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing, reduction="none")
 
 
@@ -76,7 +76,7 @@ def build_proxy(
 
     Args:
         config: Train section.
-        build: Builds a model by name, on `device` and for raw pixels.
+        build: Builds a model by name, on `device` and with pixel normalization.
         device: Device of the model.
 
     Raises:
@@ -102,8 +102,8 @@ def kept_samples(batch_size: int, config: ProxyConfig) -> int:
 def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
     """Check that the settings allow selection by a proxy. No-op if train.proxy.model is not set.
 
-    The selected samples must not depend on how a global batch is split, and the proxy ranks unmixed samples by their
-    cross-entropy.
+    The proxy selects from the samples of one forward pass, so that pass must cover the whole global batch. The proxy
+    ranks samples by their cross-entropy, so the loss must be cross-entropy and the samples must not be mixed.
 
     Args:
         config: Train section.

@@ -24,8 +24,8 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
 
     The loss function takes (model, batch, label_smoothing) and returns the mean loss and the sums (loss * samples,
     correct, samples), float64 [3]. In a `MixedBatch`, each sample is mixed with a partner, and correct predictions are
-    counted as fractions: predicting the label of the sample counts with the share of the sample, and predicting the
-    label of the partner counts with the rest.
+    counted as fractions: predicting the label of the sample counts as the share of the sample, and predicting the label
+    of the partner counts as the rest.
 
     Args:
         config: Train section.
@@ -73,7 +73,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | Non
 
 
 def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """Return smoothed one-hot targets [B, classes] for labels, int64 [B].
+    """Return smoothed one-hot targets [B, classes] for int64 labels [B].
 
     The share `label_smoothing` is spread evenly over all classes, including the true class.
     """
@@ -84,7 +84,8 @@ def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: to
 def _soft(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits [B, C], the targets [B, C], and the number of correct predictions.
 
-    The number is fractional if samples are mixed. Logits and targets have at least the precision of float32.
+    The number of correct predictions can be fractional if samples are mixed. Logits and targets have at least the
+    precision of float32.
     """
     images, labels = batch
     mix = batch.mix if isinstance(batch, MixedBatch) else None
@@ -106,7 +107,7 @@ def _with_counts(loss: Tensor, correct: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 def swap_pairs(values: Tensor) -> Tensor:
-    """Return a copy of values [B, ...] with the samples 2i and 2i + 1 swapped for every i. The strides are the same."""
+    """Return a copy of values [B, ...], with the same strides, in which samples 2i and 2i + 1 are swapped for every i."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
@@ -144,7 +145,7 @@ class RenderedBatch(NamedTuple):
         images: uint8 [B, 3, H, W], mixed and rounded.
         labels: Labels of the samples, int64 [B].
         others: Labels of the partners mixed into the samples, int64 [B]. Without mixing, they are equal to `labels`.
-        shares: Shares of `labels` in the targets, float32 [B]. `others` have the rest.
+        shares: Shares of `labels` in the targets, float32 [B]. The shares of `others` are 1 minus these.
     """
 
     images: Tensor

@@ -72,7 +72,7 @@ class RunTimer:
             - training_s: Seconds of whitening, finished epochs and the last evaluation, as in CIFAR-10 speedruns.
             - epoch_time_s: Seconds of the current epoch.
             - epoch_wait_s: Seconds of the current epoch spent waiting for data.
-            - epoch_images: Number of images trained on in the current epoch.
+            - epoch_images: Number of images in the optimizer steps of the current epoch, over all ranks.
     """
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class RunTimer:
 
     @property
     def command_s(self) -> float:
-        """Return the seconds since the start of the command, including torchrun, interpreter and imports."""
+        """Return the seconds since the start of the command, including the time to start torchrun and Python."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._command_start_s
 
 

@@ -53,7 +53,7 @@ class TrainState:
     compiled: Callable[[Any], Any]  # compiles a function, or returns it unchanged
     needs_warmup: bool  # compile, tune or capture the step before training
     uses_cuda_graph: bool  # replay the step as CUDA graphs
-    static_grads: bool  # gradients keep their storage, since the graphs of one accumulated step share it
+    static_grads: bool  # gradients keep their storage, since the graphs of all micro-steps share it
     captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
     mixes: bool = False  # batches are MixedBatch
     guard: SkipNonFinite | None = None  # skips non-finite steps
@@ -72,9 +72,9 @@ class TrainState:
         self.captured_step = None
 
     def floating_tensors(self) -> list[Tensor]:
-        """Return the floating-point tensors on the device that a step reads or updates.
+        """Return the floating-point weights, buffers and optimizer states that are on the device.
 
-        These are the weights, buffers and optimizer states of all `parts`, and Lookahead's slow weights.
+        These include the tensors of the proxy and Lookahead's slow weights, but not the moving average.
         """
         tensors = [
             tensor
@@ -100,10 +100,10 @@ def build_state(
     mixes: bool = False,
     trains: bool = True,
 ) -> TrainState:
-    """Build the training state of a network, without moving average, Lookahead and proxy.
+    """Build the training state of a network, without a moving average, Lookahead or a proxy.
 
-    Also set process-wide options of torch, and prepare the optimizer for CUDA graphs if they are used. All ranks must
-    call this function.
+    Also set process-wide options of torch and, on the CPU, glibc, and prepare the optimizer for CUDA graphs if they are
+    used. All ranks must call this function.
 
     Args:
         network: The model, on its device and in its final memory format.
@@ -186,7 +186,7 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
 
 
 def reset_copies(state: TrainState) -> None:
-    """Set all copies of the weights and buffers to the current values. Call this after the weights were replaced.
+    """Set all copies of the weights and buffers to the current values. Call this after replacing the weights.
 
     The copies are the moving average, Lookahead's slow weights, and the buffers that a skipped step restores.
     """

@@ -94,7 +94,9 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
 
 
 def warm_up_training(state: TrainState, *batches: Batch) -> None:
-    """Run all kinds of micro-steps on each batch, undo their changes, and capture them if CUDA graphs are used.
+    """Train for several steps on each batch, undo all changes, and capture the step if CUDA graphs are used.
+
+    With accumulation, micro-steps with and without a weight update are run and captured.
 
     With CUDA graphs, tensors that the optimizer creates in its first step are kept and set to zero. Such tensors must
     therefore start at zero, as in torch's optimizers. On a GPU, the peak memory statistics are reset before the
@@ -121,7 +123,7 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
 
 
 def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
-    """Run micro-steps of all kinds on a batch.
+    """Run each kind of micro-step in `optimizer_steps`, see `CapturedStep`, at least WARM_UP_STEPS times on a batch.
 
     Returns:
         The batch that was trained on: the samples selected by the proxy, or `batch` if there is no proxy.
@@ -138,7 +140,10 @@ def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> 
 
 
 def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
-    """Evaluate a blank batch as large as the loader's first batch. All ranks must call this, even without samples."""
+    """Evaluate a blank batch of the size of the loader's first batch.
+
+    All ranks must call this function, even those without samples.
+    """
     batch = blank_batch(min(loader.plan.batch_size, loader.plan.samples), loader.image_size, state.device)
     samples = collectives.sum_over_ranks(torch.tensor(len(batch.labels), device=state.device))
     evaluate(state, [batch] if len(batch.labels) else [], int(samples), tta)
@@ -146,7 +151,10 @@ def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> 
 
 @contextmanager
 def preserved_state(state: TrainState) -> Iterator[None]:
-    """On exit, undo all changes that steps made to the state. With CUDA graphs, tensors keep their addresses."""
+    """On exit, undo all changes to the state and the random generators.
+
+    With CUDA graphs, tensors keep their addresses.
+    """
     before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
     # without a graph, restore all of the optimizer's state, including step counts that are plain numbers
     uncaptured = [part.optimizer for part in state.parts() if not part.uses_cuda_graph]
@@ -167,8 +175,7 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
     """Return the tensors that a step changes, by a unique key.
 
-    The tensors of an optimizer are included only with CUDA graphs. Some of these tensors do not exist before the first
-    step.
+    Optimizer states are included only with CUDA graphs. Some of them do not exist before the first step.
     """
     tensors: dict[Any, torch.Tensor] = {}
     for number, one in enumerate(state.parts()):

@@ -21,11 +21,12 @@ WHITENING_SAMPLES, WHITENING_BATCH = 5000, 1000
 def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
     """Load the first training images, without augmentation.
 
-    On a GPU, also compute the whitening once and discard the result. The first eigendecomposition of a process loads
-    cuSOLVER. The loading time would otherwise be part of the duration of `whiten`.
+    On a GPU, also compute the whitening once and discard the result. This first eigendecomposition of the process loads
+    cuSOLVER, so the duration of `whiten` does not include the loading.
 
     Returns:
-        At most WHITENING_SAMPLES images, uint8 [N, 3, H, W] on the device, or None if no network has a whitening layer.
+        At most WHITENING_SAMPLES images, uint8 [N, 3, H, W] on the device, or None if neither the model nor the proxy
+        has a whitening layer.
 
     Raises:
         UserError: The data cannot be read or have changed.
@@ -49,8 +50,8 @@ def whitening_images(state: TrainState, data: DataConfig) -> Tensor | None:
 def whiten(state: TrainState, images: Tensor | None) -> float:
     """Fit the whitening layers of newly initialized networks, and return the duration in seconds.
 
-    Layers with trained weights are left unchanged. Afterwards, all buffers are equal on all ranks, and the averages of
-    the weights restart at the current weights. All ranks must call this function.
+    Networks whose weights were loaded keep their whitening. Afterwards, all buffers are equal on all ranks, and the
+    moving average and Lookahead restart at the current weights. All ranks must call this function.
 
     Args:
         state: Training state.

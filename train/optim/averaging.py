@@ -54,7 +54,7 @@ class Ema:
     def swapped_in(self) -> Iterator[None]:
         """Copy the average into the network, and restore the network's own weights on exit.
 
-        All ranks must enter the context, and then use the averaged buffers of rank 0. Tensors keep their addresses, so
+        All ranks must enter the context. They then use the averaged buffers of rank 0. Tensors keep their addresses, so
         compiled functions stay valid. A third copy of the weights is held in memory until exit.
         """
         collectives.broadcast_buffers(self._average.module)
@@ -105,11 +105,11 @@ def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
 
 
 class Lookahead:
-    """Slow weights, to which the trained (fast) weights are reset every few steps.
+    """Lookahead averaging of a network's weights (Zhang et al., arXiv:1907.08610).
 
-    Source: Zhang, Lucas, Hinton, Ba, "Lookahead Optimizer: k steps forward, 1 step back", arXiv:1907.08610. The share
-    of the slow weights that is kept increases during training, as in arXiv:2404.00498. Batch norm statistics are
-    averaged as well.
+    Every `every_steps` steps, a slow copy of the weights moves toward the trained (fast) weights, which are then reset
+    to the slow copy. The fraction of the slow copy that is kept grows during training, as in arXiv:2404.00498.
+    Floating-point buffers, such as batch norm statistics, are averaged too.
 
     Attributes:
         slow: Slow copy of each floating-point tensor of the network's state dict, by name.
@@ -126,10 +126,12 @@ class Lookahead:
         torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
 
     def update(self, step: int, steps: int) -> None:
-        """Synchronize slow and fast weights if due, and set fast = slow after the last step of the run.
+        """Average slow and fast weights every train.lookahead.every_steps steps.
+
+        After the last step of the run, also copy the slow weights to the fast weights.
 
         Args:
-            step: Last optimizer step that was run, counted from 0.
+            step: Index of the optimizer step just completed, counted from 0.
             steps: Total number of optimizer steps in the run.
         """
         done = step + 1

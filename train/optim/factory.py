@@ -36,7 +36,7 @@ RESERVED_OPTIONS = {
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build the optimizer that `config.name` selects: torch's, Muon or timm's.
+    """Build the torch, timm or Muon optimizer that `config.name` selects.
 
     Args:
         model: Model whose parameters are optimized.
@@ -96,7 +96,12 @@ def with_timm_defaults(config: Config) -> Config:
 
 
 def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Build a timm optimizer with the settings of `config`. Settings that are null keep timm's defaults."""
+    """Build a timm optimizer with the settings of `config`. Settings that are null keep timm's defaults.
+
+    Raises:
+        UserError: The optimizer is unknown, unsupported or not installed, an option does not exist, or a setting is
+            rejected.
+    """
     import timm.optim  # imported here, since it takes seconds
 
     name = config.name.removeprefix("timm/")
@@ -147,7 +152,7 @@ def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
     """Return train.optimizer.options as arguments of the optimizer class, with lists as tuples.
 
     Raises:
-        UserError: The class has no option of a given name.
+        UserError: An option is not an argument of the class, or is set by another setting.
     """
     taken = [name for name in inspect.signature(kind).parameters if name not in RESERVED_OPTIONS]
     for name, value in config.options.items():
@@ -169,7 +174,7 @@ def _refused(config: OptimizerConfig, error: Exception) -> UserError:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr: float | None = None) -> None:
     """Set the learning rate of each group to `lr` times the group's `lr_scale`. Does not synchronize.
 
-    If `whitening_lr` is given, it replaces `lr` for groups with the bias of a whitening layer.
+    If `whitening_lr` is given, it replaces `lr` for the group of the whitening layer's bias.
     """
     for group in optimizer.param_groups:
         rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
@@ -181,9 +186,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Make the optimizer keep learning rates and Adam's step counts on the device, as CUDA graphs require.
+    """Make the optimizer keep learning rates and step counts on the device, as CUDA graphs require.
 
-    A graph would contain Python numbers as constants. Learning rates are float32, as torch's fused kernels expect.
+    Graph capture bakes Python numbers in as constants, so later changes to them would have no effect on replay.
+    Learning rates are float32, as torch's fused kernels expect.
     """
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
@@ -194,7 +200,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 def is_fused(config: OptimizerConfig) -> bool:
     """Return True if the optimizer is a fused implementation from torch, and can therefore skip a step on the device.
 
-    Return False if train.optimizer.options select the implementation.
+    Return False if train.optimizer.options contain "fused" or "foreach".
     """
     return config.name in TORCH and "fused" in TORCH[config.name][2] and not IMPLEMENTATIONS & config.options.keys()
 

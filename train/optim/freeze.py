@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from configs.utils.errors import UserError
 
-PREFIX = "network."  # prefix of parameter names after the pixel normalization; optional in patterns
+PREFIX = "network."  # prefix of the names of parameters in `PixelClassifier.network`; optional in patterns
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
-    """Freeze the parameters that match a pattern and return a sentence with their number for the log.
+    """Freeze the parameters that match any of the patterns, and return a sentence with their number for the log.
 
     Call this function before building the optimizer and before wrapping the model in DDP.
 
@@ -60,10 +60,9 @@ def _hint(pattern: str, names: Iterable[str]) -> str:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Call model.train(), but keep fully frozen norm layers in evaluation mode.
+    """Call model.train(), but then switch batch norm layers to evaluation mode if all their parameters are frozen.
 
-    Frozen norm layers then use their running statistics, which stay unchanged. Call this function instead of
-    model.train().
+    These layers use their running statistics and do not update them. Call this function instead of model.train().
     """
     model.train()
     for module in model.modules():

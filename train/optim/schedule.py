@@ -80,8 +80,8 @@ def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: in
 
     The learning rate rises linearly in the warm-up and then follows the schedule. The step and multistep schedules
     count epochs from the start of training. The cosine, linear, polynomial and exponential schedules start at lr after
-    the warm-up. The one-cycle schedule has its own warm-up. With schedule_options.per_epoch, all other schedules keep
-    the rate constant within an epoch after the warm-up. The factor of the epoch applies to all rates.
+    the warm-up. The one-cycle schedule has its own warm-up. With schedule_options.per_epoch, all schedules except
+    one-cycle keep the rate constant within an epoch after the warm-up. The result includes the factor of the epoch.
 
     Args:
         step: Optimizer step of the run, counted from 0.
@@ -122,7 +122,7 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 
 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step. It rises to lr and then falls, each along a cosine, like torch's OneCycleLR.
+    """Return the learning rate of a step. It rises to lr and then falls, both along cosines, like torch's OneCycleLR.
 
     The learning rate rises during a fraction `schedule_options.peak` of the steps. Source: arXiv:1708.07120.
     """
@@ -140,8 +140,8 @@ def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
 def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
     """Return the learning rate for the bias of a whitening layer.
 
-    If `whiten_bias_epochs` is set, the rate is 0 after this number of epochs. Until then, it follows the schedule, or
-    decays linearly from lr to 0 with `whiten_bias_anneal`.
+    The learning rate follows the schedule. If train.whiten_bias_epochs is set, it is 0 after this number of epochs and,
+    with train.whiten_bias_anneal, decays linearly from lr to 0 until then.
     """
     if config.whiten_bias_epochs is None:
         return learning_rate(step, timeline, config, decays)
@@ -209,7 +209,7 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
 
 
 def lr_factor(config: TrainConfig, global_batch: int) -> float:
-    """Return the factor by which to scale the learning rates of the config for this global batch.
+    """Return the factor that scales learning rates from train.lr_batch_size to `global_batch` samples.
 
     The factor is 1 if train.lr_batch_size is not set. Sources: Goyal et al., arXiv:1706.02677 (linear scaling),
     Krizhevsky, arXiv:1404.5997 (square-root scaling).
@@ -221,7 +221,7 @@ def lr_factor(config: TrainConfig, global_batch: int) -> float:
 
 
 def scale_learning_rates(config: TrainConfig, global_batch: int) -> TrainConfig:
-    """Return the config with all learning rates scaled to this global batch."""
+    """Return the config with all learning rates scaled by `lr_factor` to this global batch."""
     factor = lr_factor(config, global_batch)
     own = {name: rate * factor for name in OWN_RATES if (rate := getattr(config.optimizer, name)) is not None}
     rates = {name: getattr(config, name) * factor for name in ("lr", "min_lr", "warmup_lr")}
