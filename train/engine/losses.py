@@ -107,7 +107,7 @@ def _with_counts(loss: Tensor, correct: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 def swap_pairs(values: Tensor) -> Tensor:
-    """Return a copy of values [B, ...], with the same strides, in which samples 2i and 2i + 1 are swapped for every i."""
+    """Swap samples 2i and 2i + 1 of values [B, ...] for every i. Return a copy with the same strides."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 

@@ -102,8 +102,8 @@ def build_state(
 ) -> TrainState:
     """Build the training state of a network, without a moving average, Lookahead or a proxy.
 
-    Also set process-wide options of torch and, on the CPU, glibc, and prepare the optimizer for CUDA graphs if they are
-    used. All ranks must call this function.
+    Also set process-wide options, and prepare the optimizer for CUDA graphs if they are used. For training on the CPU,
+    also modify convolutions that trigger a bug in oneDNN, see `models.onednn`. All ranks must call this function.
 
     Args:
         network: The model, on its device and in its final memory format.

@@ -60,7 +60,7 @@ def _hint(pattern: str, names: Iterable[str]) -> str:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Call model.train(), but then switch batch norm layers to evaluation mode if all their parameters are frozen.
+    """Call model.train(), but then switch each batch norm layer to evaluation mode if all its parameters are frozen.
 
     These layers use their running statistics and do not update them. Call this function instead of model.train().
     """

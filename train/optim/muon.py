@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
                 self._sgd(parameters, group["lr"], group["weight_decay"])
 
     def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
-        """Update the momentum buffers, and return the updates before orthogonalization, without the learning rate."""
+        """Update the momentum buffers, and return the updates not yet orthogonalized or scaled by the learning rate."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)

@@ -122,7 +122,7 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 
 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step. It rises to lr and then falls, both along cosines, like torch's OneCycleLR.
+    """Return the learning rate of a step. It rises to lr and then falls, both along a cosine, like torch's OneCycleLR.
 
     The learning rate rises during a fraction `schedule_options.peak` of the steps. Source: arXiv:1708.07120.
     """
