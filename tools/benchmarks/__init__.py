@@ -1,1 +1,1 @@
-"""The benchmarks of tools/benchmark.py: interleaved measurement, limits of the machine, peers and suites."""
+"""Benchmarks of tools/benchmark.py: interleaved measurement, machine limits, other libraries (peers) and suites."""

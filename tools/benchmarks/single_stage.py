@@ -1,6 +1,6 @@
-"""Measure one stage of tools/benchmark.py.
+"""Measure one subcommand (stage) of tools/benchmark.py.
 
-The limits of the machine are measured as well, except for the stages `stages` and `scale`.
+The subcommands `stages` and `scale` skip the machine limits (copies, arithmetic, disk). `limits` measures only these.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
     """Measure the tables of `arguments.stage` and return them as a run.
 
     Raises:
-        UserError: An argument is missing or invalid, or data.stages has fewer than two stages for the stage `stages`.
+        UserError: An argument is missing, the config or the data set is invalid, or the stage is `stages` and data.stages
+            has fewer than two elements.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
@@ -67,7 +68,11 @@ def _run(entries: list[Entry], missing: list[str], start: float) -> run_file.Run
 
 
 def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> list[InterleavedTable]:
-    """Return the tables to measure for `arguments.stage`: loader, model, train, peers or augment."""
+    """Return the tables to measure. `arguments.stage` is loader, model, train, peers or augment.
+
+    Raises:
+        UserError: An argument is missing, or the config or the data set is invalid.
+    """
     config = _config(arguments)
     folder, batch_size = Path(config.data.path), config.data.batch_size
     if arguments.stage == "augment":
@@ -93,7 +98,10 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 def _config(arguments: argparse.Namespace) -> Config:
     """Load the config of --cfg, or build one for the data set of --data-path.
 
-    Except for the stage `stages`, the result is the config of epoch 0.
+    data.stages is resolved to the settings of epoch 0, except for the stage `stages`.
+
+    Raises:
+        UserError: An argument is missing, or the config or the data set is invalid.
     """
     if arguments.cfg:
         replacements = {"data.batch_size": arguments.batch_size, "data.path": arguments.data_path}

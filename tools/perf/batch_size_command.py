@@ -134,7 +134,7 @@ def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int 
     """Return the models of --cfg and --model under unique names.
 
     Raises:
-        UserError: A config or its data set cannot be loaded, or its model and data set do not fit together.
+        UserError: A config or its data set cannot be loaded, or the config does not match the data set.
     """
     targets: list[Target] = []
 

@@ -75,7 +75,7 @@ def _display_row(search: BatchSizeSearch, trial: Trial) -> Row:
 def summary(search: BatchSizeSearch) -> Row:
     """Return the results of a search: the reason why it ended, the largest batch size and the best rate.
 
-    `near_best_batch` is the smallest batch size, among the reliable trials, with at least NEAR_BEST of the best rate.
+    `near_best_batch` is the smallest batch size in `search.reliable` with at least NEAR_BEST times the best rate.
     """
     best = search.best
     near_best = (trial.batch_size for trial in search.reliable if best and trial.rate >= NEAR_BEST * best.rate)

@@ -1,6 +1,7 @@
 """Search for the fastest and the largest batch size of a model, by doubling and then by bisection.
 
-The largest and the fastest size are measured again, since the fastest of many short measurements is often an outlier.
+The largest and the fastest size are measured again, since bisection may use a single round per size, and the fastest of
+many short measurements is often an outlier.
 Each size runs in a separate process, so that running out of memory does not affect other sizes.
 """
 
@@ -38,7 +39,7 @@ class Target:
 
 @dataclass
 class Trial:
-    """Result of one batch size. If it does not fit or fails for another reason, `error` is set."""
+    """Result of one batch size. `error` is set if the batch does not fit or the trial fails for another reason."""
 
     batch_size: int
     rates: list[float] = field(default_factory=list)  # images/s, one per round
@@ -80,10 +81,10 @@ def run_trial(
         seconds: Duration of a round.
         rounds: Number of rounds.
         deadline: Time on the clock of time.monotonic(), or None for no deadline.
-        step_s: Expected duration of a step in seconds. It extends the timeout.
+        step_s: Expected duration of a step in seconds. It extends the warm-up timeout.
 
     Raises:
-        OutOfTime: The deadline has passed and the trial has no result.
+        OutOfTime: The deadline has passed, and the trial is incomplete or failed other than by running out of memory.
     """
     config = with_batch_size(target.config, batch_size)
     process_limit = None if target.on_gpu else target.limit_bytes
@@ -170,9 +171,9 @@ class BatchSizeSearch:
 
     @property
     def reliable(self) -> list[Trial]:
-        """Fitting trials by ascending batch size, without those of the bisection that were not repeated.
+        """Fitting trials by ascending batch size, without bisection trials that have not been repeated.
 
-        Trials of the bisection have a single round until they are repeated. If no other trial fits, they are included.
+        Bisection trials may have a single round until they are repeated. They are included if no other trial fits.
         """
         fitting = self.fitting
         return [trial for trial in fitting if trial.origin == "doubling" or trial.is_repeated] or fitting
@@ -227,9 +228,9 @@ class BatchSizeSearch:
     def _repeats(self, measure_size: Callable[[int], Trial]) -> Iterator[Trial]:
         """Measure the largest and the fastest size again, and yield the updated trials.
 
-        This continues until both have been repeated, since the results may change which sizes they are. The new rounds
-        are added to those of the first measurement. However, the single round of a bisection trial is replaced, since a
-        size that is the fastest in one round is probably an outlier.
+        This continues until both have been repeated, since new results may change which sizes are the largest and the
+        fastest. The new rounds are added to those of the first measurement, but replace those of a bisection trial, since
+        a size that is the fastest in a single round is probably an outlier.
         """
         while self.fitting:
             fastest = max(self.fitting, key=lambda trial: trial.rate)

@@ -1,4 +1,4 @@
-"""Plot the results of the stages ramp and profile. `tools.benchmarks.engine.charts` plots those of a whole run."""
+"""Plot the results of `tools/benchmark.py ramp` and `profile`. `tools.benchmarks.engine.charts` plots those of `all`."""
 
 from __future__ import annotations
 

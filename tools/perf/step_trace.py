@@ -45,7 +45,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Mean time of a step by phase, and the operators or kernels that took the most time."""
+    """Mean time of a micro-step by phase, and the operators or kernels that took the most time."""
 
     steps: int
     step_ms: float
@@ -56,7 +56,7 @@ class StepProfile:
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
     """Profile `steps` micro-steps and write the trace in Chrome's format (.json.gz).
 
-    Profiling starts after WARM_STEPS micro-steps. All other ranks must call `run_alongside` at the same time.
+    WARM_STEPS micro-steps are run first and left out. All other ranks must call `run_alongside` at the same time.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"
@@ -99,7 +99,7 @@ def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
 
 @contextmanager
 def annotate_phases(state: TrainState) -> Iterator[None]:
-    """Mark the phases of steps in this context as named ranges in the profiler's trace.
+    """Mark the phases of `run_step` in this context as named ranges in the profiler's trace.
 
     The functions that a step calls are wrapped temporarily, so the code of the step contains no annotations.
     """
@@ -190,8 +190,9 @@ def _device_claims(
 ) -> list[tuple[str, list[Interval]]]:
     """Return phases and the intervals they claim on a GPU, in order of precedence.
 
-    Work of the device belongs to the phase that launched it, but NCCL kernels belong to `reduce`. Work launched by
-    threads other than the training thread and autograd's threads belongs to `data`, since the loader launched it.
+    GPU work belongs to the phase that launched it, except for NCCL kernels, which belong to `reduce`. Work launched by
+    threads other than the training and autograd threads belongs to `data`, since the loader launched it. `data` has the
+    lowest precedence, and also claims the time in which the host waits for a batch.
     """
     training_threads = {thread} | {
         event["tid"] for event in events if event["name"].startswith("autograd::engine::evaluate")

@@ -76,7 +76,7 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
 def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
     """Return a point for each epoch in which the quantity was evaluated.
 
-    The value of a non-finite loss is nan. It leaves a gap in the curve.
+    A non-finite loss has the value nan, so that the curve has a gap.
     """
     split = quantity.rpartition("_")[0]
     return [
@@ -91,7 +91,7 @@ def _set_loss_axis(
 ) -> None:
     """Fit the axis to the losses within `loss_range`.
 
-    If any losses of `curves` are above this range or not finite, the title names or counts those runs.
+    If losses of `curves` are above this range or not finite, the title lists or counts the runs with such losses.
     """
     finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
     low, high = loss_range(finite)
@@ -122,6 +122,7 @@ def loss_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
 
     The ordinary loss is the smallest of the runs' largest losses, but at least 1, since a run may start from trained
     weights. Losses above DIVERGED times the ordinary loss are cut off, since they would flatten all other curves.
+    Without any losses, the result is (0, 1).
     """
     values = [value for run in losses for value in run]
     if not values:

@@ -55,7 +55,7 @@ def smooth_losses(losses: Sequence[float], rates: np.ndarray) -> np.ndarray:
 
 
 def divergence_index(smoothed: np.ndarray) -> int | None:
-    """Return the index of the step at which the loss diverges, or None if there is none.
+    """Return the index of the step at which the loss diverges, or None if it does not.
 
     This is the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far.
     """
@@ -67,7 +67,8 @@ def divergence_index(smoothed: np.ndarray) -> int | None:
 def suggest_lr(curve: LossCurve) -> Suggestion:
     """Suggest the learning rate at which the smoothed loss falls most steeply per decade, up to its minimum.
 
-    Steps from the first non-finite loss on are ignored.
+    Steps in the first SLOPE_WINDOW_DECADES of learning rates are not suggested. Losses from the first non-finite one on
+    are ignored.
     """
     finite = np.isfinite(curve.loss)
     count = len(finite) if finite.all() else int(finite.argmin())

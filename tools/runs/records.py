@@ -1,6 +1,6 @@
-"""Read the records of runs, finished or not, and turn them into rows of a comparison table and of curves.
+"""Read the records of finished and unfinished runs, and turn them into rows of a comparison table and of curves.
 
-A record is read from config.yaml, metrics.jsonl and facts.json of a run folder. Rows count epochs from 1 (epochs
+A record is read from config.yaml, metrics.jsonl and facts.json in a run folder. Rows count epochs from 1 (epochs
 trained), and metrics.jsonl counts them from 0.
 """
 
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_global_batch(folder: Path) -> int | None:
-    """Return the global batch size of the run's latest start from facts.json, or None if it was not recorded."""
+    """Return the global batch size of the run's latest launch from facts.json, or None if it cannot be read."""
     try:
         return int(json.loads(read_small_text(folder / "facts.json"))["global_batch"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -26,11 +26,11 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
     Args:
         gpus: Names of the GPUs.
         gpus_per_run: Number of processes per run, one per GPU.
-        parallel: Number of slots. If None, there is one slot per group, or one slot without GPUs. If there are more
-            slots than groups, slots share groups.
+        parallel: Number of slots. If None, there is one slot per group, or a single slot without GPUs. If there are
+            more slots than groups, slots share groups.
 
     Raises:
-        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs, or 1 if there are none.
+        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs (without GPUs, 1).
     """
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:

@@ -26,13 +26,14 @@ MAX_BARS = 40  # in the plot by variant
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
     """Plot the best validation accuracy and the training time of finished runs.
 
-    A sweep of one numeric setting gives a line plot, with a line per combination of variant and other settings. A sweep
-    without variants of exactly two settings, both numeric, gives a heat map or a scatter plot. Other sweeps with
-    variants give bars. If only the seed differs within variants, the runs of a variant share a bar.
+    The kind of plot depends on the settings that differ (within variants, if there are any). Two numeric settings and no
+    variants give a heat map or a scatter plot. A single numeric setting gives a line plot, with a line per combination
+    of variant and other settings. Other sweeps with variants give bars. If at most the seed differs within variants,
+    each variant has one bar.
 
     Args:
-        points: The finished points.
-        rows: The results of `points`. Results of None are left out.
+        points: Points whose runs have finished.
+        rows: Results of `points`. Values of None are left out.
         title: Title of the figure.
 
     Returns:
@@ -63,7 +64,7 @@ def _line_plot(
 ) -> Figure | None:
     """Plot accuracy and training time over the values of a setting, with one line per label.
 
-    Returns None if there would be more than MAX_LINES lines.
+    The result is None if there are more than MAX_LINES labels.
     """
     lines: dict[str, list[tuple[float, Row]]] = {}
     for label, value, row in zip(labels, values, rows, strict=True):
@@ -90,7 +91,7 @@ def _line_plot(
 def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
     """Plot a bar per label, in the given order, with the median of the runs with this label.
 
-    If a label has several runs, an error bar shows their range. Returns None if there would be more than MAX_BARS bars.
+    If a label has several runs, an error bar shows their range. The result is None if there are more than MAX_BARS labels.
     """
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:
@@ -129,7 +130,7 @@ def _highest(rows: Sequence[Row], quantity: str) -> float:
 def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
     """Plot accuracy and training time over two settings.
 
-    The plot is a heat map if at least half of all combinations of the two values were run, otherwise a scatter plot.
+    The plot is a heat map if the runs cover at least half of all combinations of values, otherwise a scatter plot.
     """
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)

@@ -1,4 +1,4 @@
-"""Build the points of a sweep, a grid or random search over its axes, as named and validated configs.
+"""Build the points of a sweep (a grid or random search over its axes) as named and validated configs.
 
 The same command line always gives the same points, so that a sweep can resume. If only the number of random points is
 increased, the sweep starts with the same points as before.

@@ -45,6 +45,9 @@ def read_records(sweep: Sweep) -> list[RunRecord]:
     """Return the record of each point's run. If the run has no folder yet, its metrics are empty.
 
     If the global batch size of a run was not recorded, it is computed from the config.
+
+    Raises:
+        UserError: The metrics of a run cannot be read or are invalid.
     """
     records = []
     for point in sweep.points:
@@ -55,7 +58,7 @@ def read_records(sweep: Sweep) -> list[RunRecord]:
 
 
 def sweep_rows(sweep: Sweep, records: Sequence[RunRecord]) -> list[Row]:
-    """Return a row per point with its status: finished, running/stopped, failed or not started."""
+    """Return a row per point with its status: finished, running or stopped, failed, or not started."""
     rows = comparison_rows(records, [point.name for point in sweep.points])
     for row, record in zip(rows, records, strict=True):
         del row["time_ratio"]  # a sweep has no reference run
@@ -99,7 +102,7 @@ def runs_of_another_sweep(sweep: Sweep) -> list[str]:
 def write_report(sweep: Sweep) -> None:
     """Write tables and plots, and print the table and the names of the files.
 
-    If a run has finished, also print the best settings, the command that trains with them, and hints.
+    If there is a best run, also print its settings, the command that trains with them, and the hints of `edge_hints`.
     """
     rows = write_tables(sweep)
     plots = draw_plots(sweep, rows)
@@ -117,7 +120,7 @@ def write_report(sweep: Sweep) -> None:
 def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
     """Return a hint for each numeric setting whose best value is the smallest or largest of at least three values.
 
-    `best` is the index of the best run. The hint suggests to try values beyond its value.
+    The hint suggests trying values beyond the best one. `best` is the index of the best run's config.
     """
     settings = [settings_by_key(config) for config in configs]
     hints = []
@@ -132,8 +135,10 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
 def draw_plots(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """Draw sweep.png if any run has metrics, and sweep_values.png if the finished runs can be compared in one plot.
 
-    Existing plots are removed first, since the tables that they belong to have been replaced. Returns the names of the
-    plots that were drawn.
+    Existing plots are removed first, since they belong to tables that have been replaced.
+
+    Returns:
+        The names of the plots that were drawn.
     """
     for name in ("sweep.png", "sweep_values.png"):
         (sweep.folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Bar chart of a run, with one panel per table.
+"""Draw a bar chart of a benchmark run, with one panel per table.
 
 Bars show the median images/s, and error bars the range of the rounds. The names of this project's rows are bold.
 """

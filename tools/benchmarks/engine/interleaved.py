@@ -1,8 +1,8 @@
 """Interleaved measurement: candidates take turns in short rounds, each in a separate process.
 
 A candidate's process is stopped while other candidates run. A noisy machine therefore slows all candidates alike, and
-the threads and workers of one candidate do not disturb another. A candidate that fails, crashes or runs out of memory
-loses only its own row.
+the threads and workers of one candidate do not disturb another. If a candidate fails, crashes or runs out of
+memory, only its own rows are lost.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ GRACE_S = 5.0  # time after the deadline for finishing a started round
 MONITOR_INTERVAL_S = 0.02
 DETAILS_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 10.0
-# Modules imported once for all candidates. On a GPU, those that import DALI are left out, since DALI does not work in
-# processes forked after CUDA has started.
+# Modules imported once for all candidates. On a GPU, modules that import DALI are left out, since DALI does not
+# work in processes forked after CUDA has started.
 PRELOADED = ["torch", "torchvision", "pipelines.build", "train.engine.epoch"]
 PRELOADED_ON_GPU = ["torch", "torchvision"]
 
 
 @dataclass
 class Measurement:
-    """Results of one workload. `error` is set if the workload failed, possibly after some rounds."""
+    """Results of one workload.
+
+    `error` is set if the workload failed or ran out of time. The rates of earlier rounds are kept.
+    """
 
     candidate: str
     workload: str
@@ -66,7 +69,7 @@ def measure(
 
     Args:
         candidates: Programs to measure.
-        seconds: Duration of a round.
+        seconds: Approximate duration of a round.
         rounds: Number of rounds per workload.
         deadline: Time on the clock of time.monotonic(), or None for no deadline. Candidates that are not warm by then
             get the error OUT_OF_TIME. After the deadline no round starts, except the first.
@@ -79,9 +82,9 @@ def measure(
     """
 
     def timeout(limit_s: float, grace_s: float = 0.0) -> tuple[float, str | None]:
-        """Return the time to wait for a reply in seconds, and the error to report if the deadline shortens this time.
+        """Return how long to wait for a reply, in seconds, and the error to report if there is none in this time.
 
-        Otherwise the error is None.
+        The error is None unless the deadline shortens the wait.
         """
         left_s = math.inf if deadline is None else max(1.0, deadline + grace_s - time.monotonic())
         return (limit_s, None) if limit_s <= left_s else (left_s, OUT_OF_TIME)
@@ -114,7 +117,7 @@ def measure(
 def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
     """Call a function in a subprocess and return its result.
 
-    CUDA is initialized only in the subprocess.
+    The function can use CUDA without initializing it in this process.
 
     Raises:
         TimeoutError: The function did not return before the deadline.
@@ -139,7 +142,7 @@ def _call_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iter
 
 
 class _CandidateProcess:
-    """Process of one candidate. The process and its workers are stopped (SIGSTOP) between rounds."""
+    """Process of one candidate. The process and its workers are stopped (SIGSTOP) between its rounds."""
 
     def __init__(self, candidate: Candidate, seconds: float) -> None:
         self._candidate, self._seconds = candidate, seconds

@@ -21,9 +21,9 @@ def _discard(entry: Entry) -> None:
 class TableSpec(Protocol):
     """A table that can be measured.
 
-    `run` measures the table and returns it. Tables of candidates that take turns have `rounds` rounds of `seconds`
-    seconds each, up to `deadline`, a time on the clock of time.monotonic(). Other tables ignore these arguments. `keep`
-    is called with the unfinished table after each round or row.
+    `run` measures the table and returns it. An InterleavedTable has `rounds` rounds of about `seconds` seconds each,
+    none of which but the first starts after `deadline` (on the clock of time.monotonic()). Other tables ignore these
+    arguments. InterleavedTable and RowTable call `keep` with the unfinished table after each round or row.
     """
 
     title: str
@@ -40,7 +40,7 @@ class RowTable:
 
     Args:
         columns: Fields to show.
-        rows: Called with the limits of the machine. Measures and yields the rows.
+        rows: Called with the machine limits. Measures and yields the rows.
         details: Further fields of the entry.
     """
 
@@ -72,7 +72,7 @@ class RowTable:
 class WholeTable:
     """Table that is measured by one function. `keep` is not called."""
 
-    title: str  # name of the row that is shown if the table cannot be measured
+    title: str  # name of the table and its row if there is no time to measure it
     stage: str
     measure: Callable[[], Entry]
 
@@ -88,8 +88,8 @@ class InterleavedTable:
         candidates: Programs to measure.
         rows: Fields of the rows of each candidate, such as `ours`, in the order of the candidates.
         details: Further fields of the entry.
-        add_bounds: Called after each round with the measured rows and the limits of the machine. Adds bounds and ratios
-            to the rows.
+        add_bounds: Called after each round with the measured rows and the machine limits. Adds bounds and ratios to the
+            rows.
     """
 
     title: str

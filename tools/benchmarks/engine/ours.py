@@ -42,7 +42,7 @@ def loading(
     """Build workloads that iterate over the train loader alone.
 
     On a GPU, the details contain the GPU memory that the loader uses once it is warm: DALI's pools, buffers and
-    resident data. The value is the increase of the GPU's total memory in use. Other candidates do not affect it, since
+    resident data. The value is the increase in the GPU memory used by all processes. Other candidates do not affect it, since
     they are stopped during the warm-up.
 
     Args:
@@ -73,7 +73,7 @@ def loading(
 def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
     """Build a workload that trains on one resident batch, and a workload of end-to-end training for each variant.
 
-    All workloads share one compiled network, so that they differ only in the loader.
+    All workloads share one network and optimizer, so that they differ only in the loader.
 
     Args:
         config: Config of the training.
@@ -103,8 +103,8 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
 
     Args:
         config: Config of the training.
-        synthetic: Whether to train on noise images of size data.image_size instead of images of the data set. In both
-            cases, a limited number of images is repeated to fill the batch.
+        synthetic: Whether to train on noise instead of images of the data set. Noise requires data.image_size and
+            model.num_classes. In both cases, a limited number of images is repeated to fill the batch.
         limit_bytes: Maximum GPU memory for torch to allocate, or None for no limit.
     """
     process_memory.prefer_oom_kill()
@@ -198,7 +198,7 @@ def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
 
 
 def _steps(state: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
-    """Run one micro-step per item."""
+    """Run one micro-step for each item."""
     accumulation = state.config.accumulation_steps
     for number in itertools.count():
         step, micro_step = divmod(number, accumulation)

@@ -49,7 +49,7 @@ PACKAGES = {  # packages whose versions are recorded
 
 
 def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: Any) -> Row:
-    """Return the row of one workload. If time ran out before the first round, the row has a note and no error."""
+    """Return the row of one workload. Running out of time is not an error. Without rates, the row has a note instead."""
     name = ", ".join(filter(None, (measurement.candidate, measurement.workload)))
     result: Row = {"name": name, "ours": ours, **fields, **measurement.details, "error": measurement.error}
     if measurement.error in (None, OUT_OF_TIME):
@@ -74,7 +74,7 @@ def failed_row(name: str, error: str, **fields: Any) -> Row:
 def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: Any) -> Row:
     """Return a row without figures for something that was not measured and did not fail.
 
-    `note` is the reason, such as that the time was over or that a peer is missing.
+    `note` is the reason, such as a lack of time or a missing peer.
     """
     return {"name": name, "ours": True, "error": None, "note": note, **fields}
 

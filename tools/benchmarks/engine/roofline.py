@@ -1,4 +1,4 @@
-"""Limits of the machine (copies, arithmetic, disk) as workloads, and the bounds that follow from them.
+"""Machine limits (copies, arithmetic, disk) as workloads, and the bounds that follow from them.
 
 Rates are in bytes/s or FLOP/s. A copy of n bytes counts as n bytes, although it reads n and writes n. The rate divided
 by the bytes per image is then the images/s if every image is copied once.
@@ -44,7 +44,7 @@ DISK_BLOCK_BYTES = 2**24
 
 @contextmanager
 def limit_workloads(device: str, scratch: Path) -> Iterator[dict[str, Workload]]:
-    """Build the workloads of all limits. `scratch` is a folder on the disk that holds the data sets."""
+    """Build the workloads that measure the machine limits. `scratch` is a folder on the disk to measure."""
     workloads = {MEMORY: Workload(batch_copies(COPIED_BYTES, 2, torch.get_num_threads()), COPIED_BYTES)}
     if device == "cuda":
         pinned = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -66,7 +66,7 @@ def limit_workloads(device: str, scratch: Path) -> Iterator[dict[str, Workload]]
 
 @contextmanager
 def arithmetic(device: str) -> Iterator[dict[str, Workload]]:
-    """Build only the workload of matrix multiplication."""
+    """Build only the matrix multiplication workload."""
     yield {ARITHMETIC: _arithmetic(device)}
 
 
@@ -139,9 +139,9 @@ def _copies(source: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor
 
 
 def _matmuls(size: int, dtype: torch.dtype, device: str) -> Iterator[torch.Tensor]:
-    """Multiply random matrices.
+    """Multiply matrices of random numbers.
 
-    Matrices of zeros would need less power, and the GPU's clock would be higher than in training.
+    With zeros, a GPU needs less power and runs at a higher clock than in training.
     """
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
@@ -191,7 +191,7 @@ def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes:
     """Return the images/s at which a loader would reach each limit that applies to it.
 
     Args:
-        limits: Limits of the machine.
+        limits: Machine limits.
         placement: "device" if raw pixels are stored in GPU memory.
         device: "cpu" or "cuda".
         stored_bytes: Bytes of one stored image.

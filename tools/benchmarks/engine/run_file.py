@@ -1,4 +1,4 @@
-"""JSON files of a run. They are replaced whenever a table changes, so that a killed run keeps its rows.
+"""JSON files of a benchmark run. They are replaced whenever a table changes, so that a killed run keeps its rows.
 
 Fields of a run:
     format, version, command, environment, duration_s, missing_peers

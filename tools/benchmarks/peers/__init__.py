@@ -73,5 +73,5 @@ def load_function(peer: PeerSpec) -> Any:
 
 @contextmanager
 def loading(peer: PeerSpec, task: PeerTask) -> Iterator[dict[str, Workload]]:
-    """Build a workload that iterates over the peer's loader. The batches are on `task.device`."""
+    """Build a workload that iterates over the peer's loader. The images are on `task.device`."""
     yield {"": Workload(load_function(peer)(task), task.batch_size)}

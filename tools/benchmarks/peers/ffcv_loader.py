@@ -15,13 +15,12 @@ from tools.benchmarks.peers.task import Batches, PeerTask, endless
 def ffcv(task: PeerTask) -> Batches:
     """Yield batches of uint8 images [B, H, W, 3].
 
-    Settings: write_mode raw, or jpg with the quality of all candidates; order RANDOM; os_cache; `task.workers` workers;
-    3 batches prefetched, the default; on a GPU, ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe
+    Settings: write_mode raw, or jpg with quality QUALITY; order RANDOM; os_cache; `task.workers` workers; 3 batches prefetched, the default; on a GPU, ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe
     (RandomHorizontalFlip, RandomTranslate) without Cutout. A random-resized crop follows FFCV's ImageNet recipe
     (RandomResizedCropRGBImageDecoder).
 
     Raises:
-        UserError: The augmentation would have to resize images without a random-resized crop.
+        UserError: The augmentation resizes images without a random-resized crop, which FFCV does not support.
     """
     from ffcv.fields.decoders import IntDecoder
     from ffcv.loader import Loader, OrderOption

@@ -148,7 +148,7 @@ def data_loader(
 
 
 def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
-    """Build the crop and flip of the task from torchvision's transforms v1 or v2."""
+    """Build the crop and flip of the task. `transforms` is torchvision's module of transforms, v1 or v2."""
     aug, size = task.aug, task.image_size
     if aug is None:
         return []
@@ -165,7 +165,7 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
 
 
 def _colors(aug: AugConfig | None) -> list[Any]:
-    """Build the color transforms. They are applied to PIL images, since they are slower on tensors of one image.
+    """Build the policy, color and blur transforms. They take PIL images, since they are slower on single tensors.
 
     Raises:
         ValueError: torchvision does not have the policy.

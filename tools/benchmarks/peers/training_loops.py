@@ -26,7 +26,7 @@ def training(peer: PeerSpec, task: PeerTask, config: Config) -> Iterator[dict[st
 
 
 def _network(task: PeerTask, config: Config) -> nn.Module:
-    """Build our model without its normalization layer, since the loaders of peers yield normalized floats."""
+    """Build our model without its normalization layer, since the peers' loaders yield normalized floats."""
     classes = config.model.num_classes or len(task.split.classes)
     torch.manual_seed(config.seed)
     half = (0.5, 0.5, 0.5)
@@ -91,9 +91,7 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
     """Run the training loop of timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem.
 
-    On the CPU, the loop runs in float32.
-
-    Settings: create_loader with its prefetcher, so that images are collated as uint8 and normalized on the device;
+    Settings: on the CPU, float32; create_loader with its prefetcher, so that images are collated as uint8 and normalized on the device;
     `task.workers` persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default. The loss is read
     back every 50 steps.
 

@@ -1,4 +1,4 @@
-"""The webdataset library on our shards, which follow its naming convention."""
+"""The loader of the webdataset library. It reads our shards directly, since they follow its naming convention."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Cost of each augmentation.
+"""Table of the cost of each augmentation.
 
-The loader runs with one kind of augmentation at a time and is compared to torchvision's transforms.
+The loader applies flips and one other augmentation at a time, and is compared to torchvision's transforms.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ def augmentation_table(
     workers: int = 1,
     placement: str = "auto",
 ) -> InterleavedTable:
-    """Return a table of our loader with each of KINDS at the stored image size.
+    """Return a table of our loader's rate with each of the augmentations KINDS.
+
+    The image size is the stored one, or SIDE if stored images vary in size.
 
     Args:
         folder: Data set.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
-        scratch: Folder for files of the peer, or None to measure only our loader. torchvision is measured on the KINDS
-            that it supports.
+        scratch: Folder for the peer's files, or None to measure only our loader. The peer, torchvision, is measured with
+            the KINDS that it supports.
         workers: Worker processes of the peer.
         placement: data.placement of our loader.
     """
@@ -90,7 +92,8 @@ def _torchvision_has(aug: AugConfig) -> bool:
 def _add_ratios(rows: list[Row], limits: Limits) -> None:
     """Set `of_plain` in our rows and `ratio` in the rows of the peer.
 
-    `of_plain` is the rate divided by our rate for flips alone. `ratio` is our rate divided by the peer's.
+    `of_plain` is the rate divided by our rate for flips alone. `ratio` is our rate with the same
+    augmentation divided by the peer's.
     """
     del limits
     rates = {row["kind"]: row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row}

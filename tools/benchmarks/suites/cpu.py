@@ -1,4 +1,4 @@
-"""Parts of the whole run on a CPU."""
+"""Parts of `tools/benchmark.py all` on a CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loaders_96(settings: Settings) -> Iterator[TableSpec]:
 
 
 def _loaders(settings: Settings, raw: Path, aug: AugConfig, size: int) -> Iterator[TableSpec]:
-    """Yield tables that compare our loader and all peers on raw pixels and JPEG, with and without augmentation."""
+    """Yield tables that compare our loader to the peers on raw pixels and JPEG, with and without augmentation."""
     jpeg = make_variant(raw, settings.data / f"{raw.name}-jpeg", encoding="jpeg", samples=settings.samples)
     for folder in (raw, jpeg):
         for augmentation in (None, aug):
@@ -43,7 +43,7 @@ def _loaders(settings: Settings, raw: Path, aug: AugConfig, size: int) -> Iterat
 
 
 def lenet(settings: Settings) -> Iterator[TableSpec]:
-    """Yield a table that compares training of LeNet by this project and by all peers."""
+    """Yield a table that compares our training of LeNet to that of the peers."""
     config = load_config_on("cifar10_lenet", small_dataset(settings))
     yield training_table(
         "LeNet 32x32",

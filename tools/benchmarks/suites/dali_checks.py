@@ -35,7 +35,7 @@ def transfers(batch_size: int) -> Iterator[dict[str, Workload]]:
     """Build workloads that copy batches to the GPU, with torch and as inputs of a DALI pipeline.
 
     The batches are in pinned or in pageable memory. Rates are in bytes/s. DALI is told not to copy inputs on the host
-    (no_copy), so it should be as fast as torch from pinned memory.
+    (no_copy), so it should be as fast as torch if the memory is pinned.
     """
     shape = (batch_size, SIDE, SIDE, 3)
     pageable = [torch.zeros(shape, dtype=torch.uint8) for _ in range(BATCHES)]
@@ -85,14 +85,16 @@ def _copy_pipeline(batch_size: int) -> Pipeline:
 
 
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
-    """Check that DALI keeps a batch dropped by Python until pending reads of the batch on the GPU are complete.
+    """Test whether DALI keeps the memory of a batch that Python has released until a CUDA stream has read the batch.
 
     A CUDA stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
 
     Returns:
+        A dict with these entries:
+
         equal: Whether the busy stream read the original bytes.
-        held: Whether this stream was still busy after the last batch. If not, the check is void.
-        reused: Whether a later batch was at the address of the dropped batch.
+        held: Whether this stream was still busy after the last batch. If not, the test is inconclusive.
+        reused: Whether a later batch was at the address of the released batch.
         batches: Number of batches taken in the meantime.
     """
     expected = next(iter(build_train_loader(data, aug, device="cuda"))).images.clone()

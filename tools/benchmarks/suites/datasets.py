@@ -1,4 +1,4 @@
-"""Data sets of a whole run, given by the user or generated."""
+"""Data sets for `tools/benchmark.py all`, either supplied by the user or generated."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from tools.sources.digits import open_digits
 ROOT = Path(__file__).parents[3]
 # samples of generated data sets; on a GPU at least a dozen batches per epoch, in a few GiB on disk
 SAMPLES = {"cpu": 4096, "cuda": 16_384}
-GENERATION_S = 20.0  # maximum time to generate a data set
+GENERATION_S = 20.0  # estimated maximum time to generate a data set
 GIB = 2**30
 
 
 def small_dataset(settings: Settings) -> Path:
-    """Return a converted data set of 32x32 images, and write it if necessary.
+    """Return the folder of a converted data set of 32x32 images. Write the data set if necessary.
 
     The data set is `settings.small` (by default data/cifar10) if that folder contains one. Otherwise the raw CIFAR-10
     in `settings.source` is converted or, if `settings.source` is None, scikit-learn's digits.
+
+    Raises:
+        UserError: The raw CIFAR-10 is missing, unreadable, incomplete or damaged.
     """
     given = settings.small or ROOT / "data" / "cifar10"
     if (given / "dataset.json").is_file():
@@ -47,10 +50,10 @@ def small_dataset(settings: Settings) -> Path:
 
 
 def medium_dataset(settings: Settings) -> Path:
-    """Return a converted data set of 96x96 images, and write it if necessary.
+    """Return the folder of a converted data set of 96x96 images. Write the data set if necessary.
 
-    The data set is `settings.medium` (by default data/medium-imagenet-96) if it exists, otherwise the enlarged small
-    data set.
+    The data set is `settings.medium` (by default data/medium-imagenet-96) if that folder contains one. Otherwise the
+    images of `small_dataset` are enlarged, and repeated if there are too few.
     """
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
@@ -60,7 +63,7 @@ def medium_dataset(settings: Settings) -> Path:
 
 
 def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return a data set of `side` x `side` images in this encoding for parts on a GPU, and generate it if necessary.
+    """Return the folder of a data set of `side` x `side` images for a GPU part. Generate the data set if necessary.
 
     Raises:
         TimeoutError: Too little time is left to generate the data set.

@@ -1,4 +1,4 @@
-"""Parts of the whole run on a GPU: at most three minutes each, the most important first."""
+"""Parts of `tools/benchmark.py all` on a GPU, the most important first. The default time limit is PART_S per part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLACEMENTS = {"npy, device": {"placement": "device"}, "npy, host": {"placement":
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 RAND_AUGMENT = ("randaugment", "rand-m9-mstd0.5-inc1")
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
-BATCH_SIZES_SHARE = 0.5  # share of the time of part resnet50 for its first table
+BATCH_SIZES_SHARE = 0.5  # share of part resnet50's time limit that its first table may use
 DEFAULT_BATCH_SIZE = 256  # batch size in part resnet50 if none was measured
 PROFILED_STEPS = 20
 
@@ -46,10 +46,10 @@ def _training(
     jpeg: bool = False,
     policy: str | None = None,
 ) -> InterleavedTable:
-    """Return a table of training on a resident batch, and of end-to-end training on raw pixels on the device and host.
+    """Return a table of training on a resident batch, and end to end with raw pixels on the device and on the host.
 
     Args:
-        settings: Settings of the run.
+        settings: Settings of the benchmark.
         title: Model and image size.
         name: Name of one of this project's configs.
         side: Height and width of the stored images in pixels.
@@ -76,7 +76,7 @@ def cifar_training(settings: Settings) -> Iterator[TableSpec]:
 
 
 def speedrun(settings: Settings) -> Iterator[TableSpec]:
-    """Yield a table of this project's speedrun to 94 % and the published airbench94_muon.py, measured in this order."""
+    """Yield a table of this project's speedrun to 94 % and of the published script airbench94_muon.py, in this order."""
 
     def rows(limits: Limits) -> Iterator[Row]:
         last: Row = {}
@@ -109,7 +109,7 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Yield tables of our loader on raw pixels: 224x224 and 96x96 images on the host, and 32x32 images on the device.
 
-    On the host, the loader's bound is a copy from pinned memory, measured in turns with the loader.
+    If the images are on the host, one bound is a copy from pinned memory, measured in interleaved rounds with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):
@@ -188,7 +188,10 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
 
 
 def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], limits: Limits) -> Iterator[Row]:
-    """Measure increasing batch sizes. Append each trial to `trials` and yield its row."""
+    """Measure increasing batch sizes. Append each trial to `trials` and yield its row.
+
+    If there is no time for the first batch size, yield a skipped row.
+    """
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - BATCH_SIZES_SHARE) * settings.part_s
@@ -216,7 +219,7 @@ def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], li
 def accuracy(settings: Settings) -> Iterator[TableSpec]:
     """Yield a table of ResNet-18 and AlexNet trained to their target accuracies.
 
-    A third of the part's time is reserved for AlexNet.
+    If the part has a time limit, a third of it is reserved for AlexNet.
     """
 
     def rows(limits: Limits) -> Iterator[Row]:

@@ -43,7 +43,7 @@ def loading_table(
     Args:
         folder: Data set.
         aug: Augmentation, or None to measure reading alone.
-        size: Height and width of the images after augmentation, in pixels. Not used if `aug` is None.
+        size: Height and width of the images after augmentation, in pixels. If `aug` is None, images keep their size.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
         scratch: Folder for files of the peers, or None to leave out the peers.
@@ -94,7 +94,7 @@ def loading_table(
 
 @dataclass(frozen=True)
 class _LoadingBounds:
-    """Bounds of the loaders in one table."""
+    """Adds throughput bounds, in images/s, to the loader rows of one table."""
 
     device: str
     stored_bytes: float  # of one image
@@ -103,7 +103,7 @@ class _LoadingBounds:
     otherwise: str  # limiting factor of a loader that is far below its bound
 
     def add(self, rows: list[Row], limits: Limits) -> None:
-        """Add bounds and ratios to the rows of loaders."""
+        """Add the bounds to the rows of loaders, and to the rows of peers the ratio of our rate to theirs."""
         copy, pinned = (
             max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(name)), default=0.0)
             for name in (ONE_COPY, PINNED_COPY)

@@ -1,4 +1,4 @@
-"""Rows from programs: speedruns, the published airbench94_muon.py, runs to a target accuracy, the profile of a step.
+"""Run programs and yield rows of results: speedruns, airbench94_muon.py, runs to a target accuracy, step profiles.
 
 Except for the profile, the output is read while the program runs, so that results are kept if the program is
 interrupted. Programs are stopped at the deadline.
@@ -104,7 +104,7 @@ class Program:
         yield
 
     def _stop(self) -> None:
-        """Send SIGTERM, so that training saves a checkpoint. At most TERMINATE_S later, kill the whole group."""
+        """Send SIGTERM, so that training can save a checkpoint. Kill the whole group at most TERMINATE_S seconds later."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -148,7 +148,7 @@ def _config_path(name: str) -> Path:
 def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
     """Run tools/speedrun.py on a config and yield rows with the results so far.
 
-    Each row contains the JSON output of the program as `result`, once there is one.
+    Once the program has written its JSON file, each row contains the file's content as `result`.
     """
     output = scratch / f"{name}.json"
     options = ("--cfg", _config_path(name), "--data-path", data, "--runs", seeds, "--json", output)
@@ -174,10 +174,10 @@ def reference(
         checkout: Folder of a cifar10-airbench checkout. If it is None or lacks the script, only a skipped row is
             yielded.
         data: Converted CIFAR-10.
-        seeds: Number of runs.
+        seeds: Number of runs, without the script's warm-up.
         folder: Folder whose subfolder "reference" receives the log and the images in the script's format.
         ours: Row of this project's speedrun. `ratio` is the script's mean time divided by the mean time in this row.
-        deadline: Time on the clock of time.monotonic().
+        deadline: Time on the clock of time.monotonic(), or None for no deadline.
     """
     folder = folder / "reference"
     script = None if checkout is None else checkout.resolve() / REFERENCE
@@ -222,7 +222,7 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
-    """Parse the table that airbench94_muon.py prints, and leave out its first run, the warm-up.
+    """Parse the table that airbench94_muon.py prints, without the first run, which is a warm-up.
 
     Returns:
         The accuracy with test-time augmentation and the time in seconds of each run.
@@ -238,9 +238,10 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
 def train_to_accuracy(
     name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
 ) -> Iterator[Row]:
-    """Run train/ddp.py on a config and yield rows with the figures of `accuracy_fields`.
+    """Train the config `name` with train/ddp.py, and yield rows with the results so far, see `accuracy_fields`.
 
-    Training continues after the target is reached, until the last epoch or the deadline.
+    Training continues past the target, until the last epoch or the deadline. If `epochs` is given, it replaces
+    train.epochs, and warmup is disabled.
     """
     output = scratch / "accuracy"
     command = _command("train/ddp.py", "--cfg", _config_path(name), "--data-path", data, "--output", output)
@@ -276,8 +277,8 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
 def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
     """Run tools/benchmark.py profile on a config and yield rows with its results after it ends.
 
-    The first rows are the phases of the step. Then the whole step follows, without a CUDA graph and, if used, with one.
-    If the program fails, the only row has the reason.
+    The phases of the step come first, then the whole step without a CUDA graph and, if the config uses one, with it. If
+    the program writes no results, a single row gives the reason.
     """
     out, file = scratch / "profile", scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Cost of a stage change (data.stages).
+"""Cost of changing the image or batch size between stages of training (data.stages).
 
-The rate of the epoch after each change is compared to the rate of the next epoch of the same stage.
+The rate of the first epoch of each stage is compared to that of the second epoch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from train.engine.warm_up import warm_up
 
 
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
-    """Measure the rates of epochs after a stage change, with the real loader and training step.
+    """Measure the training rates after a stage change, with the real loader and training step.
 
-    A round trains two epochs per stage, so it enters each stage once. A warm-up round precedes the `rounds` that count.
-    `ratio` is the rate of the epoch after a change divided by the rate of the next epoch, as the median over the
-    rounds.
+    Each round trains for two epochs in each stage. The first of the `rounds` + 1 rounds is a warm-up and is not counted.
+    `ratio` is the rate of a stage's first epoch divided by that of its second epoch, as the median over all changes to
+    the same image and batch size.
 
     Returns:
         A table for a run file, with a row per combination of image size and batch size.
@@ -81,9 +81,9 @@ def title(config: Config) -> str:
 
 
 def stage_changes(settings: Settings) -> Iterator[TableSpec]:
-    """Yield a table of stage changes, of ResNet-18 on a GPU or of LeNet on the CPU.
+    """Yield a table of stage changes in training ResNet-18 (on a GPU) or LeNet (on the CPU).
 
-    LeNet has two stages, with the smallest and the largest image size that it accepts: 32 and 35 pixels.
+    LeNet is trained in two stages, with the smallest and the largest image size that it accepts: 32 and 35 pixels.
     """
     if settings.device == "cuda":
         folder = medium_dataset(settings)

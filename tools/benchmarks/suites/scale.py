@@ -1,7 +1,7 @@
-"""Cost per sample by size of the data set, with the real loader on a generated index and sparse shard files.
+"""Measure the loader's cost per sample by data set size, with a generated index and sparse shard files.
 
-Each size runs in a separate process, since the memory of the process is measured. The same number of samples is timed
-for every size. These samples are read into the page cache first, so that the cost of the disk is excluded.
+Each size runs in a separate process, since memory is measured per process. The same number of samples is timed for
+every size in SIZES. These samples are read into the page cache first, so that disk reads are not timed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SIDE = 96  # pixels, as in MediumImageNet
 CLASSES = 200
 SHARD_BYTES = 512 * 2**20
 BATCH_SIZE = 512
-BATCHES = 19  # maximum number of timed batches; 10,000 samples have 19
-PREFETCHED_BATCHES = 20  # maximum number of batches that the loader prepares beyond the timed ones
+BATCHES = 19  # maximum number of batches per pass, of which the first is not timed; 10,000 samples have 19
+PREFETCHED_BATCHES = 20  # maximum number of batches that the loader prepares beyond those
 
 
 def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def title(side: int = SIDE) -> str:
 
 @contextmanager
 def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
-    """Measure the loader on a data set of this size while building a workload.
+    """Measure the loader on a data set of `samples` samples, then yield a workload.
 
-    The workload itself only sleeps. Its details are the results.
+    The workload only sleeps, and its details are the results. This way, `measure` runs this function in a separate process.
     """
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
@@ -125,7 +125,7 @@ def _microseconds(work: Callable[[], Any]) -> float:
 def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
     """Call `measure_once` for `seconds`, at least three times, and return the smallest value.
 
-    Noise only increases the values.
+    The other values are larger because of noise.
     """
     values = [measure_once()]
     end = time.perf_counter() + seconds
@@ -135,9 +135,9 @@ def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
 
 
 def private_bytes() -> int:
-    """Return the resident memory of this process in bytes, without mapped files.
+    """Return the resident memory of this process in bytes.
 
-    The pages of mapped files are shared by all ranks.
+    Mapped files are excluded, since all ranks on a machine share their pages.
     """
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
@@ -146,7 +146,7 @@ def private_bytes() -> int:
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
     """Read these samples into the page cache, with one read per sample.
 
-    Page faults on the memory map would read megabytes around each sample.
+    Reading from the memory map instead would load megabytes around each sample.
     """
     split = open_split(folder, "train", verify="off")
     for number in np.unique(split.shard[samples]).tolist():

@@ -1,4 +1,4 @@
-"""Settings and deadlines of a whole run."""
+"""Settings and deadline for `tools/benchmark.py all`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of `tools/benchmark.py all`."""
+    """Settings for `tools/benchmark.py all`."""
 
     device: str  # cpu or cuda
     scratch: Path  # folder for the peers' files, deleted at the end

@@ -1,4 +1,4 @@
-"""Run the parts of the whole benchmark in order, each with a deadline. Parts are defined in `cpu` and `gpu`."""
+"""Run the parts of `tools/benchmark.py all` in order. Parts are defined in `cpu` and `gpu`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Part:
     name: str
     stages: tuple[str, ...]  # of the tables
     tables: Callable[[Settings], Iterator[TableSpec]]
-    needs_limits: bool = True  # whether the tables need the limits of the machine
+    needs_limits: bool = True  # whether the tables need the machine limits
 
 
 def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> list[Part]:
@@ -61,7 +61,7 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
 def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
     """Measure the parts in order and add their tables to the run file.
 
-    If a part fails, a row with the error is added and the next part runs.
+    Each part has its own deadline. If a part fails, a row with the error is added and the next part runs.
     """
     start = time.monotonic() - RunTimer().command_s  # start-up counts towards the first part
     for part in tqdm(parts, desc="parts", leave=False):
@@ -76,9 +76,9 @@ def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
 
 
 def machine_limits(settings: Settings, file: RunFile) -> Limits:
-    """Return the limits of the machine from the run file, or measure them.
+    """Return the machine limits from the run file, or measure them and add them to the file.
 
-    Limits in the file are used if they are complete and have the date and versions of this run.
+    Limits in the file are used if they are complete and were measured on the same day with the same versions.
     """
     info, environment = file.run["parts"].get(LIMITS, {}), file.run["environment"]
     rows = [row for entry in file.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
@@ -98,7 +98,8 @@ def machine_limits(settings: Settings, file: RunFile) -> Limits:
 def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entry], None]) -> bool:
     """Measure and print the tables of a part, and pass them to `add`.
 
-    If a table cannot be built, a table with one failed row is added and the part ends.
+    If a table cannot be built, a one-row table with the error is added and the part ends. If there is no time for a
+    table, a one-row table that says so is added.
 
     Returns:
         True if all tables of the part were measured in time and without a failure, and `settings.only` excluded none.

@@ -32,7 +32,7 @@ def training_table(
     scratch: Path | None = None,
     workers: int = 1,
 ) -> InterleavedTable:
-    """Return a table of our training step and, with a scratch folder, of the peers' training.
+    """Return a table of our training on a resident batch and end to end and, with a scratch folder, of the peers'.
 
     Args:
         title: Title without the prefix "training".
@@ -74,7 +74,7 @@ def training_table(
 
 
 def _limiting_factor(row: Row, is_resident: bool) -> str:
-    """Return what limits a training rate far below the peak arithmetic rate, or "" for peers."""
+    """Return the factor that limits a training rate far below the peak arithmetic rate, or "" for peers."""
     if is_resident:
         return "the step: memory traffic and launches, not arithmetic"
     if not row["ours"]:
