@@ -38,8 +38,8 @@ def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
     """Measure the tables of `arguments.stage` and return them as a run.
 
     Raises:
-        UserError: An argument is missing, the config or the data set is invalid, or the stage is `stages` and data.stages
-            has fewer than two elements.
+        UserError: An argument is missing, the config or the data set is invalid, or the config given to `stages` has fewer
+            than two elements in data.stages.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
@@ -98,7 +98,7 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 def _config(arguments: argparse.Namespace) -> Config:
     """Load the config of --cfg, or build one for the data set of --data-path.
 
-    data.stages is resolved to the settings of epoch 0, except for the stage `stages`.
+    The settings in data.stages for epoch 0 are applied, unless the subcommand is `stages`.
 
     Raises:
         UserError: An argument is missing, or the config or the data set is invalid.

@@ -229,8 +229,8 @@ class BatchSizeSearch:
         """Measure the largest and the fastest size again, and yield the updated trials.
 
         This continues until both have been repeated, since new results may change which sizes are the largest and the
-        fastest. The new rounds are added to those of the first measurement, but replace those of a bisection trial, since
-        a size that is the fastest in a single round is probably an outlier.
+        fastest. The new rounds are added to those of the first measurement. For a bisection trial, they replace these
+        rounds, since a size that is the fastest in a single round is probably an outlier.
         """
         while self.fitting:
             fastest = max(self.fitting, key=lambda trial: trial.rate)

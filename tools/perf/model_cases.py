@@ -47,8 +47,8 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
     Command-line options take precedence over the config.
 
     Raises:
-        UserError: `name` is none of these, the file or its data set is invalid, or the number of classes or the image size
-            is unknown.
+        UserError: `name` is none of these, the file or its data set is invalid, or the number of classes or the image
+            size is unknown.
     """
     path = Path(name)
     if name in list_models() or name.startswith("timm/"):

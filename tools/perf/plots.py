@@ -1,4 +1,4 @@
-"""Plot the results of `tools/benchmark.py ramp` and `profile`. `tools.benchmarks.engine.charts` plots those of `all`."""
+"""Plot the results of the subcommands ramp and profile. `tools.benchmarks.engine.charts` plots those of the others."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class StepProfile:
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
     """Profile `steps` micro-steps and write the trace in Chrome's format (.json.gz).
 
-    WARM_STEPS micro-steps are run first and left out. All other ranks must call `run_alongside` at the same time.
+    WARM_STEPS micro-steps are run first and not included. All other ranks must call `run_alongside` at the same time.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"

@@ -26,10 +26,10 @@ MAX_BARS = 40  # in the plot by variant
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
     """Plot the best validation accuracy and the training time of finished runs.
 
-    The kind of plot depends on the settings that differ (within variants, if there are any). Two numeric settings and no
-    variants give a heat map or a scatter plot. A single numeric setting gives a line plot, with a line per combination
-    of variant and other settings. Other sweeps with variants give bars. If at most the seed differs within variants,
-    each variant has one bar.
+    With variants, the plot has one bar per variant if at most the seed differs within variants. Otherwise, it is a line
+    plot if exactly one numeric setting differs within variants, or has one bar per run. Without variants, a line plot
+    shows exactly one numeric setting, with a line per combination of other settings, and a heat map or a scatter plot
+    shows two numeric settings.
 
     Args:
         points: Points whose runs have finished.
@@ -64,7 +64,7 @@ def _line_plot(
 ) -> Figure | None:
     """Plot accuracy and training time over the values of a setting, with one line per label.
 
-    The result is None if there are more than MAX_LINES labels.
+    If there are more than MAX_LINES labels, the result is None.
     """
     lines: dict[str, list[tuple[float, Row]]] = {}
     for label, value, row in zip(labels, values, rows, strict=True):
@@ -91,7 +91,8 @@ def _line_plot(
 def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
     """Plot a bar per label, in the given order, with the median of the runs with this label.
 
-    If a label has several runs, an error bar shows their range. The result is None if there are more than MAX_BARS labels.
+    If a label has several runs, an error bar shows their range. If there are more than MAX_BARS labels, the result is
+    None.
     """
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:

@@ -1,4 +1,4 @@
-"""Run the processes of a sweep: start runs in free slots, collect their outcomes, and terminate them if the sweep ends.
+"""Run the processes of a sweep: start runs in free slots, collect their outcomes, and terminate them with the sweep.
 
 Processes must be started by a thread that outlives them, since PR_SET_PDEATHSIG signals a child when the *thread* that
 started it ends.

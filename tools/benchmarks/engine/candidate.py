@@ -53,11 +53,11 @@ class Candidate:
 def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
     """Build and warm up a candidate, then answer requests over `pipe`.
 
-    The first message sent is {workload: error or None}, or an error if the candidate cannot be built. A request is the name
-    of a workload, and the reply is the rate of one round in units/s or an error. The last request is None, and the
+    The first message sent is {workload: error or None}, or an error if the candidate cannot be built. A request is the
+    name of a workload, and the reply is the rate of one round in units/s or an error. The last request is None, and the
     reply is {workload: details}.
     """
-    os.setpgid(0, 0)  # own process group, with all workers; the kernel ends it if the parent dies while it is stopped
+    os.setpgid(0, 0)  # own process group, with all workers; the kernel ends a stopped group if its parent dies
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # the default start method, as for the workers of a DataLoader in a user's program
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)

@@ -34,7 +34,7 @@ def limited_batch_size(folder: Path, batch_size: int, batches: int = 8) -> int:
 
 @dataclass
 class RepeatedRows:
-    """Split of a conversion source: the first `samples` samples of an npy data set, repeated if it has fewer."""
+    """Split of a conversion source: `samples` samples of an npy data set's train split, repeated if it has fewer."""
 
     folder: Path
     samples: int

@@ -1,8 +1,8 @@
 """Interleaved measurement: candidates take turns in short rounds, each in a separate process.
 
 A candidate's process is stopped while other candidates run. A noisy machine therefore slows all candidates alike, and
-the threads and workers of one candidate do not disturb another. If a candidate fails, crashes or runs out of
-memory, only its own rows are lost.
+the threads and workers of one candidate do not disturb another. If a candidate fails, crashes or runs out of memory,
+only its own rows are lost.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ GRACE_S = 5.0  # time after the deadline for finishing a started round
 MONITOR_INTERVAL_S = 0.02
 DETAILS_TIMEOUT_S = 30.0
 JOIN_TIMEOUT_S = 10.0
-# Modules imported once for all candidates. On a GPU, modules that import DALI are left out, since DALI does not
-# work in processes forked after CUDA has started.
+# Modules imported once for all candidates. On a GPU, modules that import DALI are left out, since DALI does not work
+# in processes forked after CUDA has started.
 PRELOADED = ["torch", "torchvision", "pipelines.build", "train.engine.epoch"]
 PRELOADED_ON_GPU = ["torch", "torchvision"]
 

@@ -85,7 +85,7 @@ def parts_table(run: dict[str, Any]) -> str:
 
 
 def table(entry: Entry) -> str:
-    """Return the rows of an entry as a table, with the columns listed in the entry or, by default, those of its stage."""
+    """Return the rows of an entry as a table, with the columns that the entry lists or, by default, of its stage."""
     rows = entry["rows"]
     if "columns" in entry:
         return _columns_table(entry)

@@ -21,8 +21,8 @@ def _discard(entry: Entry) -> None:
 class TableSpec(Protocol):
     """A table that can be measured.
 
-    `run` measures the table and returns it. An InterleavedTable has `rounds` rounds of about `seconds` seconds each,
-    none of which but the first starts after `deadline` (on the clock of time.monotonic()). Other tables ignore these
+    `run` measures the table and returns it. An InterleavedTable has `rounds` rounds of about `seconds` seconds each.
+    Only its first round may start after `deadline`, which is on the clock of time.monotonic(). Other tables ignore these
     arguments. InterleavedTable and RowTable call `keep` with the unfinished table after each round or row.
     """
 
@@ -72,7 +72,7 @@ class RowTable:
 class WholeTable:
     """Table that is measured by one function. `keep` is not called."""
 
-    title: str  # name of the table and its row if there is no time to measure it
+    title: str  # also the name of the row that is shown if there is no time to measure the table
     stage: str
     measure: Callable[[], Entry]
 

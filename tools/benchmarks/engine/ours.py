@@ -42,8 +42,8 @@ def loading(
     """Build workloads that iterate over the train loader alone.
 
     On a GPU, the details contain the GPU memory that the loader uses once it is warm: DALI's pools, buffers and
-    resident data. The value is the increase in the GPU memory used by all processes. Other candidates do not affect it, since
-    they are stopped during the warm-up.
+    resident data. The value is the increase in the GPU memory used by all processes. Other candidates do not affect it,
+    since they are stopped during the warm-up.
 
     Args:
         data: Settings of the loader.

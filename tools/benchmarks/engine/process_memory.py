@@ -1,9 +1,9 @@
 """Memory of a candidate's process: its usage, its limit, and errors that mean out of memory.
 
 On the CPU, the limit is checked by another process instead of being set with RLIMIT_AS or RLIMIT_DATA. These count
-gigabytes that torch, DALI and thread stacks reserve but never touch, and libraries fail in many ways if an allocation is
-refused. The check reads the peak resident memory that the kernel records (VmHWM), and thus includes peaks
-between two checks. Libraries and mapped data sets count towards the limit, but child processes do not.
+gigabytes that torch, DALI and thread stacks reserve but never touch, and libraries fail in many ways if an allocation
+is refused. The check reads the peak resident memory that the kernel records (VmHWM), and thus includes peaks between
+two checks. Libraries and mapped data sets count towards the limit, but child processes do not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from tools.benchmarks.peers.task import Batches, PeerTask, endless
 def ffcv(task: PeerTask) -> Batches:
     """Yield batches of uint8 images [B, H, W, 3].
 
-    Settings: write_mode raw, or jpg with quality QUALITY; order RANDOM; os_cache; `task.workers` workers; 3 batches prefetched, the default; on a GPU, ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe
+    Settings: write_mode raw, or jpg with quality QUALITY; order RANDOM; os_cache; `task.workers` workers; 3 batches
+    prefetched, the default; on a GPU, ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe
     (RandomHorizontalFlip, RandomTranslate) without Cutout. A random-resized crop follows FFCV's ImageNet recipe
     (RandomResizedCropRGBImageDecoder).
 

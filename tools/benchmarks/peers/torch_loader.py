@@ -165,7 +165,7 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
 
 
 def _colors(aug: AugConfig | None) -> list[Any]:
-    """Build the policy, color and blur transforms. They take PIL images, since they are slower on single tensors.
+    """Build the policy, color and blur transforms for PIL images. They are slower on tensors of single images.
 
     Raises:
         ValueError: torchvision does not have the policy.

@@ -91,9 +91,9 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
     """Run the training loop of timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem.
 
-    Settings: on the CPU, float32; create_loader with its prefetcher, so that images are collated as uint8 and normalized on the device;
-    `task.workers` persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default. The loss is read
-    back every 50 steps.
+    Settings: create_loader with its prefetcher, so that images are collated as uint8 and normalized on the device;
+    `task.workers` persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default; on the CPU, float32.
+    The loss is read back every 50 steps.
 
     timm's loader cannot crop from padded images. Unless the crop is random-resized, the loader only resizes and flips.
     """

@@ -59,8 +59,8 @@ def augmentation_table(
         folder: Data set.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
-        scratch: Folder for the peer's files, or None to measure only our loader. The peer, torchvision, is measured with
-            the KINDS that it supports.
+        scratch: Folder for the peer's files, or None to measure only our loader. The peer, torchvision, is measured
+            with the KINDS that it supports.
         workers: Worker processes of the peer.
         placement: data.placement of our loader.
     """
@@ -92,8 +92,8 @@ def _torchvision_has(aug: AugConfig) -> bool:
 def _add_ratios(rows: list[Row], limits: Limits) -> None:
     """Set `of_plain` in our rows and `ratio` in the rows of the peer.
 
-    `of_plain` is the rate divided by our rate for flips alone. `ratio` is our rate with the same
-    augmentation divided by the peer's.
+    `of_plain` is the rate divided by our rate for flips alone. `ratio` is our rate with the same augmentation divided
+    by the peer's.
     """
     del limits
     rates = {row["kind"]: row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row}

@@ -85,7 +85,7 @@ def _copy_pipeline(batch_size: int) -> Pipeline:
 
 
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
-    """Test whether DALI keeps the memory of a batch that Python has released until a CUDA stream has read the batch.
+    """Test whether DALI keeps a batch's memory until a CUDA stream has read it, even after Python has released it.
 
     A CUDA stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
 

@@ -63,7 +63,7 @@ def medium_dataset(settings: Settings) -> Path:
 
 
 def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
-    """Return the folder of a data set of `side` x `side` images for a GPU part. Generate the data set if necessary.
+    """Return the folder of a data set of `side` x `side` images for a part on a GPU. Generate it if necessary.
 
     Raises:
         TimeoutError: Too little time is left to generate the data set.

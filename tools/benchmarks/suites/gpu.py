@@ -76,7 +76,7 @@ def cifar_training(settings: Settings) -> Iterator[TableSpec]:
 
 
 def speedrun(settings: Settings) -> Iterator[TableSpec]:
-    """Yield a table of this project's speedrun to 94 % and of the published script airbench94_muon.py, in this order."""
+    """Yield a table of this project's speedrun to 94 % and the published script airbench94_muon.py, in this order."""
 
     def rows(limits: Limits) -> Iterator[Row]:
         last: Row = {}
@@ -109,7 +109,7 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Yield tables of our loader on raw pixels: 224x224 and 96x96 images on the host, and 32x32 images on the device.
 
-    If the images are on the host, one bound is a copy from pinned memory, measured in interleaved rounds with the loader.
+    If the images are on the host, one bound is a copy from pinned memory, which takes turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):

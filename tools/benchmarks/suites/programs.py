@@ -104,7 +104,7 @@ class Program:
         yield
 
     def _stop(self) -> None:
-        """Send SIGTERM, so that training can save a checkpoint. Kill the whole group at most TERMINATE_S seconds later."""
+        """Send SIGTERM, so that training can save a checkpoint. Kill the group after at most TERMINATE_S seconds."""
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):

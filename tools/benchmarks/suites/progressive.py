@@ -27,7 +27,7 @@ from train.engine.warm_up import warm_up
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
     """Measure the training rates after a stage change, with the real loader and training step.
 
-    Each round trains for two epochs in each stage. The first of the `rounds` + 1 rounds is a warm-up and is not counted.
+    Each round trains for two epochs in each stage. A warm-up round that is not counted precedes the `rounds` rounds.
     `ratio` is the rate of a stage's first epoch divided by that of its second epoch, as the median over all changes to
     the same image and batch size.
 

@@ -68,7 +68,7 @@ def title(side: int = SIDE) -> str:
 def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
     """Measure the loader on a data set of `samples` samples, then yield a workload.
 
-    The workload only sleeps, and its details are the results. This way, `measure` runs this function in a separate process.
+    The workload only sleeps, and its details are the results. This lets `measure` run the function in a subprocess.
     """
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)

@@ -32,7 +32,7 @@ def training_table(
     scratch: Path | None = None,
     workers: int = 1,
 ) -> InterleavedTable:
-    """Return a table of our training on a resident batch and end to end and, with a scratch folder, of the peers'.
+    """Return a table of our training, on a resident batch and end to end, and of the peers' training.
 
     Args:
         title: Title without the prefix "training".
