@@ -38,8 +38,8 @@ def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
     """Measure the tables of `arguments.stage` and return them as a run.
 
     Raises:
-        UserError: An argument is missing, the config or the data set is invalid, or the config given to `stages` has fewer
-            than two elements in data.stages.
+        UserError: An argument is missing, the config or the data set is invalid, or the config given to `stages` has
+            fewer than two elements in data.stages.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()

@@ -4,7 +4,7 @@
     python tools/benchmark.py ramp --model resnet18 timm/convnext_tiny --size 96 --classes 200 --exact
 
 Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
-the data set, repeated if there are too few (--cfg), or of noise (--model). After the first size that does not fit,
+the data set (--cfg), repeated if there are too few, or of noise (--model). After the first size that does not fit,
 bisection finds the largest that does. The largest and the fastest size are measured again. The rate of a size is the
 median of its rounds. On a GPU each size is compiled as configured. Compilation takes most of the time. With
 --opts train.compile=off train.cuda_graph=off the search is faster, but the rates differ.

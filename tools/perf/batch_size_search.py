@@ -1,8 +1,8 @@
 """Search for the fastest and the largest batch size of a model, by doubling and then by bisection.
 
 The largest and the fastest size are measured again, since bisection may use a single round per size, and the fastest of
-many short measurements is often an outlier.
-Each size runs in a separate process, so that running out of memory does not affect other sizes.
+many short measurements is often an outlier. Each size runs in a separate process, so that running out of memory does
+not affect other sizes.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
 def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | None) -> Iterator[Trial]:
     """Measure batch sizes from `first` to `maximum`, each twice the previous one, and yield the trials.
 
-    The search stops after the first size that fails or does not fit. The last size is `maximum` itself. If `maximum` is
-    None, there is no limit.
+    The search stops after the first size that fails or does not fit. The last size is `maximum`, even if that is less
+    than twice the previous one. If `maximum` is None, there is no limit.
     """
     batch_size = first if maximum is None else min(first, maximum)
     while True:

@@ -31,7 +31,7 @@ from train.optim.freeze import set_training_mode
 from train.throughput import endless_batches, full_step
 
 DATA, FORWARD, BACKWARD, OPTIMIZER, REDUCE, HOST = "data", "forward", "backward", "optimizer", "reduce", "host"
-PROXY = "proxy"  # selection of samples by train.proxy
+PROXY = "proxy"  # sample selection by train.proxy
 PHASES = (DATA, HOST, PROXY, FORWARD, BACKWARD, REDUCE, OPTIMIZER)
 PREFIX = "step: "  # of range names in the trace
 WINDOW = f"{PREFIX}all of them"
@@ -56,7 +56,7 @@ class StepProfile:
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
     """Profile `steps` micro-steps and write the trace in Chrome's format (.json.gz).
 
-    WARM_STEPS micro-steps are run first and not included. All other ranks must call `run_alongside` at the same time.
+    WARM_STEPS micro-steps run first and are not counted. All other ranks must call `run_alongside` at the same time.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"

@@ -31,7 +31,7 @@ CurvePoints = list[tuple[int, float]]  # number of epochs trained, value
 def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) -> Figure:
     """Plot training and validation loss and accuracy, with one color per run.
 
-    Dotted lines show the validation of moving averages of the weights.
+    Dotted lines show validation results with a moving average of the weights.
     """
     colors = _run_colors(records)
     rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
@@ -160,6 +160,6 @@ def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """Return the number of labels, from 1 to 4, to show side by side below the figure."""
+    """Return the number of columns of the legend below the figure, from 1 to 4."""
     widest = max(map(len, names)) + 18  # room for the progress of an unfinished run
     return max(1, min(4, len(names), 150 // widest))

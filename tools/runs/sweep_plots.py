@@ -26,10 +26,11 @@ MAX_BARS = 40  # in the plot by variant
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
     """Plot the best validation accuracy and the training time of finished runs.
 
-    With variants, the plot has one bar per variant if at most the seed differs within variants. Otherwise, it is a line
-    plot if exactly one numeric setting differs within variants, or has one bar per run. Without variants, a line plot
-    shows exactly one numeric setting, with a line per combination of other settings, and a heat map or a scatter plot
-    shows two numeric settings.
+    The kind of plot depends on the settings that differ between runs or, with variants, within variants:
+        two numeric settings and no others, without variants: a heat map or a scatter plot
+        at most the seed, with variants: one bar per variant
+        one numeric setting: a line plot, with one line per combination of variant and other settings
+        other settings, with variants: one bar per run
 
     Args:
         points: Points whose runs have finished.

@@ -40,12 +40,12 @@ STAGES_HEADER = ("stage", "images/s after a change", "of the next epoch", "ratio
 
 
 def run_markdown(run: dict[str, Any]) -> str:
-    """Return all tables of a run, followed by the peers that are not installed and the headline."""
+    """Return all tables of a run, followed by the names of peers that are not installed and the headline."""
     return tables_markdown(run["groups"], run)
 
 
 def tables_markdown(entries: Sequence[Entry], run: dict[str, Any]) -> str:
-    """Return `entries` as tables, followed by the run's peers that are not installed and its headline."""
+    """Return `entries` as tables, followed by the names of peers that are not installed and the run's headline."""
     text = [table_markdown(entry) for entry in entries]
     if run["missing_peers"]:
         text.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")

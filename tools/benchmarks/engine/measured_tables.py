@@ -22,8 +22,8 @@ class TableSpec(Protocol):
     """A table that can be measured.
 
     `run` measures the table and returns it. An InterleavedTable has `rounds` rounds of about `seconds` seconds each.
-    Only its first round may start after `deadline`, which is on the clock of time.monotonic(). Other tables ignore these
-    arguments. InterleavedTable and RowTable call `keep` with the unfinished table after each round or row.
+    Only the first round may start after `deadline`, which is on the clock of time.monotonic(). Other tables ignore
+    these arguments. InterleavedTable and RowTable call `keep` with the unfinished table after each round or row.
     """
 
     title: str

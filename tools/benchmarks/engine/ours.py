@@ -143,7 +143,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return random images with random labels, and a description of them like that of a data set."""
+    """Return random images with random labels, and a data set description that matches them."""
     count, side, classes = (
         min(config.data.batch_size, READ_BATCH_SIZE),
         config.data.image_size,

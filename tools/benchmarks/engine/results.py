@@ -51,7 +51,7 @@ PACKAGES = {  # packages whose versions are recorded
 def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: Any) -> Row:
     """Return the row of one workload.
 
-    Running out of time is not an error. If there are no rates for this reason, the row has a note.
+    Running out of time is not an error. If time ran out before the first round, the row has a note.
     """
     name = ", ".join(filter(None, (measurement.candidate, measurement.workload)))
     result: Row = {"name": name, "ours": ours, **fields, **measurement.details, "error": measurement.error}

@@ -89,7 +89,7 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
 
 
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
-    """Run the training loop of timm's train.py --channels-last --amp --amp-dtype bfloat16 --pin-mem.
+    """Run the training loop of timm's train.py with --channels-last --amp --amp-dtype bfloat16 --pin-mem.
 
     Settings: create_loader with its prefetcher, so that images are collated as uint8 and normalized on the device;
     `task.workers` persistent workers; create_optimizer_v2 with sgd; no torch.compile, the default; on the CPU, float32.

@@ -31,7 +31,7 @@ def small_dataset(settings: Settings) -> Path:
     in `settings.source` is converted or, if `settings.source` is None, scikit-learn's digits.
 
     Raises:
-        UserError: The raw CIFAR-10 is missing, unreadable, incomplete or damaged.
+        UserError: The raw CIFAR-10 is to be converted but is missing, unreadable, incomplete or damaged.
     """
     given = settings.small or ROOT / "data" / "cifar10"
     if (given / "dataset.json").is_file():
@@ -54,6 +54,9 @@ def medium_dataset(settings: Settings) -> Path:
 
     The data set is `settings.medium` (by default data/medium-imagenet-96) if that folder contains one. Otherwise the
     images of `small_dataset` are enlarged, and repeated if there are too few.
+
+    Raises:
+        UserError: The raw CIFAR-10 is to be converted but is missing, unreadable, incomplete or damaged.
     """
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
@@ -67,6 +70,7 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
 
     Raises:
         TimeoutError: Too little time is left to generate the data set.
+        UserError: The raw CIFAR-10 is to be converted but is missing, unreadable, incomplete or damaged.
     """
     if (side, encoding) == (32, "npy"):
         return small_dataset(settings)

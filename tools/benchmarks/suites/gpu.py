@@ -109,7 +109,7 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Yield tables of our loader on raw pixels: 224x224 and 96x96 images on the host, and 32x32 images on the device.
 
-    If the images are on the host, one bound is a copy from pinned memory, which takes turns with the loader.
+    If the images are on the host, one bound is a copy from pinned memory. It takes turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):
