@@ -106,7 +106,7 @@ def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, in
 def plateau_settings(config: Config) -> dict[str, Any]:
     """Return the settings that affect results only with the plateau schedule.
 
-    If the schedule monitors a validation metric, this is the interval between evaluations. Otherwise there are none.
+    These are train.eval_every_epochs if the schedule monitors a validation metric, and none if it monitors train_loss.
     """
     if config.train.schedule_options.metric == "train_loss":
         return {}
@@ -129,19 +129,19 @@ def flatten_settings(name: str, section: Section, without: tuple[str, ...] = ())
 
 
 def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str, Any], path: Path) -> None:
-    """Check that a run can resume from a checkpoint.
+    """Check that a resumed run has the data and settings of its checkpoint, as far as they affect results.
 
     Settings missing from an older checkpoint are assumed to have their default values.
 
     Args:
         checkpoint: Contents of the checkpoint, from `store.load`.
-        config: Config of the run that resumes.
-        stream: The "stream" entry of the run that resumes, from `stream_info`.
+        config: Config of the resumed run.
+        stream: The "stream" entry of the resumed run, from `stream_info`.
         path: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: The data or settings differ, or the checkpoint does not contain valid entries for them. In the first
-            case, the message lists the differences and, if possible, how to restore the global batch.
+        UserError: A required entry of the checkpoint is missing or invalid, or the data or settings differ. The message
+            lists the differences and, if possible, says how to restore the global batch.
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
@@ -169,13 +169,13 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
 
 
 def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the optimizer settings that differ between two fingerprints, with the values that timm used before.
+    """Return the values that a timm optimizer actually used, for the settings that differ between two fingerprints.
 
-    Older versions recorded their own defaults, but ran timm optimizers with timm's defaults. The result is empty if the
-    checkpoint's optimizer is not from timm.
+    Older versions recorded their own defaults in the config, but ran timm optimizers with timm's defaults. The result
+    is empty if the checkpoint's optimizer is not from timm.
 
     Args:
-        checkpoint: Contents of the checkpoint. Its optimizer state contains the values used.
+        checkpoint: Contents of the checkpoint. Values missing from its optimizer state are taken from `now`.
         then: Result of `run_fingerprint` for the checkpoint.
         now: Result of `run_fingerprint` for the current run.
     """
@@ -197,7 +197,7 @@ def _format(value: Any) -> str:
 
 
 def _is_valid_stream(stream: dict[str, Any]) -> bool:
-    """Return True if the "stream" entry is valid. Early versions wrote the entry without details of the data set."""
+    """Return True if the "stream" entry is valid. The details are optional, since early versions did not write them."""
     batch, details = stream.get("global batch"), stream.get("data set in detail", {})
     return isinstance(stream.get("data set"), str) and type(batch) is int and batch > 0 and isinstance(details, dict)
 
@@ -205,7 +205,7 @@ def _is_valid_stream(stream: dict[str, Any]) -> bool:
 def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return the data set details of `stream`, to replace the fingerprint in an error message.
 
-    The result is empty if `stream` or `other` does not have details, or if their details are equal.
+    The result is empty if `stream` or `other` has no details, or if their details are equal.
     """
     details, others = stream.get("data set in detail", {}), other.get("data set in detail", {})
     if not details or not others or details == others:
@@ -218,6 +218,7 @@ def _global_batch_advice(config: Config, then: int, now: int) -> str:
 
     The number of ranks can change, since torchrun can restart on fewer or more machines. The advice is empty if the
     global batch is unchanged, or if no single setting restores it.
+
     Args:
         config: Config of the current run.
         then: Global batch of the checkpoint.

@@ -18,17 +18,17 @@ from train.checkpoint.state import require_keys
 
 
 def without_pretrained(config: Config) -> Config:
-    """Return the config with random initial weights, for a model that loads a checkpoint after being built.
+    """Return the config without model.pretrained and model.finetune, for a model that loads a checkpoint later.
 
-    The pretrained weights or the checkpoint that the run started from may no longer exist.
+    The files that these settings name may no longer exist, and the checkpoint replaces the weights anyway.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
 
 def inference_config(config: Config) -> Config:
-    """Return the config with random initial weights and without the parts that only training uses.
+    """Return the config from `without_pretrained`, also without the settings that only training needs.
 
-    These parts may be expensive, or unavailable on this machine.
+    The optimizer, for example, may be expensive to build, or unavailable on this machine.
     """
     bare = {
         "optimizer": OptimizerConfig(),
@@ -51,8 +51,7 @@ def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequenc
         path: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: The model was trained on different classes, or the checkpoint does not contain weights and a valid
-            config.
+        UserError: The model was trained on different classes, or the checkpoint has no weights or no valid config.
     """
     trained = checkpoint.get("dataset", {}).get("classes")
     if trained is not None and list(trained) != list(classes):
@@ -85,11 +84,11 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
             do not reveal a difference. If None, the activation is not checked.
 
     Returns:
-        A sentence about the loaded weights.
+        A message for the log about the loaded weights.
 
     Raises:
-        UserError: `source` does not contain an intact checkpoint of this program, or the checkpoint does not fit the
-            model.
+        UserError: `source` does not contain an intact checkpoint of this program, or the checkpoint is incomplete or
+            does not match the model.
     """
     path, checkpoint = store.load_newest(find_checkpoints(Path(source)))
     require_keys(checkpoint, ("model",), path)

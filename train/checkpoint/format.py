@@ -21,17 +21,20 @@ from typing import Any, BinaryIO
 import torch
 
 FORMAT = 1
-TAIL_BYTES = 1024  # at the end of a file, searched for its last line
-DIGEST_BYTES = 64  # a hexadecimal sha256, at the end of files of older versions
+TAIL_BYTES = 1024  # read from the end of a file to find the last line
+DIGEST_BYTES = 64  # length of the hexadecimal sha256 at the end of files written by older versions
 CHUNK_BYTES = 2**20
 DAMAGED = "its checksum is wrong: it is damaged, or from another program"
-NAMES = (b"stream", b"progress", b"position")  # in the pickle of every checkpoint, of any version
-# Allowed in pickles in addition to the names of the module torch itself, such as dtypes and storage classes.
+NAMES = (b"stream", b"progress", b"position")  # keys in the pickle of every checkpoint, whatever its version
+# Globals allowed in pickles, in addition to those of the torch module itself, such as dtypes and storage classes.
 GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3")
 
 
 class _HashingFile:
-    """A file for torch.save that hashes the data. It stores the first write error, since torch would replace it."""
+    """A file for torch.save that hashes the data and keeps the first write error.
+
+    torch.save itself usually replaces write errors with a RuntimeError.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -52,7 +55,7 @@ class _HashingFile:
 
 
 def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint, whose tensors must be on the CPU, and its manifest to an open file.
+    """Write a checkpoint and its manifest to an open file. The tensors of the checkpoint must be on the CPU.
 
     Raises:
         OSError: The file cannot be written.
@@ -71,9 +74,9 @@ def _position(checkpoint: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
-    """Return the manifest, with a line break before and after it.
+    """Return the manifest as a line of JSON, with a line break before and after it.
 
-    `has_crc` is False for older versions, in which the manifest does not contain a CRC of its fields.
+    If `has_crc` is False, the manifest does not contain a CRC of its fields, as in files written by older versions.
     """
     fields = {"format": FORMAT, "bytes": size, "sha256": sha256, "epoch": epoch, "step": step}
     crc = {"crc32": zlib.crc32(json.dumps(fields).encode())} if has_crc else {}
@@ -81,11 +84,13 @@ def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = 
 
 
 def read(file: BinaryIO) -> dict[str, Any]:
-    """Verify a file and return the checkpoint in host memory.
+    """Verify a file and load the checkpoint into host memory.
+
+    If the contents are invalid although the checksum is correct, torch.load can raise any exception.
 
     Raises:
         ValueError: The file is damaged, or it is not a checkpoint.
-        pickle.UnpicklingError: The file contains more than plain data.
+        pickle.UnpicklingError: The file contains objects other than tensors and plain Python values.
     """
     verify(file)
     _check_archive(file)
@@ -102,7 +107,7 @@ def read(file: BinaryIO) -> dict[str, Any]:
 def is_foreign(file: BinaryIO) -> bool:
     """Return True if another program wrote the file with torch.save.
 
-    Damaged checkpoints of this program do not count.
+    Return False for damaged checkpoints of this program.
     """
     tail = _tail(file)
     if _fields(tail) or re.fullmatch(rb"[0-9a-f]{64}", tail[-DIGEST_BYTES:]):
@@ -123,7 +128,7 @@ def verify(file: BinaryIO) -> None:
     """Raise ValueError if the file does not match the checksum at its end."""
     tail = _tail(file)
     fields, size = _fields(tail), file.seek(0, os.SEEK_END)
-    if not fields:  # from an older version, or not a checkpoint
+    if not fields:  # written by an older version, or not a checkpoint
         if _sha256(file, size - DIGEST_BYTES).encode() != tail[-DIGEST_BYTES:]:
             raise ValueError(DAMAGED)
         return
@@ -139,7 +144,7 @@ def _tail(file: BinaryIO) -> bytes:
 
 
 def _fields(tail: bytes) -> dict[str, Any]:
-    """Return the fields of the manifest, or an empty dict if the last line is not a manifest.
+    """Return the fields of the manifest in the last line of `tail`, or an empty dict if that line is not a manifest.
 
     Does not verify checksums.
     """
@@ -163,14 +168,14 @@ def _sha256(file: BinaryIO, size: int) -> str:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Reject archives with compressed entries, and pickles that contain more than plain data.
+    """Reject compressed entries, and pickles that contain objects other than tensors and plain Python values.
 
     The checksum does not rule out such files, since anyone can compute it. Compressed entries could expand to any size
     in memory.
 
     Raises:
         ValueError: The file is not an uncompressed archive as written by torch.save.
-        pickle.UnpicklingError: A pickle contains more than plain data.
+        pickle.UnpicklingError: A pickle contains other objects.
     """
     file.seek(0)
     try:

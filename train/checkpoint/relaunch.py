@@ -3,7 +3,8 @@
 A launch is identified by its launchers, the torchrun processes on its machines. It remains the same launch while one of
 them is alive, even if ranks, machines and restart counts change. Other identifiers do not work, since the next launch
 may reuse `--rdzv-id`, and TORCHELASTIC_RESTART_COUNT stays 0 if only the number of machines changes. The launcher is
-the parent process of a rank, so a script between the two must `exec`. Without torchrun there are no restarts.
+the parent process of a rank, so a script that torchrun starts must `exec` Python. Without torchrun, no rank is
+restarted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def launcher_ids() -> list[str]:
 
 
 def _process_id(pid: int) -> str:
-    """Return a string that identifies a process on this machine uniquely across machines and boots."""
+    """Return an id for a process on this machine that is unique across machines and reboots."""
     start_time = ""
     with suppress(OSError, IndexError):  # Linux only; the command name, in parentheses, may contain spaces
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -55,9 +56,9 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
         launchers: From `launcher_ids`.
 
     Returns:
-        A tuple (folder, resume). `folder` is the run folder, or None if this launch does not use one yet. `resume` is
-        the new value of --resume. If the folder contains a checkpoint, `resume` is the folder. If the folder does not
-        contain one, "auto" becomes None. Otherwise the value is unchanged.
+        A tuple (folder, resume). `folder` is the run folder, or None if this launch does not use one yet. `resume`
+        replaces the value of --resume. It is `folder` if `folder` contains a checkpoint, and None if `folder` does not
+        contain one and --resume is "auto". In all other cases, the value is unchanged.
     """
     if not launchers:
         return None, resume
@@ -85,7 +86,7 @@ def _is_used_by(folder: Path, launchers: list[str]) -> bool:
 def record_launch(folder: Path, launchers: list[str]) -> Path:
     """Record in launch.json that this launch uses the run folder, and return the folder.
 
-    Without launchers, launch.json is not written.
+    If `launchers` is empty, launch.json is not written.
 
     Raises:
         UserError: launch.json cannot be written.

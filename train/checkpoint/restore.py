@@ -22,14 +22,14 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
         state: The training state to load into.
         checkpoint: Contents of the checkpoint, from `store.load`.
         path: Path of the checkpoint, for error messages.
-        weights: The weights to load, as a value of eval.weights.
+        weights: The weights to load, a value of eval.weights.
 
     Returns:
         True if the loaded weights are the moving average.
 
     Raises:
         UserError: The checkpoint does not contain a moving average although `weights` is "ema", or the weights do not
-            fit the model.
+            match the model.
     """
     average: dict[str, Any] = checkpoint.get("ema") or {}  # older checkpoints have none
     if weights == "ema" and not average:
@@ -46,7 +46,7 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
 
 
 def restore_state(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load everything that a training step changes. Raises UserError if the checkpoint does not fit the run."""
+    """Load everything that a training step changes. Raises UserError if the checkpoint does not match the run."""
     require_keys(checkpoint, ("model", "optimizer", "scaler", "sums"), path)
     _restore_model(state, checkpoint, path)
     _check_shapes("sums", {"": checkpoint["sums"]}, {"": state.sums}, path)
@@ -74,12 +74,15 @@ def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str
 
 
 def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
-    """Return True if `value` is an optimizer state tensor whose shape does not fit `parameter`."""
+    """Return True if `value` is an optimizer state tensor whose shape differs from that of `parameter`.
+
+    One-element tensors, such as step counts, are always accepted.
+    """
     return isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape
 
 
 def _is_from_timm(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if timm implements the optimizer. Its state can then have different shapes than the weights."""
+    """Return True if timm implements the optimizer. Its state can then differ in shape from the weights."""
     return type(optimizer).__module__.startswith("timm.")
 
 
@@ -87,7 +90,7 @@ def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) ->
     """Load the model, optimizer and scaler of a run or of its proxy model, and discard the captured CUDA graph.
 
     Raises:
-        UserError: The checkpoint does not fit the model or the optimizer.
+        UserError: The checkpoint does not match the model or the optimizer.
     """
     restore_weights(state, checkpoint, path)
     optimizer = state.optimizer

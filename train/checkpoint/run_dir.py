@@ -35,9 +35,9 @@ LOCK_TIMEOUT_S = 100.0
 
 
 def run_dirs(config: Config) -> list[Path]:
-    """Return the existing paths that may be folders of this run name, latest first, e.g. OUTPUT/NAME-2, OUTPUT/NAME.
+    """Return the existing paths named like folders of this run, highest number first, e.g. OUTPUT/NAME-2, OUTPUT/NAME.
 
-    Numbers may be missing. Some paths may belong to other runs, e.g. to a run with the name NAME-64.
+    Numbers may be missing. Some paths may belong to other runs, e.g. OUTPUT/NAME-64 to a run called NAME-64.
     """
     return [_numbered(config, number) for number in sorted(_used_numbers(config), reverse=True)]
 
@@ -52,7 +52,7 @@ def _latest_number(config: Config) -> int:
         if name is None:
             if folder.is_dir() and (number <= contiguous or (folder / LOCK_FILE).exists()):  # killed early
                 return number
-        elif name == config.name or not _is_dir_name_of(folder.name, name):  # otherwise renamed or copied
+        elif name == config.name or not _is_dir_name_of(folder.name, name):  # the latter: renamed or copied
             return number
     return 0
 
@@ -63,7 +63,7 @@ def _is_dir_name_of(folder: str, name: str) -> bool:
 
 
 def _run_name(folder: Path) -> str | None:
-    """Return the run name from a folder's config.yaml of any version, or None if the name cannot be read."""
+    """Return the run name in a folder's config.yaml, even of an older version, or None if it cannot be read."""
     file = folder / "config.yaml"
     try:
         values = yaml.parse(read_small_text(file), str(file)).value
@@ -118,7 +118,7 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
 def is_explicit_checkpoint(resume: str | None) -> bool:
     """Return True if --resume names a single checkpoint.
 
-    The path of a last.pt does not count, since it refers to the whole run.
+    The path of a last.pt does not count, since it stands for the latest checkpoint of a run.
     """
     return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
@@ -157,9 +157,9 @@ def create_run_dir(config: Config) -> Path:
 def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Lock the run folder, so that no other process overwrites its checkpoints and metrics.
 
-    All ranks must enter the context together. Checkpoints found before may be outdated, since entering the context
-    waits for the process that holds the lock, and completes an interrupted save. Call `refresh_candidates` inside the
-    context. If the lock file cannot be opened or locked, the folder is used without a lock.
+    All ranks must enter the context together. Entering it waits for the process that holds the lock, and completes an
+    interrupted save. Checkpoints found before may then be outdated, so call `refresh_candidates` inside the context.
+    If the lock file cannot be opened or locked, the folder is used without a lock.
 
     Raises:
         UserError: Another process still holds the lock after `timeout_s`, or a file that the run writes in place is a
@@ -182,12 +182,13 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
 
 
 def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explicit: bool) -> tuple[Path, ...]:
-    """Update the checkpoints of `resolve_resume`, since the run that held the lock may have saved in the meantime.
+    """Find the checkpoints to resume from again after locking, since the previous holder of the lock may have saved.
 
     Args:
         folder: The locked run folder.
-        candidates: The checkpoints found before locking.
-        is_explicit: True if the user named a single checkpoint. `candidates` are then returned unchanged.
+        candidates: The checkpoints found before locking, from `resolve_resume`. They are returned unchanged if the
+            folder does not contain a checkpoint.
+        is_explicit: True if the user named a single checkpoint. `candidates` are then returned unchanged as well.
     """
     latest = latest_checkpoints(folder)
     return latest if not is_explicit and any(path.exists() for path in latest) else candidates
@@ -213,9 +214,9 @@ def _refuse_links(folder: Path) -> None:
 def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
     """Lock the run folder and return the open lock file in a list.
 
-    Returns an empty list if the file cannot be opened for writing or cannot be locked. The kernel releases a POSIX lock
-    when the process ends, and child processes do not inherit the lock. Other code in this process must not open the
-    lock file, since closing the file would release the lock.
+    Returns an empty list if the file cannot be opened for writing, or if locking fails, e.g. since the file system does
+    not support locks. The kernel releases a POSIX lock when the process ends, and child processes do not inherit the
+    lock. Other code in this process must not open the lock file, since closing it would release the lock.
 
     Raises:
         UserError: Another process still holds the lock after `timeout_s`.

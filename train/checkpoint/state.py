@@ -55,7 +55,7 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
 
 
 def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Copy a checkpoint to host memory. Synchronize each GPU that holds tensors of the checkpoint once.
+    """Copy a checkpoint to host memory, with a single synchronization of each GPU that holds some of its tensors.
 
     Raises:
         TypeError: The checkpoint contains a value of an unsupported type.
@@ -68,9 +68,12 @@ def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy(tree: Any, devices: set[torch.device]) -> Any:
-    """Start copying nested containers of tensors to host memory, without synchronizing.
+    """Copy nested containers of tensors to host memory, without synchronizing.
 
-    The GPUs that hold the tensors are added to `devices`.
+    The GPUs that hold the tensors are added to `devices`. Synchronize them before reading the copies.
+
+    Raises:
+        TypeError: A container holds a value of an unsupported type.
     """
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
@@ -79,7 +82,7 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
         devices.add(tensor.device)
         # Pinning memory is expensive, but torch caches pinned memory.
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    if isinstance(tree, OrderedDict):  # keep the attribute of a module's state_dict: the versions of its submodules
+    if isinstance(tree, OrderedDict):  # keep `_metadata` of a module's state_dict, the submodule versions
         copy = OrderedDict((key, _copy(value, devices)) for key, value in tree.items())
         copy.__dict__.update({key: _copy(value, devices) for key, value in vars(tree).items()})
         return copy
@@ -134,7 +137,7 @@ def _are_tensors(entry: Any) -> bool:
 
 
 def require_keys(checkpoint: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Raise UserError if any entry in `names` is missing, e.g. in a checkpoint of another program or version."""
+    """Raise UserError if any entry in `names` is missing, e.g. since another program or version wrote the file."""
     if missing := [name for name in names if name not in checkpoint]:
         raise UserError(
             f"checkpoint {path} has no {' and no '.join(missing)}, unlike those of train/ddp.py; give another one"

@@ -26,7 +26,7 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; p
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint returned by `to_host` atomically.
+    """Write a checkpoint atomically. `checkpoint` is from `to_host`.
 
     Raises:
         UserError: The file cannot be written. An existing file is then unchanged.
@@ -36,7 +36,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Write last.pt atomically.
+    """Write last.pt, without ever leaving an incomplete file under that name.
 
     The existing last.pt becomes previous.pt, unless it is damaged and previous.pt already exists.
 
@@ -61,7 +61,7 @@ def recover_interrupted_save(folder: Path) -> None:
 def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: Any) -> None:
     """Write the state of a run to a checkpoint, and return when the file is on disk.
 
-    The other arguments are those of `collect_state`.
+    `state`, `sums` and `entries` are those of `collect_state`.
 
     Raises:
         UserError: The file cannot be written. An existing file is then unchanged.
@@ -91,7 +91,8 @@ def load(path: Path) -> dict[str, Any]:
     """Verify and load a checkpoint into host memory, without running code from the file.
 
     Raises:
-        UserError: The file is missing or damaged, contains more than plain data, or was written by another program.
+        UserError: The file cannot be read, is damaged, contains objects other than tensors and plain Python values, or
+            was written by another program.
     """
     try:
         return _read(path)
@@ -104,14 +105,15 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """Load the first intact checkpoint, and warn about the missing or damaged candidates before it.
 
     Args:
-        candidates: Files of one folder, in order of preference.
+        candidates: At least one path, all in the same folder, in order of preference.
 
     Returns:
         The path of the checkpoint, and its contents.
 
     Raises:
-        UserError: No candidate is intact, or a candidate that was tried was written by another program. In the first
-            case, the message lists all candidates, and names another intact checkpoint in the folder if there is one.
+        UserError: No candidate is intact, or another program wrote a candidate that comes before the first intact one.
+            If none is intact, the message lists all candidates, and names another intact checkpoint in the folder if
+            there is one.
     """
     reasons: dict[Path, str] = {}
     for path in candidates:
@@ -136,7 +138,7 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return True if another program wrote the file with torch.save."""
+    """Return True if another program wrote the file with torch.save, or False if the file cannot be read."""
     try:
         with open_plain(path) as file:
             return format.is_foreign(file)
@@ -159,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: The file cannot be loaded. The message continues a sentence that starts with the path.
-        UserError: The file was written by another program. Trying other candidates would not help.
+        UserError: The file was written by another program. This is not a ValueError, so that `load_newest` stops there.
     """
     if is_foreign(path):
         raise UserError(
@@ -185,6 +187,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """On every rank, load the checkpoint that `load_newest` chooses on rank 0. All ranks must call this function.
+
+    Returns:
+        The path of the checkpoint, and its contents.
 
     Raises:
         UserError: `load_newest` failed on rank 0, or the file at the chosen path cannot be loaded or has a different

@@ -16,14 +16,14 @@ from train.checkpoint.store import LAST, PREVIOUS
 from train.distributed.process_group import is_first_rank
 from train.engine.state import TrainState
 
-SAVE_INTERVAL_S = 300.0  # if train.save_every_steps is not set
+SAVE_INTERVAL_S = 300.0  # used if train.save_every_steps is not set
 
 
 class CheckpointWriter:
     """Writes checkpoints on rank 0, and tracks the newest one on all ranks.
 
     `save` waits for the copy to host memory, and for the previous checkpoint if it is still being written. If writing
-    fails in the background thread, the error is raised by the next call of `save` or `wait`, or by `check` after the
+    fails in the background thread, the next call to `save` or `wait` raises the error. `check` raises it only after the
     write has ended.
 
     Args:
@@ -51,14 +51,14 @@ class CheckpointWriter:
         return self.newest is not None and self.newest in [self.folder / name for name in (LAST, PREVIOUS)]
 
     def is_due(self) -> bool:
-        """Return True if SAVE_INTERVAL_S has passed since the latest save of last.pt, or since the start."""
+        """Return True if SAVE_INTERVAL_S has passed since last.pt was last saved, or since the writer was created."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
     def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
         """Copy the current state to host memory, and write it to each of `names` in the background.
 
-        Only rank 0 writes. If `names` contains last.pt, all ranks record last.pt as the newest checkpoint, and the
-        existing last.pt becomes previous.pt, see `store.write_last`.
+        Only rank 0 copies and writes. If `names` contains last.pt, all ranks record last.pt as the newest checkpoint.
+        See `store.write_last` for what happens to the existing last.pt.
 
         Args:
             names: File names, e.g. last.pt and best.pt.
@@ -93,12 +93,12 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the write in progress. Its error is ignored, since the run has ended."""
+        """Wait for the write in progress, without raising its error. Call `wait` first to raise it."""
         self._thread.shutdown()
 
 
 def write_all(folder: Path, names: tuple[str, ...], checkpoint: dict[str, Any]) -> None:
-    """Write the same checkpoint to each of `names` in the folder."""
+    """Write the same checkpoint to each of `names` in the folder. Raises UserError if a file cannot be written."""
     for name in names:
         if name == LAST:
             store.write_last(folder, checkpoint)

@@ -36,7 +36,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
     All ranks must call this function.
     """
-    # Sorted by element size, so that each part of the flat tensor is aligned for its dtype.
+    # Sorted by descending element size, so that each part of the flat tensor is aligned for its dtype.
     buffers = sorted(model.buffers(), key=lambda buffer: -buffer.element_size())
     if dist.get_world_size() == 1 or not buffers:
         return
@@ -51,7 +51,8 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
     """Call `compute` on rank 0 and return its result on every rank. All ranks must call this function.
 
     Raises:
-        UserError: `compute` raised a UserError. Every rank raises it with the same message.
+        UserError: `compute` raised a UserError. Every rank raises it with the same message. Any other exception is
+            raised only on rank 0.
     """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:

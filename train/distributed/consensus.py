@@ -31,7 +31,10 @@ class StopConsensus:
         self.reset(0)
 
     def reset(self, steps_done: int) -> None:
-        """Make the ranks communicate after the next optimizer step. All ranks must pass the same `steps_done`."""
+        """Make the ranks communicate after the next optimizer step.
+
+        All ranks must pass the same `steps_done`, the number of optimizer steps of the run so far.
+        """
         self._last, self._next, self._interval = steps_done, steps_done + 1, 1
         self._time_s = time.monotonic()
 
@@ -43,7 +46,7 @@ class StopConsensus:
 
         Returns:
             A tuple (signal, save) that is the same on all ranks. `signal` is the number of the signal that stops the
-            run, or 0. `save` is True if a checkpoint is due.
+            run, or 0. `save` is True if a checkpoint is due. After steps without communication, it is (0, False).
         """
         if self._is_alone:
             return self._pending_signal(), self._is_due()
@@ -55,13 +58,13 @@ class StopConsensus:
         return signal, bool(due)
 
     def poll_now(self) -> int:
-        """Check all ranks for a signal now, and return its number, or 0 if there is none.
+        """Communicate now, and return the number of the signal that any rank has received, or 0 if there is none.
 
         All ranks must call this method.
         """
         return collectives.max_over_ranks([self._pending_signal()])[0]
 
     def _next_interval(self, steps_done: int) -> int:
-        """Return the number of steps until the next communication, at most twice the previous number."""
+        """Return the number of steps until the next communication, from 1 to twice the previous number."""
         step_s = (time.monotonic() - self._time_s) / max(steps_done - self._last, 1)
         return max(1, min(2 * self._interval, int(self._poll_interval_s / max(step_s, 1e-6))))

@@ -1,8 +1,8 @@
 """Connect all ranks to rank 0, so that every rank learns immediately when another rank fails or is lost.
 
 A killed rank cannot report anything, but the kernel closes its connection, so the ranks connected to it notice.
-`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. A launch id identifies one start
-of the ranks, so that stale processes of an earlier launch are ignored.
+`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. The launch id changes whenever
+torchrun starts or restarts the ranks, so that stale processes from before a restart are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
 
 
 class Store(Protocol):
-    """Key-value store that all ranks share, with only those methods of torch's store that are used here.
+    """Key-value store that all ranks share, with the methods of `torch.distributed.Store` that this module uses.
 
     `get` waits for a missing key, so call `check` first.
     """
@@ -50,12 +50,12 @@ class Failure:
 
 
 class FailureChannel:
-    """One rank's end of the channel.
+    """One rank's end of the failure channel.
 
     Args:
         ranks: Rank and world size of this process.
-        on_failure: Called in a thread with the first failure of any rank, unless this rank failed first.
-        launch_id: Identifies this start of the ranks.
+        on_failure: Called in a separate thread with the first failure of any rank, unless this rank failed first.
+        launch_id: Identifies this start or restart of the ranks.
     """
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
@@ -95,9 +95,9 @@ class FailureChannel:
         return []
 
     def _set_first(self, failure: Failure) -> None:
-        """Store the first failure, and call `on_failure` in a thread if the failure is that of another rank.
+        """Store the first failure. If another rank failed, call `on_failure` in a separate thread.
 
-        The caller must hold the lock.
+        The caller must hold `_lock`.
         """
         self._first = failure
         self._has_failed.set()
@@ -110,14 +110,14 @@ def connect(
 ) -> FailureChannel:
     """Open the channel on this rank. Ranks other than 0 wait for rank 0.
 
-    torchrun keeps its store across restarts, so the store may contain the address of an earlier rank 0. The other ranks
-    try again until the current rank 0 answers.
+    torchrun keeps its store across restarts, so the store may contain the port of an earlier rank 0. The other ranks
+    retry until the current rank 0 answers.
 
     Args:
         ranks: Rank and world size of this process.
         store: Store through which rank 0 publishes its port and launch id.
         address: The host of rank 0.
-        on_failure: Called in a thread with the first failure of any rank, unless this rank failed first.
+        on_failure: Called in a separate thread with the first failure of any rank, unless this rank failed first.
         timeout_s: How long to wait for rank 0.
 
     Raises:
@@ -141,7 +141,7 @@ def connect(
 
 
 def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.socket:
-    """Connect to rank 0. Raises OSError if this fails, or if another launch or program listens at this address."""
+    """Connect to rank 0. Raises OSError if this fails, or if the greeting does not contain `launch_id`."""
     connection = socket.create_connection((address, port), timeout=SEND_TIMEOUT_S)
     try:
         greeting = b""
@@ -196,7 +196,7 @@ class _Peer:
 
 
 class Member(FailureChannel):
-    """One end of the channel, on any rank except rank 0."""
+    """The failure channel's end on a rank other than 0."""
 
     def __init__(
         self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str, connection: socket.socket
@@ -225,7 +225,7 @@ class Member(FailureChannel):
     def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
         with suppress(OSError):
             _send(self._peer.connection, {"failure": asdict(failure)})
-        return self.first_failure(timeout_s) or failure  # its own, if rank 0 does not answer
+        return self.first_failure(timeout_s) or failure  # this failure, if rank 0 does not answer
 
     def close(self) -> None:
         self._is_closed = True
@@ -235,7 +235,7 @@ class Member(FailureChannel):
 
 
 class Coordinator(FailureChannel):
-    """Rank 0's end of the channel. It decides which failure came first and sends it to all other ranks."""
+    """The failure channel's end on rank 0. It decides which failure came first and sends it to all other ranks."""
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
         super().__init__(ranks, on_failure, launch_id)

@@ -1,8 +1,8 @@
 """Run an entry point on several ranks. If one rank fails, all ranks exit with a clear error.
 
 The rank that failed first prints its error. Every other rank prints why it stopped, unless it failed with the same
-`UserError`. The exit code is 2 for a `UserError`. It is 1 for any other error, and for a rank that stopped because
-another rank failed. Every wait has a time limit.
+`UserError`. The exit code is 2 on ranks that failed with the first `UserError`, and 1 on all other ranks that failed or
+stopped. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class RankSupervisor:
         return code
 
     def _warn_missing(self, timeout_s: float) -> None:
-        """Warn about ranks that start late. Only rank 0 warns, or rank 1 if rank 0 itself is late."""
+        """Warn if ranks have not started after JOIN_WARNING_S. Only rank 0 warns, or rank 1 if rank 0 is late."""
         if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
             return
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
@@ -152,7 +152,7 @@ class RankSupervisor:
         return Failure(self._ranks.rank, LOST_CONNECTION)
 
     def _show(self, error: Exception, failure: Failure) -> None:
-        """Print the error that ends all ranks, and write it for torchrun."""
+        """Print the first error of all ranks, and write its summary to the file that torchrun reads."""
         if failure.is_user_error:
             _print_error(f"error: {failure.summary} (rank {failure.rank})")
         elif process_group.is_lost_peer(error):
@@ -162,7 +162,7 @@ class RankSupervisor:
         _write_torchrun_error(failure.summary)
 
     def _wait_for_others(self) -> None:
-        """Wait up to JOIN_TIMEOUT_S for ranks that are still starting, so that they learn of the failure.
+        """On rank 0, wait up to JOIN_TIMEOUT_S for ranks that are still starting, so that they learn of the failure.
 
         Stop waiting if torchrun sends SIGTERM, since the missing ranks will then never connect.
         """
@@ -175,7 +175,10 @@ class RankSupervisor:
         self._is_terminating = True
 
     def _on_peer_failure(self, first: Failure) -> None:
-        """End this rank from a thread, since the main thread may be blocked in a collective forever."""
+        """End this rank after a grace period, because another rank failed first.
+
+        This method is called in a separate thread, since the main thread may be blocked in a collective forever.
+        """
         if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # only one rank prints this
             _print_error(f"rank {first.rank} {LOST}: {LOST_CAUSE}; {_resume_advice()}")
         time.sleep(GPU_SHUTDOWN_GRACE_S if torch.cuda.is_initialized() else SHUTDOWN_GRACE_S)

@@ -57,7 +57,11 @@ class Ranks:
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:
-        """Return the ranks of a single-process tool. Raises UserError if torchrun started several processes."""
+        """Return the ranks of a single-process tool.
+
+        Raises:
+            UserError: torchrun started several processes, or its variables are invalid, see `from_environment`.
+        """
         if cls.from_environment().world_size > 1:
             raise UserError(f"{tool} is one process; start it with python instead of torchrun")
         return cls()
@@ -72,7 +76,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Initialize the process group for the lifetime of the context, and yield the device of this rank.
 
     Raises:
-        UserError: This machine has GPUs but fewer than ranks, or rank 0 cannot be reached.
+        UserError: This machine has GPUs, but fewer than local ranks, or the store of the ranks cannot be reached.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -103,6 +107,7 @@ def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
     """Wait for the store that all ranks share, and connect to it.
 
     The store is hosted by torchrun, or by rank 0 if torchrun is not used.
+
     Returns:
         A new connection to the store, and the address of the machine that hosts it and runs rank 0.
 
@@ -121,7 +126,7 @@ def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
 
 
 def _launch_store(store: dist.Store) -> dist.Store:
-    """Return the part of the store that belongs to this launch.
+    """Return the part of the store that belongs to this start or restart of the ranks.
 
     torchrun keeps its store across restarts, including the addresses of ranks that were killed.
     """
@@ -168,6 +173,6 @@ def is_data_parallel(model: nn.Module) -> bool:
 
 
 def without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which backward passes do not reduce gradients. Use it for all micro-steps but the last."""
+    """Return a context in which backward passes do not reduce gradients. Use it for all micro-steps except the last."""
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
     return no_sync()  # a compiled model forwards the attribute

@@ -11,12 +11,14 @@ from train.distributed import collectives
 
 
 def report_bad_samples(loader: TrainLoader) -> str | None:
-    """Return a sentence about the bad samples that any rank has replaced since the start, or None if there are none.
+    """Return a sentence about the bad samples that any rank has replaced, or None if there are none.
+
+    Samples replaced before the run was resumed do not count.
 
     All ranks must call this function together.
 
     Raises:
-        UserError: The number of these samples, over all ranks, exceeds data.max_bad_samples.
+        UserError: The number of bad samples, over all ranks, exceeds data.max_bad_samples.
     """
     samples = bad_samples_on_any_rank(loader.bad)
     if not len(samples):
@@ -30,7 +32,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
 
 
 def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
-    """Return the indices of the samples that any rank has replaced, int64, ascending.
+    """Return the indices of the samples that any rank has replaced, int64 [N], in ascending order.
 
     All ranks must call this function together. If no sample was replaced, they exchange at most one number.
     """

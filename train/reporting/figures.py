@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 DPI = 120
 RIGHT, WRONG = "#1a7f37", "#c1440e"  # colors of captions
-LABELLED_CLASSES = 250  # more classes are not named in a confusion matrix
-COUNTED_CLASSES = 40  # more classes are drawn smaller
+LABELLED_CLASSES = 250  # with more classes, confusion matrices do not show class names
+COUNTED_CLASSES = 40  # with more classes, figures use less space per class
 RANKED_BARS, BARS_PER_COLUMN = 200, 50
 NAME_LETTERS = 28  # maximum length of a class name on an axis
-VALIDATION_LOSS = "cross-entropy"  # for every train.loss
+VALIDATION_LOSS = "cross-entropy"  # the validation loss for every train.loss
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -155,7 +155,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
 
 
 def _shares_scale() -> Normalize:
-    """Return a color scale for the square root of shares, so that rare confusions are visible beside the diagonal."""
+    """Return a square-root color scale for shares, so that rare confusions are visible beside the diagonal."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, vmin=0, vmax=1)
@@ -164,7 +164,7 @@ def _shares_scale() -> Normalize:
 def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
     """Draw a horizontal bar for each name, from the highest to the lowest value. Values must be between 0 and 1.
 
-    If there are more than RANKED_BARS names, only the RANKED_BARS / 2 highest and lowest values are drawn.
+    If there are more than RANKED_BARS names, only the first half and the last half of RANKED_BARS bars are drawn.
     """
     order = sorted(range(len(names)), key=lambda number: -values[number])
     if len(order) > RANKED_BARS:

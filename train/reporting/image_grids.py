@@ -53,7 +53,7 @@ def sample_grid(images: Tensor, labels: Tensor, classes: Sequence[str], title: s
 
 
 def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Draw images, each with predicted class, probability and true class in its caption.
+    """Draw images, each with the predicted class, its probability and, if known, the true class in its caption.
 
     Captions are green for correct predictions, red for wrong ones, and black if the label is unknown.
 
@@ -78,8 +78,8 @@ def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, classes: Seq
 def predicted_classes(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predicted classes, int64 [N], and their probabilities, float32 [N], from logits [N, C].
 
-    Equal logits are common in bfloat16. They are ordered as in `loss_and_hits`, whereas argmax might choose a different
-    class.
+    Equal logits, which are common in bfloat16, are ordered as in `evaluate.loss_and_hits`. argmax might choose a
+    different class.
     """
     best = logits.topk(min(5, logits.shape[1])).indices[:, :1]
     return best[:, 0], logits.float().softmax(1).gather(1, best)[:, 0]

@@ -84,7 +84,7 @@ def summary_line(config: Config, facts: dict[str, Any], device: torch.device) ->
 
 
 def stage_warnings(config: Config) -> list[str]:
-    """Return a list with one warning if any stage starts after the last epoch, and an empty list otherwise."""
+    """Return a list with one warning if any stage starts after the last epoch, or an empty list."""
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
     text = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
     return [text] if late else []

@@ -134,7 +134,7 @@ class RunLog:
                 self._trackers += [tracker] if tracker is not None else []
 
     def write_config(self, config: str, facts: dict[str, Any]) -> None:
-        """Write config.yaml and facts.json, replacing the files of an earlier start.
+        """Write config.yaml and facts.json. On resume, this overwrites the existing files.
 
         Raises:
             UserError: A file cannot be written.
@@ -167,9 +167,9 @@ class RunLog:
         self._each(lambda tracker: tracker.log_scalars(values, step))
 
     def log_epoch(self, metrics: dict[str, Any]) -> None:
-        """Log the metrics of an epoch to metrics.jsonl, the console, log.txt and the trackers.
+        """Log the metrics of an epoch, including epoch and step, to metrics.jsonl, the console, log.txt and the trackers.
 
-        Also redraws curves.png if the last drawing was at least CURVES_INTERVAL_S ago.
+        Also redraw curves.png if the last drawing was at least CURVES_INTERVAL_S ago.
 
         Raises:
             UserError: metrics.jsonl cannot be written.

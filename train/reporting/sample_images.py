@@ -25,7 +25,7 @@ GRID_IMAGES = 20
 def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> None:
     """Show images of the next training batch in the trackers, as the model sees them.
 
-    The position of `loader` is unchanged.
+    The position of `loader` is unchanged. No-op without trackers.
     """
     if not log.has_trackers:
         return
@@ -57,7 +57,7 @@ def show_predictions(
 
     Raises:
         RuntimeError: Some samples were missed or counted twice.
-        UserError: A file of the data set has changed.
+        UserError: The data set cannot be read or has changed.
     """
     counts, shown, logits = collect_predictions(state, loader, config.eval.tta, len(classes))
     if not log.has_trackers:
@@ -88,7 +88,7 @@ def collect_predictions(state: TrainState, loader: Loader, tta: str, classes: in
 
     Raises:
         RuntimeError: Some samples were missed or counted twice.
-        UserError: A file of the data set has changed.
+        UserError: The data set cannot be read or has changed.
     """
     samples = loader.plan.samples
     wanted = np.linspace(0, samples - 1, min(GRID_IMAGES, samples)).round().astype(int)

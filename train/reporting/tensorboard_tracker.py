@@ -18,7 +18,7 @@ class TensorBoardTracker:
     Args:
         folder: Folder of the event files.
         config: Plain nested values to show as the config of the run.
-        step: Optimizer steps done so far. TensorBoard discards points of later steps that an earlier start wrote.
+        step: Optimizer steps done so far. TensorBoard discards points of later steps, written before a resume.
     """
 
     title = "TensorBoard"

@@ -1,4 +1,4 @@
-"""Interface of experiment trackers, i.e. services that show curves and images of a run.
+"""Interface for experiment trackers, i.e. services that show curves and images of a run.
 
 A tracker may raise any exception. `RunLog` reports it once and continues without the tracker. Calls that may block
 forever go through `call_with_timeout`.
@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 
 def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Result:
-    """Call a function in a thread, and return the result or raise the exception of this call.
+    """Call a function in a separate thread, and return its result or raise its exception.
 
     Raises:
         TimeoutError: The function does not return within `timeout_s`. Its thread continues.

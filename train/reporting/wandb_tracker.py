@@ -1,6 +1,6 @@
 """Log to Weights & Biases, online if possible and offline otherwise.
 
-Failures of the network, the server or the API key never block the run. In these cases, starting takes about half a
+Network failures, server failures and invalid API keys never block the run. In these cases, starting takes about half a
 minute at most and finishing less than a minute, the data is on disk, and the log shows the command that uploads it.
 wandb is imported only if it is used.
 """
@@ -26,7 +26,7 @@ INIT_TIMEOUT_S = 20.0  # for an answer from the server
 LOG_TIMEOUT_S = 10.0  # for wandb's process to accept a point or an image, normally immediate
 FINISH_TIMEOUT_S = 30.0  # for uploading the remaining data
 FINISH_GRACE_S = 15.0  # in addition, for wandb to notice its timeout
-FAST_FINISH_S = 5.0  # replaces the sum of these two limits after a signal
+FAST_FINISH_S = 5.0  # replaces the sum of these two limits if finishing fast, e.g. after a signal
 TEARDOWN_TIMEOUT_S = 5.0
 EPOCH_METRICS = (
     "train_loss",
@@ -109,7 +109,7 @@ def start_wandb(
     """Start the W&B tracker of a run. A resumed run keeps its W&B run id.
 
     Args:
-        config: Settings of W&B.
+        config: W&B settings.
         folder: The run folder.
         run_config: Plain nested values to show as the config of the run.
         log: Function that prints a message for the user.
@@ -174,7 +174,7 @@ def end_service(wandb: Any) -> None:
 
     Data that has not been uploaded yet stays on disk.
     """
-    with suppress(Exception, SystemExit):  # a failed service is reported like this
+    with suppress(Exception, SystemExit):  # raised if the service has failed
         call_with_timeout(TEARDOWN_TIMEOUT_S, wandb.teardown)
     with suppress(OSError):
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="utf-8").split():
