@@ -140,8 +140,8 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
         path: Path of the checkpoint, for error messages.
 
     Raises:
-        UserError: A required entry of the checkpoint is missing or invalid, or the data or settings differ. The message
-            lists the differences and, if possible, says how to restore the global batch.
+        UserError: An entry of the checkpoint is missing or invalid, or the data or settings differ. The message lists
+            the differences, and says how to restore the global batch if a single setting can restore it.
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)

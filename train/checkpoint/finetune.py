@@ -20,13 +20,13 @@ from train.checkpoint.state import require_keys
 def without_pretrained(config: Config) -> Config:
     """Return the config without model.pretrained and model.finetune, for a model that loads a checkpoint later.
 
-    The files that these settings name may no longer exist, and the checkpoint replaces the weights anyway.
+    The weights that these settings refer to may no longer exist, and the checkpoint replaces them anyway.
     """
     return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False, "finetune": None})})
 
 
 def inference_config(config: Config) -> Config:
-    """Return the config from `without_pretrained`, also without the settings that only training needs.
+    """Return the config without pretrained weights and without the settings that only training needs.
 
     The optimizer, for example, may be expensive to build, or unavailable on this machine.
     """

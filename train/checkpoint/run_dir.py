@@ -182,7 +182,7 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
 
 
 def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explicit: bool) -> tuple[Path, ...]:
-    """Find the checkpoints to resume from again after locking, since the previous holder of the lock may have saved.
+    """After locking, look for checkpoints again, since the previous holder of the lock may have saved.
 
     Args:
         folder: The locked run folder.
@@ -214,8 +214,8 @@ def _refuse_links(folder: Path) -> None:
 def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
     """Lock the run folder and return the open lock file in a list.
 
-    Returns an empty list if the file cannot be opened for writing, or if locking fails, e.g. since the file system does
-    not support locks. The kernel releases a POSIX lock when the process ends, and child processes do not inherit the
+    Returns an empty list if the file cannot be opened for writing, or if locking fails, e.g. because the file system
+    does not support locks. The kernel releases a POSIX lock when the process ends, and child processes do not inherit the
     lock. Other code in this process must not open the lock file, since closing it would release the lock.
 
     Raises:

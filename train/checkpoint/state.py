@@ -55,7 +55,7 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
 
 
 def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Copy a checkpoint to host memory, with a single synchronization of each GPU that holds some of its tensors.
+    """Copy a checkpoint to host memory. Each GPU that holds some of its tensors is synchronized once.
 
     Raises:
         TypeError: The checkpoint contains a value of an unsupported type.
@@ -82,7 +82,7 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
         devices.add(tensor.device)
         # Pinning memory is expensive, but torch caches pinned memory.
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    if isinstance(tree, OrderedDict):  # keep `_metadata` of a module's state_dict, the submodule versions
+    if isinstance(tree, OrderedDict):  # keep the `_metadata` of a state_dict: the submodule versions
         copy = OrderedDict((key, _copy(value, devices)) for key, value in tree.items())
         copy.__dict__.update({key: _copy(value, devices) for key, value in vars(tree).items()})
         return copy
@@ -137,7 +137,7 @@ def _are_tensors(entry: Any) -> bool:
 
 
 def require_keys(checkpoint: dict[str, Any], names: Sequence[str], path: Path) -> None:
-    """Raise UserError if any entry in `names` is missing, e.g. since another program or version wrote the file."""
+    """Raise UserError if any entry in `names` is missing, e.g. because another program or version wrote the file."""
     if missing := [name for name in names if name not in checkpoint]:
         raise UserError(
             f"checkpoint {path} has no {' and no '.join(missing)}, unlike those of train/ddp.py; give another one"

@@ -161,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: The file cannot be loaded. The message continues a sentence that starts with the path.
-        UserError: The file was written by another program. This is not a ValueError, so that `load_newest` stops there.
+        UserError: The file was written by another program. `load_newest` then does not try other candidates.
     """
     if is_foreign(path):
         raise UserError(

@@ -58,7 +58,7 @@ class StopConsensus:
         return signal, bool(due)
 
     def poll_now(self) -> int:
-        """Communicate now, and return the number of the signal that any rank has received, or 0 if there is none.
+        """Communicate now, and return the number of a signal that any rank has received, or 0 if there is none.
 
         All ranks must call this method.
         """

@@ -1,8 +1,8 @@
 """Connect all ranks to rank 0, so that every rank learns immediately when another rank fails or is lost.
 
 A killed rank cannot report anything, but the kernel closes its connection, so the ranks connected to it notice.
-`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. The launch id changes whenever
-torchrun starts or restarts the ranks, so that stale processes from before a restart are ignored.
+`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. The launch id is new for
+each start or restart of the ranks, so that stale processes from before a restart are ignored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run an entry point on several ranks. If one rank fails, all ranks exit with a clear error.
 
 The rank that failed first prints its error. Every other rank prints why it stopped, unless it failed with the same
-`UserError`. The exit code is 2 on ranks that failed with the first `UserError`, and 1 on all other ranks that failed or
-stopped. Every wait has a time limit.
+`UserError`. Ranks that raised the `UserError` that ended the run exit with code 2. All other ranks that failed or
+stopped exit with code 1. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class RankSupervisor:
         return code
 
     def _warn_missing(self, timeout_s: float) -> None:
-        """Warn if ranks have not started after JOIN_WARNING_S. Only rank 0 warns, or rank 1 if rank 0 is late."""
+        """Warn if ranks have not started within JOIN_WARNING_S. Only rank 0 warns, or rank 1 if rank 0 is late."""
         if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
             return
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown

@@ -164,7 +164,8 @@ def _shares_scale() -> Normalize:
 def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
     """Draw a horizontal bar for each name, from the highest to the lowest value. Values must be between 0 and 1.
 
-    If there are more than RANKED_BARS names, only the first half and the last half of RANKED_BARS bars are drawn.
+    If there are more than RANKED_BARS names, only the RANKED_BARS / 2 highest and the RANKED_BARS / 2 lowest values
+    are drawn.
     """
     order = sorted(range(len(names)), key=lambda number: -values[number])
     if len(order) > RANKED_BARS:

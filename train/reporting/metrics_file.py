@@ -44,10 +44,10 @@ def _is_metric(value: Any) -> bool:
 
 
 def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the lowest validation loss, the highest top-1 accuracy, and the first epoch with this accuracy.
+    """Return the lowest validation loss, the highest top-1 validation accuracy, and the first epoch with this accuracy.
 
-    The results of a moving average have separate keys. Results that `metrics`, from `read_metrics`, does not contain
-    are omitted.
+    The best results of a moving average have separate keys. Results that were never evaluated are omitted. `metrics` is
+    from `read_metrics`.
     """
     found: dict[str, float] = {}
     for average in ("", "ema_"):
@@ -63,7 +63,7 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
-    """Return the top-1 validation accuracy of the weights that eval.weights selects, or None without evaluation.
+    """Return the top-1 validation accuracy of the weights that eval.weights selects, or None if it is missing.
 
     `line` is an element of `read_metrics`, and `weights` is the value of eval.weights.
     """

@@ -167,9 +167,10 @@ class RunLog:
         self._each(lambda tracker: tracker.log_scalars(values, step))
 
     def log_epoch(self, metrics: dict[str, Any]) -> None:
-        """Log the metrics of an epoch, including epoch and step, to metrics.jsonl, the console, log.txt and the trackers.
+        """Log the metrics of an epoch to metrics.jsonl, the console, log.txt and the trackers.
 
-        Also redraw curves.png if the last drawing was at least CURVES_INTERVAL_S ago.
+        `metrics` must include the epoch and the step. Also redraw curves.png if the last drawing was at least
+        CURVES_INTERVAL_S ago.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -209,7 +210,7 @@ class RunLog:
         self._each(lambda tracker: tracker.update_summary(values))
 
     def draw_curves(self) -> None:
-        """Draw curves.png from metrics.jsonl. If one cannot be read or the other written, log the error."""
+        """Draw curves.png from metrics.jsonl. Errors when reading or writing these files are logged, not raised."""
         if self._folder is None or not (metrics := self._metrics()):
             return
         self._drawn_at = time.monotonic()

@@ -18,7 +18,8 @@ class TensorBoardTracker:
     Args:
         folder: Folder of the event files.
         config: Plain nested values to show as the config of the run.
-        step: Optimizer steps done so far. TensorBoard discards points of later steps, written before a resume.
+        step: Optimizer steps done so far. TensorBoard discards points that the run logged at later steps before it
+            was resumed.
     """
 
     title = "TensorBoard"
