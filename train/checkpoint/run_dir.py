@@ -215,8 +215,8 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
     """Lock the run folder and return the open lock file in a list.
 
     Returns an empty list if the file cannot be opened for writing, or if locking fails, e.g. because the file system
-    does not support locks. The kernel releases a POSIX lock when the process ends, and child processes do not inherit the
-    lock. Other code in this process must not open the lock file, since closing it would release the lock.
+    does not support locks. The kernel releases a POSIX lock when the process ends, and child processes do not inherit
+    the lock. Other code in this process must not open the lock file, since closing it would release the lock.
 
     Raises:
         UserError: Another process still holds the lock after `timeout_s`.

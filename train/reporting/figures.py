@@ -127,7 +127,7 @@ def image_grid(
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Draw a confusion matrix: the share of each true class (row) that was predicted as each class (column).
+    """Draw a confusion matrix with the share of each true class (row) that was predicted as each class (column).
 
     `counts` contains numbers of samples, int [C, C], indexed by true class and predicted class.
     """
