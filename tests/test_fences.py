@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -191,3 +192,11 @@ def test_converting_drawing_and_configuring_import_neither_torch_nor_dali(module
     script = f"import sys, {module}; print([name for name in ('torch', 'nvidia.dali') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "[]\n"
+
+
+def test_names_in_all_exist() -> None:
+    with_all = [module for module, source in MODULES.items() if "__all__" in (ROOT / source).read_text("utf-8")]
+    assert len(with_all) >= 4
+    for name in with_all:
+        module = importlib.import_module(name)
+        assert [entry for entry in module.__all__ if not hasattr(module, entry)] == [], name

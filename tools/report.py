@@ -10,6 +10,8 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="only compare the tables of docs/benchmarks/README.md with the JSON files"
     )
     options = parser.parse_args(arguments)
+    with _file_errors():
+        return _update(options)
+
+
+def _update(options: argparse.Namespace) -> int:
     runs = load_runs(options.folder)
     text = with_block(options.readme, readme_block(runs, options.folder, options.readme))
     if options.check:
@@ -57,16 +64,26 @@ def write(run: Run, folder: Path) -> list[Path]:
     If the folder is docs/benchmarks, the tables in its README.md are updated too.
 
     Raises:
-        UserError: DEVICE.json cannot be written, or README.md or another run in docs/benchmarks is invalid.
+        UserError: A file cannot be written, or README.md or another run in docs/benchmarks is invalid.
     """
     path = folder / f"{slug(run)}.json"
     run_file.write_json(run, path)
-    written = [path, *document(run, folder)]
-    readme = folder / "README.md"
-    if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
-        readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)), encoding="utf-8")
-        written.append(readme)
+    with _file_errors():
+        written = [path, *document(run, folder)]
+        readme = folder / "README.md"
+        if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
+            readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)), encoding="utf-8")
+            written.append(readme)
     return written
+
+
+@contextmanager
+def _file_errors() -> Iterator[None]:
+    """Raise a UserError if a file cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; check the path and its permissions") from None
 
 
 def load_runs(folder: Path) -> dict[str, Run]:

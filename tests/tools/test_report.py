@@ -72,6 +72,11 @@ def test_readme_without_markers_is_a_user_error(tmp_path: Path, readme: Path) ->
         call(tmp_path, readme)
 
 
+def test_missing_files_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.md: No such file or directory; check the path"):
+        call(tmp_path, tmp_path / "missing.md")
+
+
 def test_other_formats_are_ignored_and_broken_files_named(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("[]")
     assert report.load_runs(tmp_path) == {}

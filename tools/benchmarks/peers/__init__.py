@@ -17,7 +17,7 @@ from typing import Any
 from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.peers.task import Batches, PeerTask
 
-__all__ = ["LOADERS", "LOOPS", "Batches", "Loader", "PeerSource", "available", "loading", "missing"]
+__all__ = ["LOADERS", "LOOPS", "Batches", "PeerSpec", "PeerTask", "available", "loading", "missing"]
 
 
 @dataclass(frozen=True)

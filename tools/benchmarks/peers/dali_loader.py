@@ -39,7 +39,8 @@ def dali(task: PeerTask) -> Batches:
     )
     while True:
         for batch in iterator:
-            yield batch[0]["images"], _parse_labels(batch[0]["labels"])
+            images, labels = batch[0]["images"], _parse_labels(batch[0]["labels"])
+            yield images, labels.to(images.device, non_blocking=True)
 
 
 def _parse_labels(digits: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ def loading_table(
     sides = f"{stored_side}x{stored_side}" if size == stored_side or aug is None else f"{stored_side} to {size}"
     work = "reading alone" if aug is None else describe(aug)
     title = f"{sides} {'raw' if is_raw else 'JPEG'}, {work}"
-    details = {"image_size": size, "encoding": encoding}
+    details = {"image_size": stored_side if aug is None else size, "encoding": encoding}
     return InterleavedTable(title, "reading" if aug is None else "loading", candidates, rows, details, bounds.add)
 
 
