@@ -19,6 +19,7 @@ from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.benchmarks.engine import results, run_file
 from tools.benchmarks.engine.markdown import headline, parts_table, run_markdown, text_table
+from tools.common.tables import write_text
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -54,7 +55,7 @@ def _update(options: argparse.Namespace) -> int:
         return 1
     for run in runs.values():
         document(run, options.folder)
-    options.readme.write_text(text, encoding="utf-8")
+    write_text(options.readme, text)
     return 0
 
 
@@ -72,14 +73,14 @@ def write(run: Run, folder: Path) -> list[Path]:
         written = [path, *document(run, folder)]
         readme = folder / "README.md"
         if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
-            readme.write_text(with_block(readme, readme_block(load_runs(folder), folder, readme)), encoding="utf-8")
+            write_text(readme, with_block(readme, readme_block(load_runs(folder), folder, readme)))
             written.append(readme)
     return written
 
 
 @contextmanager
 def _file_errors() -> Iterator[None]:
-    """Raise a UserError if a file cannot be read or written."""
+    """Raise a UserError if a file cannot be read."""
     try:
         yield
     except OSError as error:
@@ -132,7 +133,7 @@ def document(run: Run, folder: Path) -> list[Path]:
         run_markdown(run),
     ]
     path = folder / f"{name}.md"
-    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(text) + "\n")
     return [path, *([picture] if picture else [])]
 
 

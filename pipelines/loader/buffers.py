@@ -100,9 +100,9 @@ def resident_fits(split: Split, device: torch.device) -> bool:
     if split.encoding != "npy" or split.image_shape is None:
         return False
     limit = RESIDENT_BYTES_ON_CPU
-    if device.type == "cuda":  # memory that torch has cached is free as well
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        limit = (torch.cuda.mem_get_info(device)[0] + cached) // 2
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # e.g. the pixels of an earlier loader
+        limit = torch.cuda.mem_get_info(device)[0] // 2
     return len(split) * int(np.prod(split.image_shape)) <= limit
 
 

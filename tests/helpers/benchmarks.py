@@ -39,6 +39,17 @@ def steady(seconds: float = 0.001) -> Iterator[dict[str, Workload]]:
 
 
 @contextmanager
+def dies_before_details() -> Iterator[dict[str, Workload]]:
+    """Yield items, and end the process when the details are requested."""
+
+    def die() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    yield {"": Workload(iter(lambda: time.sleep(0.001), 0), UNITS, die)}
+
+
+@contextmanager
 def sleeps() -> Iterator[dict[str, Workload]]:
     """Never finish building."""
     time.sleep(600)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import helpers.benchmarks as fixtures
 from configs.load import load_config
@@ -22,7 +23,7 @@ from configs.utils.errors import UserError
 from helpers.benchmarks import empty_record, settings_in
 from tools import benchmark, convert
 from tools.benchmarks import single_stage
-from tools.benchmarks.engine import ours, results, roofline
+from tools.benchmarks.engine import ours, process_memory, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement, measure, run_in_subprocess
 from tools.benchmarks.engine.measured_tables import InterleavedTable, RowTable, WholeTable
@@ -552,6 +553,30 @@ def test_candidate_ended_at_the_deadline_is_not_a_failure() -> None:
     assert time.monotonic() - begin < 10
     row = results.measurement_row(measurements[0], ours=True)
     assert (row["error"], row["note"]) == (None, OUT_OF_TIME)
+
+
+def test_reason_for_missing_details_is_kept() -> None:
+    (measurement,) = measure([Candidate("dies", fixtures.dies_before_details)], 0.02, 1)
+    row = results.measurement_row(measurement)
+    assert (row["images_per_s"] > 0, row["error"]) == (True, None)
+    assert row["note"] == "without details: the process ended with SIGKILL"
+    trial = batch_size_search._trial(7, measurement, process_memory.GIB)
+    assert trial.error == "the memory is unknown (the process ended with SIGKILL)"
+    assert batch_size_search._trial(7, measurement, None).fits
+
+
+def test_items_of_training_are_optimizer_steps(npy_data: Path) -> None:
+    changes = {"data.path": str(npy_data), "data.batch_size": 8, "train.accumulation_steps": 3}
+    config = load_config("configs/digits_lenet.yaml", [], **changes)
+    with ours.training(config, {"end to end": {}}) as workloads:
+        for workload in workloads.values():
+            assert workload.units_per_item == 3 * 8
+        updates = []
+        hook = register_optimizer_step_post_hook(lambda *_: updates.append(1))
+        for count, workload in enumerate(workloads.values(), 1):
+            next(workload.items)
+            assert len(updates) == count
+        hook.remove()
 
 
 def test_call_in_subprocess_returns_result_or_raises() -> None:

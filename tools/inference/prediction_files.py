@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write
 from tools.inference.image_sets import ImageSet
 from tools.inference.trained_model import TrainedModel
 from train.engine.evaluate import Evaluation
@@ -25,11 +26,8 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
     """
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
     named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, **named)
-        temporary.rename(path)
+        atomic_write(path, lambda file: np.savez(file, **named))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
 

@@ -183,7 +183,8 @@ def _run_trial(
     origin: str,
 ) -> Trial:
     bar.set_description(f"{search.target.name}, batch {batch_size}")
-    step_s = max((batch_size / trial.rate for trial in search.fitting), default=0.0)
+    images = batch_size * search.target.config.train.accumulation_steps
+    step_s = max((images / trial.rate for trial in search.fitting), default=0.0)
     rounds = 1 if origin == "bisection" else arguments.rounds
     trial = batch_size_search.run_trial(search.target, batch_size, arguments.seconds, rounds, deadline, step_s)
     trial.origin = origin

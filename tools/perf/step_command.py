@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
 
 Phases: data (waiting for a batch), proxy (sample selection by train.proxy, if set), forward, backward, reduce (the part
-of the all-reduce that does not overlap with backward), optimizer (including clipping and clearing gradients), host
+of the all-reduce that does not overlap with backward), optimizer (with clipping, clearing gradients and averages), host
 (everything else while the device is idle or, on the CPU, between the phases). They add up to the wall time of the step.
 On a GPU they are device times, on the CPU host times. Under torchrun the first rank is profiled.
 

@@ -56,8 +56,10 @@ class StepProfile:
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
     """Profile `steps` micro-steps and write the trace in Chrome's format (.json.gz).
 
-    WARM_STEPS micro-steps run first and are not counted. All other ranks must call `run_alongside` at the same time.
+    `steps` is rounded up to whole optimizer steps. WARM_STEPS micro-steps run first and are not counted. All other
+    ranks must call `run_alongside` at the same time.
     """
+    steps = _whole_steps(state, steps)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -84,11 +86,17 @@ def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
     _run(state, batches, steps)
 
 
+def _whole_steps(state: TrainState, micro_steps: int) -> int:
+    """Round a number of micro-steps up to whole optimizer steps."""
+    accumulation = state.config.accumulation_steps
+    return -(-micro_steps // accumulation) * accumulation
+
+
 def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
-    """Run `count` micro-steps and wait for the device."""
+    """Run `count` micro-steps, rounded up to whole optimizer steps, and wait for the device."""
     set_training_mode(state.forward)
     accumulation = state.config.accumulation_steps
-    for number in range(count):
+    for number in range(_whole_steps(state, count)):
         with record_function(PREFIX + DATA):
             batch = next(batches)
         step, micro_step = divmod(number, accumulation)

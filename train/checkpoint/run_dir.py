@@ -28,7 +28,7 @@ from train.checkpoint.store import BEST, LAST, PREVIOUS
 from train.distributed import collectives
 
 LOCK_FILE = "lock"  # in a run folder; names the process that trains there
-WRITTEN_IN_PLACE = (LOCK_FILE, "log.txt", "metrics.jsonl", "wandb_id.txt", ".curves.png", "wandb", "tensorboard")
+WRITTEN_IN_PLACE = (LOCK_FILE, "log.txt", "metrics.jsonl", "wandb_id.txt", "wandb", "tensorboard")
 # The lock may still be held by a run that is writing its last checkpoint, by ranks whose torchrun was killed, or, on a
 # network file system, by a failed machine, whose locks expire after 90 s.
 LOCK_TIMEOUT_S = 100.0

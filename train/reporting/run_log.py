@@ -187,12 +187,14 @@ class RunLog:
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
         self.info(f"epoch {metrics['epoch']}: " + ", ".join(shown))
+        draws = time.monotonic() - self._drawn_at >= CURVES_INTERVAL_S
+        lines = self._metrics() if draws or self.has_trackers else []
         if self.has_trackers:
             values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
             self._each(lambda tracker: tracker.log_scalars(values, metrics["step"]))
-            self.update_summary(best_results(self._metrics()))
-        if time.monotonic() - self._drawn_at >= CURVES_INTERVAL_S:
-            self.draw_curves()
+            self.update_summary(best_results(lines))
+        if draws:
+            self._draw_curves(lines)
 
     def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
         """Show a figure in the trackers. `draw` is called only if there is a tracker, and its errors are logged."""
@@ -211,9 +213,13 @@ class RunLog:
 
     def draw_curves(self) -> None:
         """Draw curves.png from metrics.jsonl. Errors when reading or writing these files are logged, not raised."""
-        if self._folder is None or not (metrics := self._metrics()):
-            return
+        if self._folder is not None:
+            self._draw_curves(self._metrics())
+
+    def _draw_curves(self, metrics: list[dict[str, Any]]) -> None:
         self._drawn_at = time.monotonic()
+        if self._folder is None or not metrics:
+            return
         try:
             figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")
         except UserError as error:  # must not end the run

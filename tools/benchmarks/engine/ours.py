@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
         common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
         details = dict(common)
         steps = _with_memory(_steps(state, lambda: resident_batch), device, details)
-        workloads = {RESIDENT: Workload(steps, batch_size, lambda: details)}
+        workloads = {RESIDENT: Workload(steps, batch_size * config.train.accumulation_steps, lambda: details)}
         for name, changes in variants.items():
             workloads[name] = _end_to_end(config, changes, state, common)
         yield workloads
@@ -125,8 +126,9 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         if state.mixes:
             batch = identity_mix(batch)  # the cost of a step does not depend on the mixing weights
         set_training_mode(state.forward)
-        steps = _steps(state, lambda: batch)
-        yield {RESIDENT: Workload(steps, batch_size, lambda: process_memory.memory_usage(device), prefetches=False)}
+        steps, images_per_step = _steps(state, lambda: batch), batch_size * config.train.accumulation_steps
+        memory = partial(process_memory.memory_usage, device)
+        yield {RESIDENT: Workload(steps, images_per_step, memory, prefetches=False)}
 
 
 def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
@@ -184,7 +186,8 @@ def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, comm
     def details() -> dict[str, Any]:
         return fields | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
 
-    return Workload(_with_memory(batches(), state.device, fields), config.data.batch_size, details)
+    images_per_step = config.data.batch_size * config.train.accumulation_steps
+    return Workload(_with_memory(batches(), state.device, fields), images_per_step, details)
 
 
 def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
@@ -198,9 +201,9 @@ def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
 
 
 def _steps(state: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
-    """Run one micro-step for each item."""
-    accumulation = state.config.accumulation_steps
-    for number in itertools.count():
-        step, micro_step = divmod(number, accumulation)
-        full_step(state, next_batch(), step, optimizer_step=micro_step == accumulation - 1)
+    """Run one optimizer step, of all its micro-steps, for each item."""
+    last = state.config.accumulation_steps - 1
+    for step in itertools.count():
+        for micro_step in range(last + 1):
+            full_step(state, next_batch(), step, optimizer_step=micro_step == last)
         yield

@@ -51,7 +51,8 @@ PACKAGES = {  # packages whose versions are recorded
 def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: Any) -> Row:
     """Return the row of one workload.
 
-    Running out of time is not an error. If time ran out before the first round, the row has a note.
+    Running out of time is not an error. If time ran out before the first round, or if the details could not be fetched,
+    the row has a note.
     """
     name = ", ".join(filter(None, (measurement.candidate, measurement.workload)))
     result: Row = {"name": name, "ours": ours, **fields, **measurement.details, "error": measurement.error}
@@ -59,6 +60,8 @@ def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: A
         result["error"] = None
         if measurement.rates:
             result |= rate_fields(measurement.rates)
+            if "details_error" in result:
+                result["note"] = f"without details: {result.pop('details_error')}"
         else:
             result["note"] = OUT_OF_TIME
     return result

@@ -53,7 +53,7 @@ def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES,
                 "name": measurement.candidate,
                 "ours": True,
                 "samples": samples,
-                "error": measurement.error,
+                "error": measurement.error or measurement.details.pop("details_error", None),
                 **measurement.details,
             }
         )

@@ -44,8 +44,8 @@ def training_table(
         workers: Worker processes of the peers.
     """
     candidates = [Candidate(OURS, ours.training, (config, variants))]
-    rows: list[Row] = [{"ours": True, "device": device, "encoding": ""}]
     size, batch_size = config.data.image_size or _stored_side(config), config.data.batch_size
+    rows: list[Row] = [{"ours": True, "device": device, "encoding": "", "batch_size": batch_size}]
     if scratch is not None:
         task = PeerTask(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
         for name, peer in peers.available(peers.LOOPS, task.encoding).items():
