@@ -38,8 +38,8 @@ class Transforms:
     """Two implementations of the same transforms: one for DALI and one for the CPU kernels."""
 
     dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
-    cpu: CpuGraph | None  # None: stored pixels need no transforms
-    crops_and_flips: bool = False  # True if images are stored at the batch's size and only cropped and flipped
+    cpu: CpuGraph | None  # None if stored pixels need no transforms
+    crops_and_flips: bool = False  # whether images are stored at the batch's size and only cropped and flipped
     padding_mode: str = "constant"  # padding of crops: "constant" (black) or "reflect"
 
 
@@ -47,9 +47,9 @@ class Transforms:
 class Backend:
     """How samples are transformed and reach the device."""
 
-    resident: bool  # the whole split is in the device's memory
-    uses_dali: bool  # True: a DALI graph applies the transforms. False: the sample source applies them
-    passes_through: bool  # stored pixels need no transforms
+    resident: bool  # whether the whole split is in the device's memory
+    uses_dali: bool  # whether a DALI graph applies the transforms; otherwise the sample source does
+    passes_through: bool  # whether stored pixels need no transforms
 
 
 @dataclass(frozen=True)
@@ -175,14 +175,14 @@ def _buffer_config(data: DataConfig, batch_bytes: int, threads: int) -> BufferCo
 
 
 def default_threads(ranks: int) -> int:
-    """Return the number of CPU threads per rank if `ranks` ranks share the cores available to this process."""
+    """Return the number of CPU threads per rank when `ranks` ranks share the cores available to this process."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def placed_on_device(data: DataConfig, split: Split, device: torch.device) -> bool:
     """Return True if data.placement puts the whole split in device memory.
 
-    data.placement=auto depends on the size of the split, see `resident_fits`.
+    data.placement=auto depends on the size of the split; see `resident_fits`.
 
     Raises:
         UserError: data.placement=device, but the split stores encoded images.

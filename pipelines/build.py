@@ -123,8 +123,8 @@ def build_eval_loader(
         device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
         rank, world_size: Rank of this process, and number of evaluating processes.
         local_world_size: Number of ranks on this machine, which share its CPU cores. If None, use `world_size`.
-        replace_bad_samples: Replace bad samples if data.on_bad_sample=skip. Must be False for an evaluation, since
-            every sample must count exactly once.
+        replace_bad_samples: Whether data.on_bad_sample=skip replaces bad samples. Must be False for an evaluation,
+            since every sample must count exactly once.
 
     Raises:
         UserError: The split cannot be opened or changes while it is loaded, or a setting is incompatible with it.

@@ -27,7 +27,7 @@ class FileMonitor(Protocol):
 class SampleSource(Protocol):
     """Source of samples. The loader's background threads call `fill` to gather samples into slots (reused buffers)."""
 
-    monitor: FileMonitor | None = None  # None: all samples were read at the start
+    monitor: FileMonitor | None = None  # None if all samples were read at the start
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
         """Return the samples at `indices`, int64 [B]: images, uint8 [B, H, W, 3], or encoded files, uint8 [bytes] each.

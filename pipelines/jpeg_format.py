@@ -20,8 +20,8 @@ def inspect(content: bytes | memoryview) -> tuple[int, str | None]:
 
     Returns:
         A tuple (scans, reason). `scans` is MAX_SCANS + 1 if the file has more than MAX_SCANS scans or too many
-        segments; the rest of the file is then not checked. `reason` is, e.g., "with bytes between segments", or None if
-        no such feature was found.
+        segments; the rest of the file is then not checked. `reason` is a phrase such as "with bytes between segments",
+        or None if no such feature was found.
     """
     place, scans, in_scan = 2, 0, False
     reason = None if bytes(content[:2]) == bytes((0xFF, SOI)) else "without a start-of-image marker"
@@ -65,7 +65,7 @@ def _frame_reason(frame: bytes, transform: int | None, is_jfif: bool) -> str | N
             frame.
         transform: Color transform from the Adobe segment (0 for RGB or CMYK), or None if there is no complete Adobe
             segment.
-        is_jfif: True if the file has a JFIF segment. Three components are YCbCr in such a file.
+        is_jfif: Whether the file has a JFIF segment. If so, three components are always YCbCr.
     """
     if len(frame) < 7 or len(frame) < 7 + 3 * frame[6]:
         return "without a frame header"

@@ -32,7 +32,7 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
     can therefore be read ahead and dropped from memory together.
 
     Args:
-        shard: Shard number of each sample, int [samples].
+        shard: Shard index of each sample, int [samples].
         window_shards: Number of shards per window.
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
@@ -45,9 +45,9 @@ def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: 
 
 
 def shard_windows(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the window number of each shard in `window_permutation`: int64 [shards].
+    """Return the window index of each shard for `window_permutation`: int64 [shards].
 
-    Windows are numbered in reading order.
+    Windows are numbered from 0 in reading order.
     """
     return np.argsort(permutation(shards, seed, epoch)) // window_shards
 
@@ -64,11 +64,11 @@ def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulati
 def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
     """Return the sample indices of one batch of a rank: int64 [batch_size].
 
-    The batches of all ranks with the same number are consecutive in `order`.
+    For each batch index, the batches of all ranks are consecutive in `order`.
 
     Args:
         order: Sample indices of the epoch, int64 [samples].
-        batch: Number of the batch, counted from 0 in each epoch.
+        batch: Index of the batch within the epoch.
         batch_size: Number of samples per rank.
         rank, world_size: Rank of this process, and number of training processes.
     """

@@ -55,7 +55,7 @@ def mix_table(
     Args:
         mix: Config section `aug.mix`.
         seed: Seed of the run.
-        epoch, step: Epoch, and number of the batch within the epoch; both are counted from 0.
+        epoch, step: Epoch, and index of the batch within the epoch; both are counted from 0.
         samples: Number of samples in the batch.
         size: Height and width of the images, pixels.
         rank, world_size: Rank of this process, and number of ranks.
@@ -85,8 +85,8 @@ def draw_mixes(mix: MixConfig, keys: np.ndarray, seed: int, epoch: int, size: in
 
     Args:
         mix: Config section `aug.mix`.
-        keys: Keys of the random draws, int64 [N]. Each key is the number of an optimizer step (mode batch) or of a pair
-            of neighbors (pair), or a position in the epoch's order (elem).
+        keys: Keys of the random draws, int64 [N]. Each key is the index of an optimizer step (mode batch), the index of
+            a pair of neighbors (pair), or a position in the epoch's order (elem).
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
         size: Height and width of the images, pixels.

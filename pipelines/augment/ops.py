@@ -16,7 +16,8 @@ from enum import IntEnum
 class Op(IntEnum):
     """Augmentation operations.
 
-    Each comment gives the meaning of the operation's value, then the function in torchvision.transforms.v2.functional.
+    Each comment gives the meaning of the operation's value, then the matching function in
+    torchvision.transforms.v2.functional.
     """
 
     IDENTITY = 0  # no value
@@ -63,6 +64,6 @@ class Programs:
     """Settings shared by all augmentation programs of a run."""
 
     slots: SlotOps
-    bilinear: bool  # True: GEOMETRIC operations interpolate. False: nearest pixel
+    bilinear: bool  # whether GEOMETRIC operations interpolate; otherwise they take the nearest pixel
     fill: tuple[int, int, int]  # RGB color outside the image, 0 to 255
     radius: int  # kernel radius of BLUR, see `blur_radius`

@@ -37,7 +37,7 @@ class AugmentationSampler:
         """Draw the augmentation of `samples`, int64 [B].
 
         Returns:
-            A dict with those of the following arrays that `aug` needs:
+            A dict with whichever of these arrays `aug` needs:
             crop_start, crop_end: float32 [B, 2] (y, x), top-left and bottom-right corners of the crop region, pixels.
                 For a flipped sample, the x coordinates of the two corners are swapped.
             offset: int32 [B, 2] (y, x), top-left corner of the crop, relative to the unpadded image, pixels.

@@ -30,7 +30,7 @@ class Formula(NamedTuple):
     span: float = 0.0
     lowest: float = -math.inf
     highest: float = math.inf
-    whole: bool = False  # span * magnitude / SCALE is truncated to a whole number
+    whole: bool = False  # whether span * magnitude / SCALE is truncated to a whole number
 
 
 _SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # operations whose span is a share of the image size
@@ -88,7 +88,7 @@ class Space(NamedTuple):
     highest: np.ndarray
     whole: np.ndarray  # bool
     shift: np.ndarray  # bool, one of _SHIFTS
-    weights: np.ndarray | None  # for draws without replacement. None: uniform draws with replacement
+    weights: np.ndarray | None  # for draws without replacement; None for uniform draws with replacement
 
 
 @lru_cache

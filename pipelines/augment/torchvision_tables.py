@@ -20,7 +20,7 @@ AUTO_AUGMENT_BINS = 10  # magnitude bins of the sub-policies below
 class SubPolicies(NamedTuple):
     """AutoAugment sub-policies as arrays [sub-policies, 2], one column per operation."""
 
-    ops: np.ndarray  # int32, numbers of Op
+    ops: np.ndarray  # int32, members of Op
     probabilities: np.ndarray  # float64
     bins: np.ndarray  # int64, 0 to AUTO_AUGMENT_BINS - 1
 
@@ -30,7 +30,7 @@ def value_table(wide: bool, bins: int, size: int) -> np.ndarray:
     """Return the value of each operation (see `ops`) at each magnitude bin.
 
     Args:
-        wide: True: use the wide space of TrivialAugment. False: use the space of RandAugment and AutoAugment.
+        wide: Whether to use TrivialAugment's wide space instead of the space of RandAugment and AutoAugment.
         bins: Number of magnitude bins.
         size: Height and width of the images, pixels. Unused if `wide` is True.
 

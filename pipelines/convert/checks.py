@@ -76,8 +76,9 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     `request` is recorded in the folder, and temporary files of an interrupted conversion are deleted.
 
     Raises:
-        UserError: `out` is not a folder, contains anything but an unfinished conversion with the same `request`, has
-            links in its spool folder, cannot be read or written, or is used by another process.
+        UserError: `out` is not a folder or cannot be created, contains anything but an unfinished conversion with the
+            same `request`, has links in its spool folder or an unreadable request.json, or is used by another process.
+        OSError: A file in `out` cannot be read or written.
     """
     spool = out / ".spool"
     if out.exists() and not out.is_dir():

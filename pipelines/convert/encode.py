@@ -48,7 +48,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One encoded image, with its values for the index and the statistics of the data set."""
+    """One encoded image, with the values that the index and the data set's statistics need."""
 
     payload: bytes  # npy: pixels without the .npy header; jpeg: the file
     height: int
@@ -60,8 +60,8 @@ class Encoded:
 def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
     """Encode one sample.
 
-    With the jpeg encoding, the bytes of a JPEG file are kept if the image need not be resized and all supported
-    decoders give the same RGB pixels.
+    With the jpeg encoding, a JPEG file is stored byte for byte if it needs no resizing, is RGB or grayscale, and uses
+    no feature that decoders handle differently (see `jpeg_format.inspect`).
 
     Args:
         source: Pixels, uint8 [H, W, 3], or the bytes of an image file in one of `FORMATS`.
@@ -107,8 +107,8 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
     """Decode an image file.
 
     Returns:
-        A tuple (pixels, reason). `pixels` are RGB, uint8 [H, W, 3]. `reason` is the reason the file cannot be stored
-        unchanged as JPEG, or None if the file can be stored unchanged.
+        A tuple (pixels, reason). `pixels` are RGB, uint8 [H, W, 3]. `reason` says why the file cannot be stored
+        unchanged as a JPEG, or is None if it can.
 
     Raises:
         Defect: The file cannot be decoded, or exceeds a limit on size or memory.

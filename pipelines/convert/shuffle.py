@@ -40,14 +40,14 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
 
     Args:
         splits: All splits by name.
-        task: Name of the split and number of the block.
+        task: Name of the split and index of the block.
 
     Returns:
-        The number of the block.
+        The index of the block.
 
     Raises:
-        UserError: The source cannot be read or returns a wrong number of rows, npy images differ in shape, or a sample
-            is defective and `Options.strict` is set.
+        UserError: The source cannot be read or returns the wrong number of rows, npy images differ in shape, or a
+            sample is defective and `Options.strict` is set.
     """
     layout, rows, block = splits[task[0]].layout, splits[task[0]].rows, task[1]
     start = block * layout.block_rows
@@ -112,10 +112,10 @@ def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
 
     Args:
         splits: All splits by name.
-        task: Name of the split and number of the shard.
+        task: Name of the split and index of the shard.
 
     Returns:
-        The number of the shard.
+        The index of the shard.
 
     Raises:
         UserError: A spool file is damaged.
@@ -199,7 +199,7 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
 
 @lru_cache(maxsize=1)
 def _positions(rows: int, seed: int, shuffled: bool) -> np.ndarray:
-    """Return the position of each source row in the order of the shards: int64 [rows]."""
+    """Return the position of each source row after shuffling, or its own index if not `shuffled`: int64 [rows]."""
     if not shuffled:
         return np.arange(rows)
     positions = np.empty(rows, np.int64)

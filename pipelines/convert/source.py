@@ -43,8 +43,8 @@ class Source:
     classes: tuple[str, ...]
     fingerprint: str  # sha256 of the content, or of a part that is cheap to read
     splits: dict[str, SplitSource]
-    # Changes whenever the files are modified, even if the fingerprint does not. Only an unfinished conversion stores
-    # the state, so that a conversion never combines two versions of a source.
+    # Changes whenever the files are modified, even if the fingerprint does not. The state is stored until a conversion
+    # is finished, so that resuming it never combines two versions of a source.
     state: str = ""
     unordered: tuple[str, ...] = ()  # splits whose numbered files are not in numeric order
 
@@ -56,4 +56,4 @@ class Options:
     encoding: Encoding
     shard_mib: int = 512
     seed: int = 0
-    strict: bool = False  # raise UserError for a defective sample instead of quarantining it
+    strict: bool = False  # whether to raise UserError for a defective sample instead of quarantining it

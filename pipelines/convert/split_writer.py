@@ -104,7 +104,7 @@ def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], l
     """Run pass 2 for the unfinished shards.
 
     Returns:
-        The tables of all shards, and the numbers of the shards written by this call.
+        The tables of all shards, and the indices of the shards that this call wrote.
     """
     with _progress_bar(layout, "write") as bar:
         left = [layout.group_shard_numbers(group) for group in range(layout.groups)]

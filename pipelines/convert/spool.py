@@ -24,7 +24,8 @@ def load_table(file: Path) -> dict[str, np.ndarray]:
 def spool_damage_hint(spool: Path) -> str:
     """Return the last part of an error message about a damaged spool.
 
-    A killed conversion leaves only complete files, so the disk or another program must have caused the damage.
+    The hint is to delete the output and convert again. Files are renamed into place only once complete, so a killed
+    conversion cannot cause this damage; the disk or another program must have.
     """
     return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
 
@@ -43,7 +44,7 @@ def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
     """Write `pieces` to a file atomically.
 
     The content is written to a temporary file in the spool and flushed to disk, then the file is renamed. The next
-    conversion deletes temporary files that a killed conversion has left in the spool.
+    conversion deletes temporary files that a killed conversion left in the spool.
     """
     temporary = spool / f"{file.name}.{os.getpid()}.tmp"
     with temporary.open("wb", buffering=2**20) as opened:

@@ -1,4 +1,4 @@
-"""A pool of worker processes that each hold a copy of one object, and that are killed if their parent dies."""
+"""A pool of worker processes that each hold a copy of the same object and are killed if their parent dies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _run_task(function: Callable[[Any, Task], Result], task: Task) -> Result:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defer SIGINT (Ctrl-C) and SIGTERM to the end of the block. In threads other than the main thread, do nothing.
+    """Defer SIGINT (Ctrl-C) and SIGTERM until the end of the block. In threads other than the main thread, do nothing.
 
     The handlers are replaced, since a signal mask covers only one thread, and any thread may receive the signal.
     """
@@ -49,7 +49,7 @@ def defer_signals() -> Iterator[None]:
     before = {
         number: signal.signal(number, lambda number, _: held.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) not in (None, signal.SIG_IGN)  # None: installed by C code
+        if signal.getsignal(number) not in (None, signal.SIG_IGN)  # None if installed by C code
     }
     try:
         yield

@@ -42,8 +42,8 @@ PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
     """Convert `source` into the folder `out` and show the progress on stderr.
 
-    After an interruption at any point, another call with the same arguments finishes the conversion. The resulting
-    bytes are those of an uninterrupted conversion.
+    After an interruption at any point, another call with the same arguments finishes the conversion. The result is
+    byte-identical to that of an uninterrupted conversion.
 
     Args:
         source: Data set to convert.
@@ -57,9 +57,10 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         The content of dataset.json.
 
     Raises:
-        UserError: `out` contains anything else or is in use, the disk is too small, the source is invalid or cannot be
+        UserError: `out` contains other files or is in use, the disk is too small, the source is invalid or cannot be
             read, no image of a split can be decoded, npy images differ in shape, a sample is defective and
             `options.strict` is set, or a worker was killed.
+        OSError: A file in `out` cannot be read or written.
     """
     checks.check_classes(source)
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))

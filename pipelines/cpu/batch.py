@@ -30,7 +30,7 @@ HALF = float32(0.5)
 def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
     """Copy images of one shape to `out`, uint8 [B, H, W, 3].
 
-    The fast path requires that the size of an image in bytes and the address of `out` are multiples of LINE.
+    The fast path requires the image size in bytes and the address of `out` to be multiples of LINE.
     """
     target = out.reshape(-1)
     size = target.size // max(len(image_offsets), 1)
@@ -93,7 +93,7 @@ def crop_flip(
         height, width: Size of every image, pixels.
         offsets: int32 [B, 2] (y, x), top-left corner of each crop in its image, pixels.
         flips: int32 [B], nonzero for each crop to flip.
-        reflect: Fill the area outside an image with its reflection instead of black.
+        reflect: Whether to fill pixels outside an image with its reflection instead of black.
     """
     size = out.shape[1]
     target = out.reshape(-1)
@@ -153,8 +153,8 @@ def resize(
         heights, widths: int64 [B], size of each image, pixels.
         starts, ends: float32 [B, 2] (y, x), corners of each region, pixels. A region whose end is left of its start is
             mirrored horizontally.
-        cubic: Use the Catmull-Rom filter instead of the triangle filter.
-        antialias: When downscaling, widen the filter by the scale factor.
+        cubic: Whether to use the Catmull-Rom filter instead of the triangle filter.
+        antialias: Whether to widen the filter by the scale factor when downscaling.
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
@@ -235,7 +235,7 @@ def _filter_weights(
     Args:
         start, end: Bounds of the region in either order, pixels.
         reach: Radius of the filter before widening, 1 for the triangle filter and 2 for Catmull-Rom.
-        antialias: When downscaling, widen the filter by the scale factor.
+        antialias: Whether to widen the filter by the scale factor when downscaling.
         index: int64 [size], filled with the first source pixel of each target pixel. It can be outside the image.
         weights: float32 [size, at least taps], filled with the weights of the source pixels.
 

@@ -111,7 +111,7 @@ def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: 
 
 @intrinsic
 def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
-    """Interleave red[begin:], green[begin:] and blue[begin:] into PIXELS pixels of target[at:]. All are uint8."""
+    """Interleave red[begin:], green[begin:] and blue[begin:] into PIXELS pixels of target[at:], all uint8."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
         block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)

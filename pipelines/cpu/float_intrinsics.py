@@ -68,7 +68,7 @@ def _mix_of(taps: int) -> Any:
     def mix(typing: Any, target: Any, at: Any, line: Any, begin: Any, weights: Any, first: Any) -> Any:
         """Filter one pixel like `mix_pixels`, but with a fixed number of taps and without clamping.
 
-        The weights must be from 0 to 1 and must sum to 1.
+        The weights must be between 0 and 1 and sum to 1.
         """
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
@@ -132,9 +132,9 @@ def _rounded(builder: ir.IRBuilder, values: Any) -> Any:
 def mix_four_pixels(
     typing: Any, target: Any, at: Any, source: Any, upper: Any, lower: Any, right_share: Any, lower_share: Any
 ) -> Any:
-    """Interpolate between 2 x 2 pixels of `source` and write the rounded result to target[at : at + 3].
+    """Bilinearly interpolate a 2 x 2 block of pixels of `source` and write the rounded result to target[at : at + 3].
 
-    The intrinsic uses vectors of four lanes, so it also overwrites target[at + 3].
+    Vectors have four lanes, so this also overwrites target[at + 3] and reads one byte past each right pixel.
 
     Args:
         target, source: uint8.
@@ -171,9 +171,9 @@ def _symmetric(builder: ir.IRBuilder, weight: Any, value: Any, pair: Any, reach:
 
     Args:
         builder: LLVM IR builder.
-        weight: Function that returns the weight of the values at a distance in taps.
+        weight: Function that returns the filter weight at a given distance in taps.
         value: Value at the center.
-        pair: Function that returns the sum of the two values at a distance in taps.
+        pair: Function that returns the sum of the two values at a given distance in taps.
         reach: Maximum distance.
 
     Returns:

@@ -34,7 +34,7 @@ def warp(
         image: uint8 [side * side * 3].
         side: Height and width, pixels.
         op, value: See `ops.Op`.
-        bilinear: Interpolate between pixels instead of taking the nearest one.
+        bilinear: Whether to interpolate between pixels instead of taking the nearest one.
         fill: uint8 [3], color outside the image.
         scratch: uint8, overwritten, at least (side + 2) ** 2 * 3 + 4 bytes.
     """

@@ -98,12 +98,12 @@ def train_graph(
         aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: When downscaling, widen the filter by the scale factor.
+        antialias: Whether to widen the filter by the scale factor when downscaling.
         programs: Result of `build_programs`, or None if there are no programs.
         mean: Per-channel mean of the train split's pixels, 0 to 1.
 
     Returns:
-        The graph, or None if stored pixels are not changed.
+        The graph, or None if stored pixels need no transforms.
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
@@ -135,7 +135,7 @@ def eval_graph(
         size, crop_fraction, interpolation, antialias, squash: See `dali_graph.eval_graph`.
 
     Returns:
-        The graph, or None if stored pixels are not changed.
+        The graph, or None if stored pixels need no transforms.
     """
     if not squash:
         return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
@@ -230,7 +230,7 @@ def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = Fal
     Args:
         size: Height and width of the crop, pixels.
         corner: Top-left corner (y, x) of the crop if the draws have no offset, pixels.
-        reflects: Fill the area outside an image with its reflection instead of black.
+        reflects: Whether to fill pixels outside an image with its reflection instead of black.
     """
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:

@@ -29,8 +29,8 @@ class ImageSpec:
     """Format and mean of the stored images that are fed to a graph."""
 
     encoding: str  # 'npy': uint8 [B, H, W, 3]; 'jpeg': a list of B byte arrays
-    image_shape: tuple[int, int, int] | None  # None: shapes differ
-    resident: bool  # npy only: inputs are already in GPU memory
+    image_shape: tuple[int, int, int] | None  # None if shapes differ
+    resident: bool  # npy only: whether inputs are already in GPU memory
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per-channel mean of the train split's pixels, 0 to 1
 
 
@@ -38,7 +38,7 @@ class ImageSpec:
 class PipelineConfig:
     """Device and resources of a graph."""
 
-    device_id: int | None  # None: the CPU
+    device_id: int | None  # None for the CPU
     batch_size: int
     threads: int
     hw_decoder_load: float  # share of JPEGs decoded by the GPU's hardware decoder
@@ -61,7 +61,7 @@ def train_graph(
         aug: Config section `aug`.
         size: Height and width of the output, pixels.
         interpolation: "bilinear" or "bicubic".
-        antialias: When downscaling, widen the filter by the scale factor.
+        antialias: Whether to widen the filter by the scale factor when downscaling.
         programs: Result of `build_programs`, or None if there are no programs.
     """
     mean = [float(level) for level in grey_levels(spec.mean)]
@@ -120,8 +120,9 @@ def eval_graph(
         size: Height and width of the output, pixels.
         crop_fraction: The shorter side is resized to round(size / crop_fraction) before the central crop.
         interpolation: "bilinear" or "bicubic".
-        antialias: When downscaling, widen the filter by the scale factor.
-        squash: Resize the whole image to size x size, ignoring its aspect ratio. `crop_fraction` is then unused.
+        antialias: Whether to widen the filter by the scale factor when downscaling.
+        squash: Whether to resize the whole image to size x size, ignoring its aspect ratio. If so, `crop_fraction` is
+            unused.
     """
     shorter = round(size / crop_fraction)
 
@@ -145,8 +146,8 @@ def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: b
     Args:
         config: Device and resources.
         define: Function that builds the operators and returns the output.
-        chooses: True if different samples need different operators. DALI then converts `define` with AutoGraph, which
-            takes about one second.
+        chooses: Whether different samples need different operators. If so, DALI converts `define` with AutoGraph,
+            which takes about one second.
     """
     # A queue of one, since the loader controls how many batches are in flight.
     options: dict[str, Any] = {
@@ -190,7 +191,7 @@ def _central(
 ) -> DataNode:
     """Resize the shorter side to `shorter` and crop the central size x size pixels.
 
-    Operators are omitted if the stored images have one shape that makes them unnecessary.
+    An operator is omitted if all stored images have the same shape and do not need it.
     """
     shape = spec.image_shape
     if shape is None or min(shape[:2]) != shorter:

@@ -95,7 +95,7 @@ def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
     """Convert crop offsets to filters that translate images.
 
     Filters are used because DALI's filter operator is the only one with reflected borders. The translation is exact,
-    since each pixel of the result is one pixel of the image times 1 plus zeros.
+    since each output pixel is the sum of one input pixel, times 1, and zeros.
 
     Args:
         offsets: int32 [B, 2] (y, x), from -padding to padding.
@@ -115,8 +115,8 @@ def graph_inputs(
     """Convert the draws of `AugmentationSampler` to the inputs of `dali_graph.train_graph`.
 
     Args:
-        draws: Draws of a batch.
-        aug, programs: Attributes of the sampler.
+        draws: Augmentation parameters of one batch, as returned by `AugmentationSampler`.
+        aug, programs: The sampler's `aug` config and augmentation programs.
         size: Height and width of training images, pixels.
 
     Returns:

@@ -1,6 +1,6 @@
 """Operations of augmentation programs as DALI operators, matching torchvision's functional operations.
 
-On a GPU each operator costs one or more launches, independent of the number of samples, so each operation uses as few
+On a GPU each operator costs one or more launches, regardless of the number of samples, so each operation uses as few
 operators as possible. The input `numbers` (see `dali_inputs.program_inputs`) holds the arguments of the operators. It
 stays in host memory and does not need a launch. Most operations use coord_transform, which computes M @ pixel + T; a
 uint8 result is rounded and saturated.

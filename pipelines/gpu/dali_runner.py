@@ -1,4 +1,4 @@
-"""Run DALI graphs on a stream of batches, or on single files to test whether DALI can decode them."""
+"""Run DALI graphs on a stream of batches, or on individual files to test whether DALI can decode them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class DaliRunner:
 
 
 class DecodeCheck:
-    """Test whether DALI can decode single files. Thread-safe.
+    """Test whether DALI can decode individual files. Thread-safe.
 
     Args:
         build: Function that returns a graph with a batch size of 1 whose only input is `images`. It is called for the

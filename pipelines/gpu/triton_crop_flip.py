@@ -46,7 +46,8 @@ def _gather_crop_flip(
         stride: Elements per row of `draws`.
         HEIGHT, WIDTH: Size of the stored images, pixels.
         SIZE: Height and width of the output, pixels.
-        CROPS, FLIPS, REFLECTS: Enable cropping, flipping and reflected padding.
+        CROPS, FLIPS: Whether to crop and to flip.
+        REFLECTS: Whether to fill pixels outside the image with its reflection instead of black.
         BLOCK: Output bytes per Triton program.
     """
     sample = tl.program_id(0)
@@ -89,10 +90,10 @@ def gather_crop_flip(
             or flips are not read.
         out: uint8 [B, S, S, 3], contiguous.
         shape: (H, W, 3) of the stored images.
-        crops, flips: Enable cropping and flipping.
-        padding_mode: Fill the area outside the image with black ("constant") or with its reflection ("reflect").
-            Reflection works as in torch.nn.functional.pad: edge pixels are not repeated, and offsets must be smaller
-            than the image.
+        crops, flips: Whether to crop and to flip.
+        padding_mode: How to fill pixels outside the image: "constant" (black) or "reflect" (mirror the image, as in
+            torch.nn.functional.pad: edge pixels are not repeated, and the crop may extend past an edge by less than the
+            image size).
     """
     samples, size = out.shape[:2]
     grid = (samples, triton.cdiv(size * size * 3, BLOCK_BYTES))
@@ -115,7 +116,7 @@ class TritonCropFlip(SampleSource):
         size: Height and width of the output, pixels.
         batch_size: Images per slot.
         slots: Number of slots.
-        padding_mode: "constant" or "reflect".
+        padding_mode: See `gather_crop_flip`.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class TritonCropFlip(SampleSource):
         """Return the images, uint8 [B, size, size, 3], written on the current stream.
 
         Args:
-            slot: Slot whose buffer transfers the indices and draws.
+            slot: Slot whose buffers are used to copy the indices and draws to the GPU.
             indices: Sample indices, int64 [B].
             draws: 'offset' int32 [B, 2] (y, x) and 'flip' int32 [B], both optional.
         """

@@ -22,7 +22,7 @@ FindDefect = Callable[[int], str | None]  # returns the reason why a sample cann
 
 
 class Undecodable(Exception):
-    """Raised by a source for samples that the source cannot decode. The loader handles this exception.
+    """Raised by a source for samples that it cannot decode. The loader handles this exception.
 
     Args:
         defects: Maps the index of each undecodable sample to the reason.
@@ -37,9 +37,9 @@ class BadSamples:
     """Bad samples that this process has found in one split. All threads and stages share one instance.
 
     Args:
-        split: Split of the samples.
+        split: Split that contains the samples.
         budget: Maximum number of bad samples to replace.
-        advice: End of the error message if the budget is 0.
+        advice: Text that ends the error message if the budget is 0.
     """
 
     def __init__(self, split: Split, budget: int, advice: str) -> None:
@@ -47,7 +47,7 @@ class BadSamples:
         self.budget = budget
         self._advice = advice
         self._found: dict[int, str] = {}  # reason by sample, in the order of discovery
-        # int64 [samples]: substitute of each sample, usually the sample itself; None: no bad samples, the fast path
+        # int64 [samples]: substitute of each sample, usually the sample itself; None (fast path) if none is bad
         self._substitutes: np.ndarray | None = None
         self._lock = Lock()
 

@@ -50,7 +50,7 @@ class BatchPlan:
 
     samples: int  # samples per epoch
     batch_size: int  # the last batch may be smaller
-    repeats = False  # True: every iteration starts at the first batch of epoch 0, for evaluation
+    repeats = False  # whether every iteration starts at the first batch of epoch 0, as in evaluation
 
     @property
     def steps(self) -> int:
@@ -72,7 +72,10 @@ class BatchPlan:
         """Precompute the state that `indices` needs for an epoch."""
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
-        """Return the `mixup.mix_table` of `samples` images of size x size pixels, or None if the plan does not mix."""
+        """Return the `mixup.mix_table` of a batch, or None if the plan does not mix.
+
+        The batch has `samples` images of size x size pixels.
+        """
         return None
 
 
@@ -86,7 +89,7 @@ class TrainBatches(BatchPlan):
         rank, world_size: Rank of this process, and number of ranks.
         accumulation_steps: Batches per optimizer step.
         sampler: Sampler that draws the augmentation.
-        for_dali: Convert the draws to inputs of the DALI graph.
+        for_dali: Whether to convert the draws to inputs of the DALI graph.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class EvalBatches(BatchPlan):
     """Batches of consecutive samples in stored order, without augmentation. The last batch may be smaller.
 
     Args:
-        start, stop: First sample, and the sample after the last one.
+        start, stop: Range [start, stop) of sample indices.
         batch_size: Samples per batch.
     """
 

@@ -26,8 +26,8 @@ class SlotBuffers:
         count: Number of slots.
         batch_size: Images per slot.
         shape: (H, W, 3).
-        pinned: Use pinned memory, from which a GPU can copy asynchronously.
-        handed_out: True if batches reach the consumer without a copy. A buffer that the consumer still holds is then
+        pinned: Whether to use pinned memory, from which a GPU can copy asynchronously.
+        handed_out: Whether batches reach the consumer without a copy. If so, a buffer that the consumer still holds is
             not overwritten. Instead, its slot gets a buffer that was replaced earlier and is free again, or a new one.
     """
 

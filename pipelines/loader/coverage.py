@@ -14,7 +14,7 @@ MODULUS = 2**64
 
 @dataclass(frozen=True)
 class SampleChecksum:
-    """Number of visited samples, and the sum modulo 2^64 of the hashes of the samples' indices.
+    """Number of visited samples, and the sum of their hashed indices modulo 2^64.
 
     If one sample is visited twice and another one is missed, the sum always changes, since the hash is a bijection.
     """

@@ -123,11 +123,11 @@ class MappedFiles(SampleSource):
         """Return the encoded files as B arrays, uint8 [bytes].
 
         Files with suspicious headers (see `jpeg_headers.find_mismatches`) are tested one by one. Within a batch, an
-        undecodable header may crash the process, since DALI 2.4's decoder returns while its threads still work on the
-        other files.
+        undecodable header may crash the process, since DALI 2.4's decoder returns while its threads are still working
+        on the other files.
 
         Raises:
-            Undecodable: A file with a suspicious header is defective, see `defect`.
+            Undecodable: A file with a suspicious header is defective (see `defect`).
             RuntimeError: DALI failed for another reason.
         """
         offsets, sizes = self._address[indices], self._size[indices]
@@ -147,7 +147,7 @@ class MappedFiles(SampleSource):
             suspects: Positions of the suspicious samples in `indices`.
 
         Raises:
-            Undecodable: At least one suspicious sample is defective, see `defect`.
+            Undecodable: At least one suspicious sample is defective (see `defect`).
             RuntimeError: DALI failed for another reason.
         """
         bad = [place for place in suspects if indices[place] not in self._sound and self.defect(indices[place])]

@@ -38,7 +38,7 @@ class HostBatch(NamedTuple):
     indices: np.ndarray
     draws: dict[str, np.ndarray]
     slot: int
-    is_last: bool  # True for the last batch of the slot; once the consumer releases this batch, the slot is free
+    is_last: bool  # whether this is the last batch of the slot; once the consumer releases it, the slot is free
     checksum: SampleChecksum  # checksum of the batch's samples; EMPTY in training
 
 
@@ -77,7 +77,7 @@ class PrefetchThreads:
         self._threads = [_GatherThread(self, groups[i::count], range(i * slots, (i + 1) * slots)) for i in range(count)]
         self._preparer = threading.Thread(target=self._prepare_next_epoch, name="prepare", daemon=True)
         self._groups_taken = 0
-        self._group: list[HostBatch] = []  # remaining batches of the current group, last first
+        self._group: list[HostBatch] = []  # remaining batches of the current group, in reverse order
         self._error: BaseException | None = None  # error of the thread whose turn it is
 
     def get(self, block: bool) -> HostBatch | None:
@@ -163,7 +163,7 @@ class PrefetchThreads:
 
 
 def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
-    """Split the batch numbers range(first, steps) into groups of consecutive numbers.
+    """Split the batch indices range(first, steps) into groups of consecutive indices.
 
     The group size starts at 1 and doubles after every `ramp` groups, up to `largest`. The first groups are small
     because training waits for them.
@@ -177,7 +177,7 @@ def _groups(first: int, steps: int, largest: int, ramp: int) -> list[range]:
 
 
 class _GatherThread(threading.Thread):
-    """Thread that fills the slots it owns with its share of the groups of batches."""
+    """Thread that fills its own slots with its share of the batch groups."""
 
     def __init__(self, owner: PrefetchThreads, groups: list[range], slots: range) -> None:
         super().__init__(name="gather", daemon=True)
@@ -200,7 +200,7 @@ class _GatherThread(threading.Thread):
             self.ready.put(error)
 
     def _gather_group(self, steps: range, slot: int) -> list[HostBatch]:
-        """Fill a slot with the batches numbered `steps` and return these batches, last first."""
+        """Fill a slot with the batches numbered `steps` and return them in reverse order."""
         plan = self._owner.plan
         batches = [plan.indices(self._owner.epoch, step) for step in steps]
         wanted = batches[0] if len(batches) == 1 else np.concatenate(batches)

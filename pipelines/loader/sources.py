@@ -62,8 +62,8 @@ class DevicePixels(SampleSource):
         shape: (H, W, 3) of the stored images.
         batch_size: Images per slot.
         slots: Number of slots.
-        waits: Block in `fill` until the batch is written. DALI needs this, since DALI does not wait for a stream before
-            reading an input that was fed with no_copy.
+        waits: Whether `fill` blocks until the batch is written. DALI needs this, since it does not wait for a stream
+            before reading an input that was fed with no_copy.
     """
 
     def __init__(

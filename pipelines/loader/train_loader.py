@@ -79,7 +79,7 @@ class StagedLoader:
         return len(self._current())
 
     def __iter__(self) -> EpochIterator[Batch]:
-        """See `Loader.__iter__`. Starting an iterator ends the iterators of all stages."""
+        """See `Loader.__iter__`. Creating an iterator ends any earlier one, whichever stage it belongs to."""
         self.end_iteration()
         return iter(self._current())
 

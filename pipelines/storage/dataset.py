@@ -25,7 +25,7 @@ CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of
 
 def refuse_external_link(file: Path) -> None:
     """Raise UserError if a file of a data set is a link to a target outside the data set's folder."""
-    real = Path(os.path.realpath(file))  # unlike Path.resolve, accepts a cycle of links
+    real = Path(os.path.realpath(file))  # unlike Path.resolve, does not raise on a cycle of links
     if not real.is_relative_to(os.path.realpath(file.parent)):
         raise UserError(
             f"{file} is a link to {real}, outside of the data set; copy the file itself there, or link the whole folder"
@@ -73,8 +73,8 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
 def in_source_order(dataset: dict[str, Any], split: str) -> bool:
     """Return True if the samples of a split are stored in the order of the source's rows.
 
-    Predictions for a contest need this order. Older data sets do not record whether a split is shuffled. Only their
-    train split is.
+    Predictions for a contest need this order. Older data sets do not record whether a split is shuffled; in those, only
+    the train split is.
     """
     return not dataset["splits"][split].get("shuffled", split == "train")
 
@@ -198,7 +198,11 @@ def convert_hint(folder: str | Path) -> str:
 
 
 def _command(path: Path) -> tuple[str, list[str], Path]:
-    """Return the subcommand of tools/convert.py ("" if unknown), its source options, and the value of its --out."""
+    """Guess how to convert `path` with tools/convert.py.
+
+    Returns:
+        The subcommand ("" if unknown), its source options, and the value for --out.
+    """
     try:
         if not path.exists():
             return _for_missing(path)

@@ -222,7 +222,7 @@ class HashCache:
 
 
 def _acquire(lock: int) -> None:
-    """Lock an open file. Return without the lock after `LOCK_TIMEOUT_S` without a heartbeat of the lock's holder."""
+    """Lock an open file, or give up silently after `LOCK_TIMEOUT_S` without a heartbeat from the lock's holder."""
     seen, since = -1, time.monotonic()
     while time.monotonic() - since < LOCK_TIMEOUT_S:
         try:

@@ -32,7 +32,7 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
 
     Args:
         size: Size of an image member's content in bytes.
-        labelled: True if each sample has a label member.
+        labelled: Whether each sample has a label member.
         classes: Number of classes, which determines the number of digits of a label.
     """
     stride = tar_format.BLOCK + tar_format.padded(size)

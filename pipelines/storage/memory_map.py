@@ -1,4 +1,4 @@
-"""Map the shards of a split into one range of addresses. Reading a truncated file does not crash the process."""
+"""Map the shards of a split into one address range. Reading a truncated file does not crash the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MappedShards(NamedTuple):
 
 
 def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
-    """Map files read-only at offsets 0, slot, 2 * slot … of one reserved range of addresses.
+    """Map files read-only at offsets 0, slot, 2 * slot … of one reserved address range.
 
     With a single range, one gather can read a batch from any number of shards. Python's mmap module cannot choose
     addresses, so this function calls the C library.
@@ -46,7 +46,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
 
     Raises:
         UserError: A file cannot be read or mapped, or the range would exceed MAX_ADDRESSES.
-        ValueError: Too many files are mapped, see `sigbus.register`.
+        ValueError: Too many files are mapped (see `sigbus.register`).
         OSError: The SIGBUS handler cannot be installed.
     """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
@@ -83,7 +83,7 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
 
 
 def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:
-    """Call madvise(2) on `size` bytes of mapped content from `start` on. Failures are ignored.
+    """Call madvise(2) on `size` bytes of mapped content, starting at `start`. Failures are ignored.
 
     `advice` is a constant such as mmap.MADV_WILLNEED.
     """

@@ -32,7 +32,7 @@ class ShardMonitor:
         sha256: Hash of each file when the split was opened. With data.verify=off, the hash in dataset.json.
         stamps: Attributes of each file when it was mapped.
         fault_address: Address of a failed read in each file, or 0, int64 [files]; see `memory_map.MappedShards`.
-        mapped: Function that returns the mapped bytes of the file with the given number, uint8 [bytes].
+        mapped: Function that takes an index into `files` and returns the mapped bytes of that file, uint8 [bytes].
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ShardMonitor:
         mapped: Callable[[int], np.ndarray],
     ) -> None:
         self._split, self._files, self._sha256, self._mapped = split, files, sha256, mapped
-        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in stamps]  # None: removed
+        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in stamps]  # None if removed
         self._fault_address = fault_address
         self._lock = threading.Lock()
         self._next = time.monotonic() + POLL_INTERVAL_S

@@ -1,9 +1,9 @@
 """Open a split of a converted data set.
 
 A data set is a folder with `dataset.json` and, for each split, `NAME-SPLIT-NNNNNN.tar` shards (WebDataset convention),
-DALI's `.idx` files and `SPLIT.index.npz`. For each sample, the index holds the number of the shard, the offset and size
-of the image in bytes, the label (-1 if there is none), and the height and width of the image in pixels. The format is
-written by `convert.writer`.
+DALI's `.idx` files and `SPLIT.index.npz`. For each sample, the index holds the shard number, the offset and size of the
+image in bytes, the label (-1 if there is none), and the height and width of the image in pixels. `convert.writer`
+writes this format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def open_split(
         name: Name of the split.
         verify: "changed" reads and hashes shards that have changed since their last check (see `hash_cache`). "off"
             checks only the sizes of shards.
-        allow_damaged_images: Warn instead of raising if only image bytes of a JPEG shard are damaged.
+        allow_damaged_images: Whether to warn instead of raising if only image bytes of a JPEG shard are damaged.
 
     Raises:
         UserError: The data set or split does not exist, dataset.json is invalid, or a file is missing, unreadable,
@@ -100,7 +100,7 @@ def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) 
 
     Args:
         split: Split of the shard.
-        number: Number of the shard in the split.
+        number: Index of the shard in the split.
         sha256: Actual hash of the shard.
         allow_damaged_images: See `open_split`.
     """

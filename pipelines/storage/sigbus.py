@@ -47,7 +47,7 @@ def register(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ranges: Start and end address of each mapped file, multiples of the page size, int64 [files, 2].
 
     Returns:
-        The rows to pass to `unregister`, and a view int64 [files] in which the handler stores the address of the last
+        The rows to pass to `unregister`, and a view, int64 [files], in which the handler stores the address of the last
         failed read in each range. The initial value is 0.
 
     Raises:

@@ -94,7 +94,7 @@ class Split:
     def advise(self, shards: np.ndarray, advice: int) -> None:
         """Call madvise(2) on whole shards. Failures are ignored.
 
-        `shards` are shard numbers, and `advice` is a constant such as mmap.MADV_WILLNEED.
+        `shards` are indices into `files`, and `advice` is a constant such as mmap.MADV_WILLNEED.
         """
         for shard in shards.tolist():
             size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]

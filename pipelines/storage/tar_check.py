@@ -27,7 +27,7 @@ class Damage(NamedTuple):
     """Damage to a shard, as found by `diagnose`."""
 
     text: str  # for an error message
-    in_content_only: bool  # True if headers, keys and labels are intact, so that every sample can be found
+    in_content_only: bool  # whether headers, keys and labels are intact, so that every sample can be found
 
 
 def diagnose(split: Split, number: int, sha256: str) -> Damage:
@@ -35,7 +35,7 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
 
     Args:
         split: Split of the shard.
-        number: Number of the shard in the split.
+        number: Index of the shard in the split.
         sha256: Actual hash of the shard.
     """
     entries = split.dataset["splits"][split.name]["shards"]
@@ -62,7 +62,7 @@ def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
 
     Args:
         split: Split of the shard.
-        number: Number of the shard in the split.
+        number: Index of the shard in the split.
         chosen: All samples of the shard, int64 [N].
 
     Returns:
@@ -150,7 +150,7 @@ def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | Non
 
 
 def _describe_header(header: np.ndarray) -> str:
-    """Return the name and size in a tar header as part of an error message."""
+    """Describe the name and size in a tar header, for an error message."""
     try:
         member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "replace")
     except tarfile.TarError as error:
@@ -164,8 +164,8 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
     Args:
         split: Split of the sample.
         sample: Position of the sample in the split.
-        decodes: True: decode a JPEG image of up to MAX_PIXELS, since its shard may be damaged. False: check only that
-            the header is valid and that all decoders support the file.
+        decodes: Whether to decode JPEG images of up to MAX_PIXELS after checking the header. Use True if the shard may
+            be damaged. If False, only check the header and that all decoders support the file.
     """
     file, sides = split.image_bytes(sample), split.image_size(sample)
     if split.encoding == "npy":
