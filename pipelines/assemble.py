@@ -45,7 +45,7 @@ class Transforms:
 
 @dataclass(frozen=True)
 class Backend:
-    """How samples are transformed and reach the device."""
+    """How samples are transformed and how they reach the device."""
 
     resident: bool  # whether the whole split is in the device's memory
     uses_dali: bool  # whether a DALI graph applies the transforms; otherwise the sample source does

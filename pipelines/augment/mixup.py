@@ -1,6 +1,6 @@
 """Draw the parameters of mixup and CutMix: the share of each sample, and the box that its neighbor fills.
 
-The samples at positions 2i and 2i + 1 of an epoch's order are neighbors. Each batch of a rank is a contiguous part of
+The samples at positions 2i and 2i + 1 of an epoch's order are neighbors. On each rank, a batch is a contiguous part of
 the order with an even length, so mixing does not depend on how a global batch is split into ranks and forward passes.
 `train.engine` mixes the images and labels.
 """
@@ -50,7 +50,7 @@ def mix_table(
     world_size: int = 1,
     accumulation_steps: int = 1,
 ) -> np.ndarray:
-    """Draw how the samples of one batch of a rank are mixed.
+    """Draw how the samples of one batch on this rank are mixed.
 
     Args:
         mix: Config section `aug.mix`.

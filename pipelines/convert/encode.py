@@ -94,7 +94,7 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
 
 
 def _sums(pixels: np.ndarray) -> np.ndarray:
-    """Return the per-channel sums of values and squares: int64 [2, 3].
+    """Return the per-channel sums of the values and of their squares: int64 [2, 3].
 
     The sums are exact, so mean and std do not depend on the order in which samples are added.
     """

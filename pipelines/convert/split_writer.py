@@ -130,7 +130,7 @@ def _index_columns(shards: list[Table]) -> Table:
 
 
 def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
-    """Write SPLIT.index.npz and return the entry of this file in dataset.json."""
+    """Write SPLIT.index.npz and return its entry for dataset.json."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
     np.savez(buffer, **arrays)

@@ -40,7 +40,7 @@ PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate 
 
 
 def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
-    """Convert `source` into the folder `out` and show the progress on stderr.
+    """Convert `source` into the folder `out`, showing progress on stderr.
 
     After an interruption at any point, another call with the same arguments finishes the conversion. The result is
     byte-identical to that of an uninterrupted conversion.

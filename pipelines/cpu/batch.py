@@ -28,7 +28,7 @@ HALF = float32(0.5)
 
 @kernel
 def copy(content: np.ndarray, image_offsets: np.ndarray, out: np.ndarray) -> None:
-    """Copy images of one shape to `out`, uint8 [B, H, W, 3].
+    """Copy images of the same shape to `out`, uint8 [B, H, W, 3].
 
     The fast path requires the image size in bytes and the address of `out` to be multiples of LINE.
     """
@@ -86,7 +86,7 @@ def crop_flip(
     reflect: bool,
     out: np.ndarray,
 ) -> None:
-    """Crop size x size pixels from each image, and flip the selected crops horizontally.
+    """Crop size x size pixels from each image, and flip the crops selected by `flips` horizontally.
 
     Args:
         content, image_offsets, out: See the module docstring.

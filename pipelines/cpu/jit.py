@@ -1,7 +1,7 @@
 """Numba decorators for kernels and C callbacks. The machine code of kernels is cached until a file in SOURCES changes.
 
-The cache is in a folder next to the source. If this folder is not writable or contains unreadable files of another
-user, the cache is in the user's own cache directory.
+The cache is in a folder next to the source. If this folder is not writable or contains cache files that the user cannot
+read, the cache is in the user's own cache directory.
 """
 
 from __future__ import annotations

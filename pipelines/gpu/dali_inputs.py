@@ -95,7 +95,7 @@ def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
     """Convert crop offsets to filters that translate images.
 
     Filters are used because DALI's filter operator is the only one with reflected borders. The translation is exact,
-    since each output pixel is the sum of one input pixel, times 1, and zeros.
+    since each output pixel is 1 times one input pixel plus 0 times the others.
 
     Args:
         offsets: int32 [B, 2] (y, x), from -padding to padding.

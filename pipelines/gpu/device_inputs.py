@@ -40,7 +40,7 @@ class DeviceInputs:
 
 
 def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
-    """Record and return an event on a stream, by default the current one.
+    """Record an event on a stream (by default the current one) and return it.
 
     A thread that waits for the event sleeps instead of spinning on a core.
     """

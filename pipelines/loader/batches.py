@@ -44,8 +44,8 @@ class MixedBatch(Batch):
 class BatchPlan:
     """Base class of plans, which determine the batches of each epoch on this rank.
 
-    Methods are called from several threads. The results of a method depend only on its arguments and the plan's
-    constructor arguments.
+    Methods are called from several threads. A method's result depends only on its arguments and the plan's constructor
+    arguments.
     """
 
     samples: int  # samples per epoch

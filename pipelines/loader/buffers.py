@@ -94,7 +94,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
 def resident_fits(split: Split, device: torch.device) -> bool:
     """Return True if data.placement=auto keeps the split in device memory.
 
-    This requires an npy split with images of one shape. On a GPU the split may take up to half of the free
+    This requires an npy split whose images all have the same shape. On a GPU, the split may take up to half of the free
     memory, and on the CPU up to RESIDENT_BYTES_ON_CPU.
     """
     if split.encoding != "npy" or split.image_shape is None:

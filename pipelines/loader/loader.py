@@ -126,7 +126,7 @@ class Loader:
         return iterator
 
     def end_iteration(self) -> None:
-        """End the newest iterator, as starting another iterator would."""
+        """End the newest iterator, as creating another iterator would."""
         if (running := self._running()) is not None:
             running.replace()
 

@@ -84,7 +84,7 @@ class StagedLoader:
         return iter(self._current())
 
     def end_iteration(self) -> None:
-        """End the newest iterator, as starting another iterator would."""
+        """End the newest iterator, as creating another iterator would."""
         for stage in self.stages:
             stage.end_iteration()
 

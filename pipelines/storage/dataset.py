@@ -36,8 +36,8 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
     """Load and check dataset.json.
 
     Raises:
-        UserError: dataset.json is missing, unreadable, invalid, of another format version, or a link to a file outside
-            the data set. The message says how to fix this.
+        UserError: dataset.json is missing, unreadable or invalid, has an unsupported format version, or is a link to a
+            file outside the data set. The message says how to fix this.
     """
     path = Path(folder) / "dataset.json"
     with readable(path):
@@ -223,7 +223,7 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
 
 
 def _for_missing(path: Path) -> tuple[str, list[str], Path]:
-    """Return the result of `_command` for a missing data set.
+    """Do the same as `_command` for a data set that does not exist.
 
     The source is guessed from the folder's name. The known names are those in the configs of this project and of the
     homework.

@@ -29,7 +29,7 @@ class ShardMonitor:
     Args:
         split: Name of the split, for messages.
         files: Paths of the shards.
-        sha256: Hash of each file when the split was opened. With data.verify=off, the hash in dataset.json.
+        sha256: Hash of each file when the split was opened, or its hash in dataset.json if data.verify=off.
         stamps: Attributes of each file when it was mapped.
         fault_address: Address of a failed read in each file, or 0, int64 [files]; see `memory_map.MappedShards`.
         mapped: Function that takes an index into `files` and returns the mapped bytes of that file, uint8 [bytes].

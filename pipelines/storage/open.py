@@ -99,7 +99,7 @@ def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) 
     """Raise UserError for a damaged shard, or only warn if damaged JPEG images are allowed and nothing else is damaged.
 
     Args:
-        split: Split of the shard.
+        split: Split that contains the shard.
         number: Index of the shard in the split.
         sha256: Actual hash of the shard.
         allow_damaged_images: See `open_split`.

@@ -34,7 +34,7 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
     """Find the damage to a shard whose sha256 differs from dataset.json.
 
     Args:
-        split: Split of the shard.
+        split: Split that contains the shard.
         number: Index of the shard in the split.
         sha256: Actual hash of the shard.
     """
@@ -61,9 +61,9 @@ def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
     """Compare offsets, headers, keys, labels and the end of a shard's tar with the index.
 
     Args:
-        split: Split of the shard.
+        split: Split that contains the shard.
         number: Index of the shard in the split.
-        chosen: All samples of the shard, int64 [N].
+        chosen: Indices of all samples in the shard, int64 [N].
 
     Returns:
         A description of the first difference found, or None if there is none.
@@ -112,8 +112,8 @@ def _label_error(
     """Return an error message about a wrong label member, or None if all label members are correct.
 
     Args:
-        split: Split of the samples.
-        samples: Samples to check, int64 [N].
+        split: Split that contains the samples.
+        samples: Indices of the samples to check, int64 [N].
         content: Bytes of the shard, uint8 [bytes].
         headers: Offset of each label member's tar header in `content`, int64 [N].
         keys: Key of each sample in ASCII, uint8 [N, KEY_DIGITS].
@@ -137,7 +137,7 @@ def _label_error(
 def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
     """Return an error message about the first key that is not a source row or is not unique, or None if all are valid.
 
-    `samples` are the checked samples, int64 [N], and `keys` their keys in ASCII, uint8 [N, KEY_DIGITS].
+    `samples` are sample indices, int64 [N], and `keys` their keys in ASCII, uint8 [N, KEY_DIGITS].
     """
     digits = keys - np.uint8(ord("0"))
     rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
@@ -162,8 +162,8 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
     """Describe what is wrong with a stored image, or return None if the image is valid.
 
     Args:
-        split: Split of the sample.
-        sample: Position of the sample in the split.
+        split: Split that contains the image.
+        sample: Index of the sample in the split.
         decodes: Whether to decode JPEG images of up to MAX_PIXELS after checking the header. Use True if the shard may
             be damaged. If False, only check the header and that all decoders support the file.
     """

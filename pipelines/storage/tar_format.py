@@ -28,7 +28,7 @@ def key_of(row: int) -> str:
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of a C-contiguous uint8 `.npy` file in format 1.0. The header of any image has 128 bytes."""
+    """Return the header of a C-contiguous uint8 `.npy` file in format 1.0. For images, it always has 128 bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
     return buffer.getvalue()
