@@ -1,4 +1,4 @@
-"""AlexNet in its one-column version, with torchvision's parameter names, so that torchvision's state dicts load."""
+"""Single-column AlexNet, with torchvision's parameter names, so that torchvision's state dicts can be loaded."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from models.onednn import isa_limit
 def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str | None:
     """Return the reason why autocast to `amp` is slower than float32 on this CPU, or None if it is not slower.
 
-    `trains` is True if there are backward passes. They are slow in fp16 on every CPU, and in bf16 on CPUs without
-    native instructions. Compared to float32, they took 2.6 times (AVX-512) or 8 times (AVX2) as long in bf16, and 13 to
-    240 times as long in fp16. This was measured with two convolutions of 32 and 64 channels on one thread of a Xeon
-    with AMX, limited by ONEDNN_MAX_CPU_ISA. The slowdown is larger for wider layers.
+    `trains` says whether backward passes are run. Backward passes are slow in fp16 on every CPU, and in bf16 on CPUs
+    without native instructions. Compared to float32, they took 2.6 times (AVX-512) or 8 times (AVX2) as long in bf16,
+    and 13 to 240 times as long in fp16. This was measured with two convolutions of 32 and 64 channels on one thread of
+    a Xeon with AMX, limited by ONEDNN_MAX_CPU_ISA. The slowdown is larger for wider layers.
     """
     if amp == torch.float16 and (trains or not _fp16_is_native()):
         return f"oneDNN has no fast fp16 kernels for {'training on a CPU' if trains else 'this CPU'}"

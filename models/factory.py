@@ -94,7 +94,7 @@ def build_model(
 def build_from_config(
     config: ModelConfig, num_classes: int, *, image_size: int | None, mean: Sequence[float], std: Sequence[float]
 ) -> PixelClassifier:
-    """Build the model that a config's `model` section describes, with randomly initialized weights.
+    """Build the model described by config section `model`, with randomly initialized weights.
 
     See `build_model` for the arguments. The settings `pretrained`, `finetune` and `freeze` are ignored.
 

@@ -1,4 +1,4 @@
-"""Parts shared by the models: activations, a check of the image size, and the normalization of raw pixels."""
+"""Parts shared by the models: activations, the image size check, and pixel normalization."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Build models with pretrained weights, either timm's published weights in the local cache or a file.
+"""Build models with pretrained weights, either from timm's local cache or from a file.
 
-Nothing is downloaded. timm loads the weights of timm models, since it converts older names and resamples position
-embeddings. Unlike in timm, the names and shapes of all tensors must match, except in the head.
+Nothing is downloaded. Weights of timm models are first loaded by timm, which converts old names and resamples position
+embeddings. After that, every tensor outside the head must match in name and shape. timm itself is less strict.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build_pretrained(
     """Build a model like `models.build_from_config`, with the weights that `config.pretrained` selects.
 
     Args:
-        config: The model section. `pretrained` is True for published weights, or the path of a file.
+        config: Config section `model`. `pretrained` is True for published weights, or the path of a file.
         num_classes: Number of logits. The head is reinitialized if the weights have a different number of classes.
         image_size: Height and width in pixels.
         mean, std: Normalization of the data set. It is used only if neither the config.json beside the file nor timm
@@ -167,7 +167,7 @@ def copy_weights_with_timm(
     Args:
         network: The network to copy to, with the architecture that `config` describes. Only its head may differ from
             the weights.
-        config: The model section.
+        config: Config section `model`.
         num_classes: Number of logits of `network`.
         image_size: Height and width in pixels.
         weights: Tensors by name.

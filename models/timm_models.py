@@ -128,7 +128,7 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
         name: Name of the model without timm/.
         arguments: Arguments for timm.create_model.
         image_size: Height and width in pixels.
-        options: Those of `arguments` that the user chose. They may cause the failure instead of the size.
+        options: The arguments that the user chose. These, rather than the size, may cause the failure.
 
     Raises:
         UserError: The model does not support the size, or does not run with `options`.

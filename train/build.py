@@ -34,7 +34,7 @@ def build_all(
 ) -> TrainState:
     """Build the training state: the model, its optimizer, and, if enabled, the moving average, Lookahead and proxy.
 
-    The learning rates are scaled to the global batch. To load a checkpoint into the result, pass
+    The learning rates are scaled to the global batch size. To load a checkpoint into the result, pass
     `without_pretrained(config)`. For evaluation only, pass `inference_config(config)` and trains=False. All ranks must
     call this function.
 
@@ -44,7 +44,7 @@ def build_all(
         classes: Number of outputs of the model.
         image_size: Height and width of the images in pixels.
         device: Device of the model.
-        trains: False if only forward passes are run.
+        trains: Whether the model is trained. If False, only run forward passes.
 
     Raises:
         UserError: The model or an optimizer cannot be built with these settings, weights cannot be loaded, model.freeze

@@ -39,7 +39,7 @@ def build_for_evaluation(
     as many outputs as their head has, and pixels are normalized as in the homework. All ranks must call this function.
 
     Args:
-        config: Config of the command.
+        config: Config of the evaluation.
         dataset: Contents of dataset.json.
         candidates: Checkpoints in order of preference. The first intact one is used.
         image_size: Height and width of the images in pixels.

@@ -21,7 +21,7 @@ from train.optim.freeze import set_training_mode
 
 
 def endless_batches(loader: Loader) -> Iterator[Batch]:
-    """Yield batches epoch after epoch. The iterator never ends."""
+    """Yield batches epoch after epoch, without end."""
     while True:
         yield from loader
 
@@ -49,7 +49,7 @@ def measure_images_per_s(
         loader: Data loader of one stage.
         world_size: Number of ranks.
         warmup_steps: Minimum number of micro-steps to run before the measurement, for compilation, caches and clocks.
-            They are run twice, and the second time determines the number of micro-steps in a group.
+            They are run twice, and the duration of the second run determines the number of micro-steps in a group.
         seconds: Approximate duration of the measurement. At least three groups are run.
 
     Raises:

@@ -1,7 +1,7 @@
 """The training loop over epochs: logging, evaluation, checkpoints, stopping on a signal, and rewinding.
 
 `done` is the number of optimizer steps of the run so far. Before a checkpoint is saved, each rank checks that the data
-files are unchanged and only then joins the reduction of the metric sums. No checkpoint therefore contains a state that
+files are unchanged and only then joins the reduction of the metric sums. Therefore, no checkpoint contains a state that
 was trained on changed files.
 """
 
@@ -169,7 +169,7 @@ def _train_epoch(trainer: Trainer, epoch: int, step: int, finite_check: FiniteCh
 
 
 def _global_batch(trainer: Trainer, epoch: int) -> int:
-    """Return the number of images in an optimizer step of an epoch, over all ranks."""
+    """Return the global batch size in `epoch`: images per optimizer step over all ranks."""
     batch_size = trainer.train_loader.at(epoch).plan.batch_size
     return batch_size * trainer.ranks.world_size * trainer.config.train.accumulation_steps
 
@@ -184,8 +184,8 @@ def _finish_epoch(
 ) -> None:
     """Evaluate every train.eval_every_epochs epochs, log the metrics of the epoch, and save checkpoints.
 
-    best.pt is saved if the top-1 accuracy has improved, last.pt every train.save_every_epochs epochs. The last epoch is
-    always evaluated and saved.
+    best.pt is saved if the top-1 accuracy has improved, and last.pt is saved every train.save_every_epochs epochs. The
+    last epoch is always evaluated and saved.
 
     Raises:
         Preempted: A signal interrupted the evaluation. The state is saved in a checkpoint.
@@ -285,7 +285,7 @@ def _last_checkpoint(trainer: Trainer) -> str:
 
 
 def _rewind(trainer: Trainer, found: NonFiniteError) -> tuple[int, int]:
-    """Restore the last checkpoint, and mark the steps named by `found` to be skipped.
+    """Restore the last checkpoint, and mark the steps reported by `found` to be skipped.
 
     Returns:
         The epoch to continue in, and the number of optimizer steps already done in this epoch.

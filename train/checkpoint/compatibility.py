@@ -15,8 +15,8 @@ from configs.utils.errors import UserError
 from pipelines.storage.dataset import fingerprint
 from train.checkpoint.state import require_keys
 
-# Settings of the train section that a resumed run can change. They affect at most the last digits of results, or only
-# runs in which a failure occurs.
+# Settings in config section `train` that a resumed run can change. They affect at most the last digits of results, or
+# only runs in which a failure occurs.
 CHANGEABLE_SETTINGS = (
     "accumulation_steps",
     "amp",
@@ -32,7 +32,7 @@ EVALUATION_SETTINGS = ("image_size", "crop_mode", "crop_fraction", "tta")  # bes
 
 
 def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> dict[str, Any]:
-    """Return the "stream" entry of a checkpoint: the global batch, and the fingerprint and details of the data set.
+    """Return the "stream" entry of a checkpoint: global batch size, data set fingerprint and data set details.
 
     Args:
         config: Config of the run.
@@ -98,7 +98,10 @@ def run_fingerprint(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, int]]:
-    """Return (first epoch, image size, global batch) of each stage in data.stages. `passes` is as in `stream_info`."""
+    """Return (first epoch, image size, global batch size) of each stage in data.stages.
+
+    `passes` is as in `stream_info`.
+    """
     sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
@@ -141,7 +144,7 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: dict[str,
 
     Raises:
         UserError: An entry of the checkpoint is missing or invalid, or the data or settings differ. The message lists
-            the differences, and says how to restore the global batch if a single setting can restore it.
+            the differences, and says how to restore the global batch size if a single setting can restore it.
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
@@ -214,15 +217,15 @@ def _detailed_dataset(stream: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 def _global_batch_advice(config: Config, then: int, now: int) -> str:
-    """Return advice, for an error message, on how to restore the global batch with the current number of ranks.
+    """Return advice, for an error message, on how to restore the global batch size with the current number of ranks.
 
     The number of ranks can change, since torchrun can restart on fewer or more machines. The advice is empty if the
-    global batch is unchanged, or if no single setting restores it.
+    global batch size is unchanged, or if no single setting restores it.
 
     Args:
         config: Config of the current run.
-        then: Global batch of the checkpoint.
-        now: Global batch of the current run.
+        then: Global batch size of the checkpoint.
+        now: Global batch size of the current run.
     """
     batch_size, accumulation = config.data.batch_size, config.train.accumulation_steps
     exact = {"data.batch_size": batch_size * then / now, "train.accumulation_steps": accumulation * then / now}

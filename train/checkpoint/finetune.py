@@ -45,7 +45,7 @@ def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequenc
     """Return the config for inference with a checkpoint, see `inference_config`.
 
     Args:
-        config: Config with the data and evaluation settings. The checkpoint's model section replaces that of `config`.
+        config: Config with the data and evaluation settings. Its section `model` is replaced by the checkpoint's.
         checkpoint: Contents of the checkpoint, from `store.load`.
         classes: Class names of the data set.
         path: Path of the checkpoint, for error messages.

@@ -48,7 +48,7 @@ def _process_id(pid: int) -> str:
 
 
 def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]) -> tuple[Path | None, str | None]:
-    """Find the run folder that this launch already uses.
+    """Find the run folder that this launch is already using.
 
     Args:
         config: Config of the run.
@@ -56,9 +56,9 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
         launchers: From `launcher_ids`.
 
     Returns:
-        A tuple (folder, resume). `folder` is the run folder, or None if this launch does not use one yet. `resume`
-        replaces the value of --resume. It is `folder` if `folder` contains a checkpoint, and None if `folder` does not
-        contain one and --resume is "auto". In all other cases, the value is unchanged.
+        A tuple (folder, resume). `folder` is the run folder, or None if this launch is not using one yet. `resume`
+        replaces the value of --resume. It is the path of `folder` as a string if `folder` contains a checkpoint, and
+        None if `folder` does not contain one and --resume is "auto". Otherwise, the value is unchanged.
     """
     if not launchers:
         return None, resume

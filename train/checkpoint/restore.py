@@ -76,7 +76,7 @@ def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str
 def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
     """Return True if `value` is an optimizer state tensor whose shape differs from that of `parameter`.
 
-    One-element tensors, such as step counts, are always accepted.
+    One-element tensors, such as step counts, never count as different.
     """
     return isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape
 

@@ -188,7 +188,7 @@ def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explici
         folder: The locked run folder.
         candidates: The checkpoints found before locking, from `resolve_resume`. They are returned unchanged if the
             folder does not contain a checkpoint.
-        is_explicit: True if the user named a single checkpoint. `candidates` are then returned unchanged as well.
+        is_explicit: Whether the user named a single checkpoint. If so, `candidates` are returned unchanged as well.
     """
     latest = latest_checkpoints(folder)
     return latest if not is_explicit and any(path.exists() for path in latest) else candidates

@@ -46,7 +46,8 @@ class StopConsensus:
 
         Returns:
             A tuple (signal, save) that is the same on all ranks. `signal` is the number of the signal that stops the
-            run, or 0. `save` is True if a checkpoint is due. After steps without communication, it is (0, False).
+            run, or 0. `save` is True if a checkpoint is due. After steps without communication, the tuple is
+            (0, False).
         """
         if self._is_alone:
             return self._pending_signal(), self._is_due()

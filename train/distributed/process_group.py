@@ -27,7 +27,7 @@ LAUNCH_ID_VARIABLE = "ZHU_START"  # launch id, see `train.distributed.failure_ch
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank and world size of this process, over all machines and on this machine (local)."""
+    """Rank of this process and number of processes, over all machines and on this machine (local)."""
 
     rank: int = 0
     local_rank: int = 0
@@ -39,8 +39,8 @@ class Ranks:
         """Read the ranks from the variables that torchrun sets. If any is missing, this process is the only rank.
 
         Raises:
-            UserError: A variable is missing although WORLD_SIZE is set to a value other than 1, or is not a whole
-                number from 0.
+            UserError: WORLD_SIZE is set to a value other than 1 while another variable is missing, or a variable is not
+                a non-negative integer.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
@@ -76,7 +76,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Initialize the process group for the lifetime of the context, and yield the device of this rank.
 
     Raises:
-        UserError: This machine has GPUs, but fewer than local ranks, or the shared store cannot be reached.
+        UserError: This machine has GPUs, but fewer GPUs than ranks, or the shared store cannot be reached.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()

@@ -106,7 +106,8 @@ def _times() -> dict[int, tuple[int, int]]:
 def keep_freed_memory() -> None:
     """Let glibc keep the freed memory of large tensors instead of returning it to the operating system.
 
-    Otherwise, each step maps the memory of the activations anew, and the kernel zeroes every page on first access.
+    Otherwise, the memory of the activations is mapped again in each step, and the kernel zeroes every page on first
+    access.
     No-op with other C libraries.
     """
     library = ctypes.CDLL(None)

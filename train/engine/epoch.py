@@ -42,7 +42,7 @@ def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     according to train.lr_scaling.
 
     Args:
-        config: Train section returned by `schedule.scale_learning_rates`.
+        config: Config section `train`, as returned by `schedule.scale_learning_rates`.
         loader: Data loader of the run.
     """
     accumulation = config.accumulation_steps

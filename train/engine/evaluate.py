@@ -140,8 +140,8 @@ def check_full_coverage(loader: Iterable[Batch]) -> None:
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
     """Yield (weight, images [B, 3, H, W]) for each view of test-time augmentation `tta`. The weights sum to 1.
 
-    The only view of "none" is the image. "flip" adds the horizontally mirrored image. "flip-translate" also adds the
-    image shifted by one pixel up-left and down-right with reflected edges, and the mirror image of each. A shifted view
+    "none" yields only the image itself. "flip" adds its horizontal mirror image. "flip-translate" also adds two copies,
+    shifted by one pixel up-left and down-right with reflected edges, and the mirror image of each copy. A shifted view
     has half the weight of an unshifted one.
 
     Source: arXiv:2404.00498, section 3.5.
@@ -158,7 +158,7 @@ def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
 
 
 def shift(images: Tensor, by: int) -> Tensor:
-    """Shift images [B, 3, H, W] by one pixel with reflected edges.
+    """Shift images [B, 3, H, W] diagonally by one pixel, with reflected edges.
 
     Args:
         images: Images to shift.

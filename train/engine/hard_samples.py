@@ -26,7 +26,7 @@ class HardSampleSelector:
     """Selects the samples of each batch for which the loss of the proxy is highest.
 
     Attributes:
-        state: Training state of the proxy, built from the same train section as the state of the model.
+        state: Training state of the proxy, built from the same config section `train` as that of the model.
     """
 
     def __init__(self, state: TrainState, config: ProxyConfig) -> None:
@@ -75,8 +75,8 @@ def build_proxy(
     The bias of a whitening layer in the proxy is not trained.
 
     Args:
-        config: Train section.
-        build: Builds a model by name, on `device` and with pixel normalization.
+        config: Config section `train`.
+        build: Function that builds a model by name, on `device` and with pixel normalization.
         device: Device of the model.
 
     Raises:
@@ -100,15 +100,15 @@ def kept_samples(batch_size: int, config: ProxyConfig) -> int:
 
 
 def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> None:
-    """Check that the settings allow selection by a proxy. No-op if train.proxy.model is not set.
+    """Check that the settings allow a proxy to select samples. No-op if train.proxy.model is not set.
 
     The proxy selects from the samples of one forward pass, so that pass must cover the whole global batch. The proxy
     ranks samples by their cross-entropy, so the loss must be cross-entropy and the samples must not be mixed.
 
     Args:
-        config: Train section.
+        config: Config section `train`.
         world_size: Number of ranks.
-        mixes: True if batches use mixup or CutMix.
+        mixes: Whether batches use mixup or CutMix.
 
     Raises:
         UserError: There are several ranks, several micro-steps per optimizer step, mixed samples, or a loss other than

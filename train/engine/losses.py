@@ -28,8 +28,8 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
     of the partner counts as the rest.
 
     Args:
-        config: Train section.
-        mixes: True if batches use mixup or CutMix.
+        config: Config section `train`.
+        mixes: Whether batches use mixup or CutMix.
     """
     if config.loss == "cross-entropy":
         return mixed_loss_and_counts if mixes else loss_and_counts

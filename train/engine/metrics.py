@@ -25,13 +25,13 @@ class ThroughputMeter:
         self.start(0, 0.0, 0.0, images_per_step=0)
 
     def start(self, steps: int, loss: float, seen: float, *, images_per_step: int) -> None:
-        """Start measuring at the start of an epoch or at a position within it.
+        """Start measuring, either at the beginning of an epoch or partway through it.
 
         Args:
             steps: Number of optimizer steps of the run so far.
             loss: Sum of the losses of the `seen` samples.
             seen: Number of samples trained on in the epoch so far, over all ranks.
-            images_per_step: Number of images in an optimizer step, over all ranks.
+            images_per_step: Global batch size, i.e. images per optimizer step over all ranks.
         """
         self._steps, self._loss, self._seen = steps, loss, seen
         self._images_per_step = images_per_step
@@ -64,15 +64,16 @@ class RunTimer:
 
     `times` is saved in every checkpoint and restored on resume and rewind, so discarded steps are not counted. Start-up
     and compilation are not counted either. If a checkpoint has no `times`, training_s is nan, and so are the epoch
-    entries if the checkpoint was saved within an epoch.
+    entries if the checkpoint was saved partway through an epoch.
 
     Attributes:
         times: Dict with four entries.
 
-            - training_s: Seconds of whitening, finished epochs and the last evaluation, as in CIFAR-10 speedruns.
-            - epoch_time_s: Seconds of the current epoch.
-            - epoch_wait_s: Seconds of the current epoch spent waiting for data.
-            - epoch_images: Number of images in the optimizer steps of the current epoch, over all ranks.
+            - training_s: Time spent on whitening, finished epochs and the last evaluation, in seconds, as in CIFAR-10
+              speedruns.
+            - epoch_time_s: Time spent on the current epoch so far, in seconds.
+            - epoch_wait_s: Part of epoch_time_s spent waiting for data.
+            - epoch_images: Number of images in the current epoch so far, over all ranks and including skipped steps.
     """
 
     def __init__(self) -> None:
@@ -99,18 +100,18 @@ class RunTimer:
             self.add(time.perf_counter() - self._entered_s)
 
     def start_epoch(self, steps: int, loader: TrainLoader, *, images_per_step: int) -> None:
-        """Start timing an epoch or the rest of an epoch.
+        """Start timing, either at the beginning of an epoch or partway through it.
 
         Args:
             steps: Number of optimizer steps of the run so far.
             loader: Data loader that measures the time spent waiting for data.
-            images_per_step: Number of images in an optimizer step, over all ranks.
+            images_per_step: Global batch size, i.e. images per optimizer step over all ranks.
         """
         self._steps, self._loader, self._images_per_step = steps, loader, images_per_step
         self._time_s, self._wait_s = time.perf_counter(), loader.wait_s
 
     def count(self, steps: int) -> None:
-        """Add the time, the data wait and the images since `start_epoch` or the previous call to `times`.
+        """Update `times` with the time, data wait and images since `start_epoch` or the previous call.
 
         The device must be synchronized before the call.
 

@@ -26,7 +26,7 @@ def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype 
     """Return True if training steps are replayed as CUDA graphs.
 
     Args:
-        config: Train section.
+        config: Config section `train`.
         device: Device of the model.
         amp: Autocast dtype returned by `amp_dtype`.
 

@@ -108,10 +108,11 @@ def build_state(
     Args:
         network: The model, on its device and in its final memory format.
         optimizer: Optimizer of the model.
-        config: Train section, with learning rates at the global batch.
+        config: Config section `train`, with learning rates already scaled to the global batch size (see
+            `schedule.scale_learning_rates`).
         device: Device of the network.
-        mixes: True if batches use mixup or CutMix.
-        trains: False if only forward passes are run.
+        mixes: Whether batches use mixup or CutMix.
+        trains: Whether the model is trained. If False, only run forward passes.
 
     Raises:
         UserError: train.cuda_graph is "on", but CUDA graphs cannot be used.

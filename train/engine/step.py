@@ -55,7 +55,7 @@ def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool
         state: Training state.
         batch: Batch on the device.
         step: Optimizer step of the run, counted from 0.
-        optimizer_step: True to update the weights.
+        optimizer_step: Whether to update the weights after the backward pass.
     """
     if state.proxy is not None:
         batch = state.proxy.select(batch, step)

@@ -31,7 +31,7 @@ WARM_UP_STEPS = 3  # steps before a capture: the first compiles kernels, the fir
 
 
 def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
-    """Prepare the state for the batches of the loaders, and return the duration in seconds.
+    """Prepare the training state for the batch shapes of the loaders, and return the duration in seconds.
 
     No-op for a single CPU process without compilation. All ranks must call this function, and call it again after
     loading the state of the optimizer.
@@ -123,7 +123,7 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
 
 
 def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
-    """Run each kind of micro-step in `optimizer_steps`, see `CapturedStep`, at least WARM_UP_STEPS times on a batch.
+    """Run each kind of micro-step in `optimizer_steps` (see `CapturedStep`) on a batch, at least WARM_UP_STEPS times.
 
     Returns:
         The batch that was trained on: the samples selected by the proxy, or `batch` if there is no proxy.
@@ -140,7 +140,7 @@ def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> 
 
 
 def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
-    """Evaluate a blank batch of the size of the loader's first batch.
+    """Evaluate a blank batch with the size of the loader's first batch.
 
     All ranks must call this function, even those without samples.
     """
@@ -173,7 +173,7 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 
 
 def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
-    """Return the tensors that a step changes, by a unique key.
+    """Return the tensors that a step changes, each under a unique key.
 
     Optimizer states are included only with CUDA graphs. Some of them do not exist before the first step.
     """

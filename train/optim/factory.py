@@ -16,7 +16,7 @@ from configs.utils.errors import UserError
 from train.optim.muon import Muon
 from train.optim.param_groups import parameter_groups
 
-# By name: the class, the settings it takes, and the option that selects the implementation with the fewest kernels.
+# For each name: the class, the settings it takes, and the option that selects the implementation with fewest kernels.
 TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
     "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
     "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
 
     Args:
         model: Model whose parameters are optimized.
-        config: Section train.optimizer.
+        config: Config section `train.optimizer`.
         lr: Peak learning rate of the run.
 
     Raises:

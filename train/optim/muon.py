@@ -38,7 +38,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 def as_matrices(filters: Iterable[Tensor]) -> Tensor:
-    """Stack weights of one shape [filters, channels, height, width] as [N, filters, height * width * channels].
+    """Stack N weights [filters, channels, height, width] as matrices [N, filters, height * width * channels].
 
     The order of the columns does not affect the orthogonalized update of a weight. The order chosen here is the memory
     layout of channels_last weights.
@@ -60,9 +60,10 @@ class Muon(torch.optim.Optimizer):
         groups: Parameter groups with `muon`, `lr` and `weight_decay`.
         lr: Learning rate of groups without `lr`.
         momentum: Momentum of the Muon groups.
-        nesterov: Use Nesterov momentum in the Muon groups.
+        nesterov: Whether to use Nesterov momentum in the Muon groups.
         steps: Number of Newton-Schulz iterations.
-        normalize: Scale each weight of the Muon groups to norm sqrt(filters) before an update, instead of decaying it.
+        normalize: Whether to scale each weight of the Muon groups to norm sqrt(filters) before an update. This replaces
+            weight decay.
         sgd_momentum: Momentum of the SGD groups. If it is above 0, they use Nesterov momentum.
     """
 
@@ -92,7 +93,10 @@ class Muon(torch.optim.Optimizer):
                 self._sgd(parameters, group["lr"], group["weight_decay"])
 
     def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
-        """Update the momentum buffers, and return the updates not yet orthogonalized or scaled by the learning rate."""
+        """Update the momentum buffers and return the raw updates.
+
+        These are not yet orthogonalized (Muon only) or scaled by the learning rate.
+        """
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)

@@ -81,19 +81,20 @@ def learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: in
     The learning rate rises linearly in the warm-up and then follows the schedule. The step and multistep schedules
     count epochs from the start of training. The cosine, linear, polynomial and exponential schedules start at lr after
     the warm-up. The one-cycle schedule has its own warm-up. With schedule_options.per_epoch, all schedules except
-    one-cycle keep the rate constant within an epoch after the warm-up. The result includes the factor of the epoch.
+    one-cycle keep the rate constant within an epoch after the warm-up. The result includes the epoch's factor.
 
     Args:
         step: Optimizer step of the run, counted from 0.
         timeline: Number of steps and learning rate factor of each epoch.
-        config: Train section, with learning rates at the global batch.
+        config: Config section `train`, with learning rates already scaled to the global batch size (see
+            `scale_learning_rates`).
         decays: Number of decays of the plateau schedule so far.
     """
     return timeline.factor(step) * _scheduled(step, timeline, config, decays)
 
 
 def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) -> float:
-    """Return the learning rate for the global batch of `config`, without the factor of the epoch."""
+    """Return the learning rate of an optimizer step, without the learning rate factor of its epoch."""
     if config.schedule == "one-cycle":
         return max(config.min_lr, one_cycle(step, timeline.total, config))
     warmup = round(timeline.steps_until(config.warmup_epochs))
@@ -140,8 +141,9 @@ def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
 def whitening_learning_rate(step: int, timeline: Timeline, config: TrainConfig, decays: int = 0) -> float:
     """Return the learning rate for the bias of a whitening layer.
 
-    The learning rate follows the schedule. If train.whiten_bias_epochs is set, it is 0 after this number of epochs and,
-    with train.whiten_bias_anneal, decays linearly from lr to 0 until then.
+    By default, it follows the schedule. If train.whiten_bias_epochs is set, it drops to 0 after that many epochs. If
+    train.whiten_bias_anneal is set as well, it decays linearly from lr to 0 over those epochs instead of following the
+    schedule, and is multiplied by the learning rate factor of the epoch.
     """
     if config.whiten_bias_epochs is None:
         return learning_rate(step, timeline, config, decays)
@@ -209,7 +211,7 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
 
 
 def lr_factor(config: TrainConfig, global_batch: int) -> float:
-    """Return the factor that scales learning rates from train.lr_batch_size to `global_batch` samples.
+    """Return the factor that scales learning rates from train.lr_batch_size to the global batch size.
 
     The factor is 1 if train.lr_batch_size is not set. Sources: Goyal et al., arXiv:1706.02677 (linear scaling),
     Krizhevsky, arXiv:1404.5997 (square-root scaling).
@@ -221,7 +223,7 @@ def lr_factor(config: TrainConfig, global_batch: int) -> float:
 
 
 def scale_learning_rates(config: TrainConfig, global_batch: int) -> TrainConfig:
-    """Return the config with all learning rates scaled by `lr_factor` to this global batch."""
+    """Return the config with all learning rates scaled by `lr_factor` to this global batch size."""
     factor = lr_factor(config, global_batch)
     own = {name: rate * factor for name in OWN_RATES if (rate := getattr(config.optimizer, name)) is not None}
     rates = {name: getattr(config, name) * factor for name in ("lr", "min_lr", "warmup_lr")}

@@ -34,7 +34,7 @@ def report_bad_samples(loader: TrainLoader) -> str | None:
 def bad_samples_on_any_rank(bad: BadSamples) -> np.ndarray:
     """Return the indices of the samples that any rank has replaced, int64 [N], in ascending order.
 
-    All ranks must call this function together. If no sample was replaced, they exchange at most one number.
+    All ranks must call this function together. If no sample was replaced, the ranks exchange at most one number.
     """
     if not bad.can_replace:
         return np.empty(0, np.int64)

@@ -12,7 +12,7 @@ from configs.utils.files import read_small_text
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, each as a dict of numbers by name. A number can be None.
+    """Return the lines of a run's metrics.jsonl, each as a dict that maps names to numbers or None.
 
     Reading ends at the first line that is not valid JSON, e.g. a last line that is truncated because the run was
     killed. If the file is missing, the list is empty.

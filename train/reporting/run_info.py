@@ -1,4 +1,4 @@
-"""Describe a run, in plain values for trackers and checkpoints and in one line for the console."""
+"""Describe a run: plain values for trackers and checkpoints, and a one-line summary for the console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.optim.schedule import lr_factor
 
 
 def global_batch(config: Config, world_size: int) -> int:
-    """Return the number of samples per optimizer step over all ranks. Batch sizes in data.stages are ignored."""
+    """Return the global batch size: samples per optimizer step over all ranks. Ignores batch sizes in data.stages."""
     return config.data.batch_size * world_size * config.train.accumulation_steps
 
 
@@ -33,7 +33,7 @@ def collect_run_info(
         ranks: Rank and world size of this process.
 
     Returns:
-        Plain values by name. Image size, global batch and steps per epoch are those of epoch train.first_epoch.
+        Plain values by name. Image size, global batch size and steps per epoch are those of epoch train.first_epoch.
     """
     accumulation, first = config.train.accumulation_steps, loader.at(config.train.first_epoch)
     stages = {

@@ -60,8 +60,8 @@ class RunLog:
 
     Args:
         folder: The run folder, or None on ranks other than 0. Without a folder, the log does nothing.
-        peers_wait: True if other ranks wait for this rank. After an error, the log is then finished quickly, since the
-            other ranks learn of the error only afterwards.
+        peers_wait: Whether other ranks wait for this rank. If so, the log is finished quickly after an error, since
+            the other ranks learn of the error only afterwards.
         loss: The value of train.loss.
 
     Raises:
@@ -71,7 +71,7 @@ class RunLog:
     def __init__(self, folder: Path | None, *, peers_wait: bool = False, loss: str = "cross-entropy") -> None:
         self._folder, self._peers_wait, self._loss = folder, peers_wait, loss
         self._trackers: list[Tracker] = []
-        self.fast_shutdown = False  # True: `finish` skips what can be done later, e.g. after a signal
+        self.fast_shutdown = False  # whether `finish` skips what can be done later, e.g. after a signal
         self._drawn_at = -CURVES_INTERVAL_S
         self._logger = logging.getLogger("zhu")
         self._logger.setLevel(logging.INFO)
@@ -169,7 +169,7 @@ class RunLog:
     def log_epoch(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of an epoch to metrics.jsonl, the console, log.txt and the trackers.
 
-        `metrics` must include the epoch and the step. Also redraw curves.png if the last drawing was at least
+        `metrics` must include the epoch and the step. Also redraw curves.png if it was last drawn at least
         CURVES_INTERVAL_S ago.
 
         Raises:

@@ -1,7 +1,7 @@
 """Log to Weights & Biases, online if possible and offline otherwise.
 
-Network failures, server failures and invalid API keys never block the run. In these cases, starting takes about half a
-minute at most and finishing less than a minute, the data is on disk, and the log shows the command that uploads it.
+Network failures, server failures and invalid API keys never block the run. In these cases, starting takes at most about
+half a minute, finishing takes less than a minute, the data stays on disk, and the log shows the command to upload it.
 wandb is imported only if it is used.
 """
 
