@@ -61,9 +61,9 @@ def build_model(
         name: One of `list_models()`, or timm/NAME.
         num_classes: Number of logits.
         image_size: Height and width in pixels that the model must support. It is also passed to timm models that are
-            built for one size. If None, the size is not checked.
+            built for a fixed size. If None, the size is not checked.
         mean, std: Three numbers each, for pixel values in 0..1. If they are given, the result is a `PixelClassifier`
-            that takes uint8 pixels. Otherwise, it is the plain network, and the images are normalized floats.
+            that takes uint8 pixels. Otherwise, it is the plain network, which takes normalized float images.
         drop_rate: Dropout probability, or None for the model's default.
         activation: A key of `models.layers.ACTIVATIONS`, or None for the model's default.
         kwargs: Further arguments of the model's constructor.

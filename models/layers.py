@@ -65,8 +65,8 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
 class Normalize(nn.Module):
     """Normalize images [B, 3, H, W], uint8 or floats in 0..255, to (images / 255 - mean) / std.
 
-    This is the first module of a model rather than the last step of the loader, for three reasons. Copying uint8
-    images to the device moves a quarter of the bytes of float32 images. The compiler fuses the normalization into the
+    This is the first module of a model rather than the last step of the loader, for three reasons. Images
+    are copied to the device as uint8, a quarter of the size of float32. The compiler fuses the normalization into the
     input of the first convolution. Saved models take raw pixels, so training and prediction cannot normalize
     differently.
 

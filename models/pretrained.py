@@ -207,7 +207,7 @@ def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | 
     """Return the number of classes that weights were trained on.
 
     `published` is timm's PretrainedCfg of the model. `described` is the number of classes in config.json, or None if
-    unknown. If the weights do not include the head, the result is `described`, or `published.num_classes` without it.
+    unknown. If the weights do not include the head, the result is `described`, or `published.num_classes` if that is None.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

@@ -95,7 +95,7 @@ class ResNet(nn.Module):
     [512, 4, 4] -> global mean [512].
     """
 
-    # From 25 on, layer4 has at least 4x4 positions, the pooling window in the homework (docs/homework.md).
+    # For sizes from 25, layer4 has at least 4x4 positions, the pooling window in the homework (docs/homework.md).
     min_image_size = 25
     max_image_size: int | None = None
 

@@ -183,6 +183,6 @@ def copy_weights(
 
 
 def _some(names: list[str]) -> str:
-    """Join the first MAX_NAMES_SHOWN names, followed by the number of remaining ones."""
+    """Join the first MAX_NAMES_SHOWN names, and add how many more there are."""
     more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
     return f"{', '.join(names[:MAX_NAMES_SHOWN])}{more}"

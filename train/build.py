@@ -44,7 +44,7 @@ def build_all(
         classes: Number of outputs of the model.
         image_size: Height and width of the images in pixels.
         device: Device of the model.
-        trains: Whether the model is trained. If False, only run forward passes.
+        trains: Whether backward passes will be run.
 
     Raises:
         UserError: The model or an optimizer cannot be built with these settings, weights cannot be loaded, model.freeze

@@ -109,7 +109,8 @@ def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, in
 def plateau_settings(config: Config) -> dict[str, Any]:
     """Return the settings that affect results only with the plateau schedule.
 
-    These are train.eval_every_epochs if the schedule monitors a validation metric, and none if it monitors train_loss.
+    The result contains train.eval_every_epochs if the schedule monitors a validation metric, and is empty if it
+    monitors train_loss.
     """
     if config.train.schedule_options.metric == "train_loss":
         return {}

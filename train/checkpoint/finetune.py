@@ -71,7 +71,7 @@ def _summary(classes: Sequence[str]) -> str:
 
 
 def load_finetune(model: nn.Module, source: str, classes: Sequence[str], settings: ModelConfig | None = None) -> str:
-    """Load the weights of a checkpoint into a model, including the mean and std that normalize pixels.
+    """Load the weights of a checkpoint into a model, including the mean and std of the pixel normalization.
 
     If the checkpoint has a moving average, the eval.weights setting in the checkpoint's config decides which weights
     are loaded. The head keeps its initial values if its shape or the class names differ.

@@ -31,7 +31,7 @@ GLOBALS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch.
 
 
 class _HashingFile:
-    """A file for torch.save that hashes the data and keeps the first write error.
+    """File object for torch.save that hashes the data and keeps the first write error.
 
     torch.save itself usually replaces write errors with a RuntimeError.
     """

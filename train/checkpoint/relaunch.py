@@ -53,7 +53,7 @@ def find_active_run_dir(config: Config, resume: str | None, launchers: list[str]
     Args:
         config: Config of the run.
         resume: The value of --resume.
-        launchers: From `launcher_ids`.
+        launchers: Result of `launcher_ids`.
 
     Returns:
         A tuple (folder, resume). `folder` is the run folder, or None if this launch is not using one yet. `resume`

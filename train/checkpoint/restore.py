@@ -22,7 +22,7 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
         state: The training state to load into.
         checkpoint: Contents of the checkpoint, from `store.load`.
         path: Path of the checkpoint, for error messages.
-        weights: The weights to load, a value of eval.weights.
+        weights: Value of eval.weights that selects the weights to load.
 
     Returns:
         True if the loaded weights are the moving average.
@@ -76,7 +76,7 @@ def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str
 def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
     """Return True if `value` is an optimizer state tensor whose shape differs from that of `parameter`.
 
-    One-element tensors, such as step counts, never count as different.
+    One-element tensors, such as step counts, are ignored.
     """
     return isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape
 

@@ -37,7 +37,7 @@ LOCK_TIMEOUT_S = 100.0
 def run_dirs(config: Config) -> list[Path]:
     """Return the existing paths named like folders of this run, highest number first, e.g. OUTPUT/NAME-2, OUTPUT/NAME.
 
-    Numbers may be missing. Some paths may belong to other runs, e.g. OUTPUT/NAME-64 to a run called NAME-64.
+    There may be gaps in the numbers. Some paths may belong to other runs, e.g. OUTPUT/NAME-64 to a run called NAME-64.
     """
     return [_numbered(config, number) for number in sorted(_used_numbers(config), reverse=True)]
 
@@ -182,7 +182,7 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
 
 
 def refresh_candidates(folder: Path, candidates: tuple[Path, ...], *, is_explicit: bool) -> tuple[Path, ...]:
-    """After locking, look for checkpoints again, since the previous holder of the lock may have saved.
+    """Look for checkpoints again after locking, since the previous holder of the lock may have saved new ones.
 
     Args:
         folder: The locked run folder.

@@ -61,7 +61,7 @@ def recover_interrupted_save(folder: Path) -> None:
 def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: Any) -> None:
     """Write the state of a run to a checkpoint, and return when the file is on disk.
 
-    `state`, `sums` and `entries` are those of `collect_state`.
+    See `collect_state` for `state`, `sums` and `entries`.
 
     Raises:
         UserError: The file cannot be written. An existing file is then unchanged.

@@ -1,8 +1,8 @@
 """Connect all ranks to rank 0, so that every rank learns immediately when another rank fails or is lost.
 
 A killed rank cannot report anything, but the kernel closes its connection, so the ranks connected to it notice.
-`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. The launch id is new for
-each start or restart of the ranks, so that stale processes from before a restart are ignored.
+`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. Each start or restart of the
+ranks has a new launch id, so that stale processes from before a restart are ignored.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Peer:
 
 
 class Member(FailureChannel):
-    """The failure channel's end on a rank other than 0."""
+    """End of the failure channel on a rank other than 0."""
 
     def __init__(
         self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str, connection: socket.socket
@@ -235,7 +235,7 @@ class Member(FailureChannel):
 
 
 class Coordinator(FailureChannel):
-    """The failure channel's end on rank 0. It decides which failure came first and sends it to all other ranks."""
+    """End of the failure channel on rank 0. Decides which failure came first, and sends it to all other ranks."""
 
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
         super().__init__(ranks, on_failure, launch_id)

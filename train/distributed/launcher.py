@@ -44,7 +44,7 @@ LOST_CONNECTION = "lost the connection to another rank, which was probably kille
 
 
 def run_distributed(main: Callable[[], int | None]) -> None:
-    """Run an entry point like `run_main`, possibly as one of several ranks. If any rank fails, all ranks end.
+    """Run an entry point with `run_main`, possibly as one of several ranks. If any rank fails, all ranks end.
 
     SystemExit and Ctrl-C do not count as failures, and are not reported to other ranks.
     """
@@ -152,7 +152,7 @@ class RankSupervisor:
         return Failure(self._ranks.rank, LOST_CONNECTION)
 
     def _show(self, error: Exception, failure: Failure) -> None:
-        """Print the first error of all ranks, and write its summary to the file that torchrun reads."""
+        """Print the error of this rank, the first rank to fail, and write its summary to the file that torchrun reads."""
         if failure.is_user_error:
             _print_error(f"error: {failure.summary} (rank {failure.rank})")
         elif process_group.is_lost_peer(error):

@@ -57,7 +57,7 @@ class Ranks:
 
     @classmethod
     def alone(cls, tool: str) -> Ranks:
-        """Return the ranks of a single-process tool.
+        """Return the `Ranks` of a tool that runs as a single process.
 
         Raises:
             UserError: torchrun started several processes, or its variables are invalid, see `from_environment`.

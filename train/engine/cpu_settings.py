@@ -1,4 +1,4 @@
-"""Set the number of threads and the memory allocation for training on the CPU.
+"""Configure the number of threads and the memory allocation for training on the CPU.
 
 OpenMP threads spin while they wait for each other after each parallel loop. If another process preempts one of the
 threads, all the others wait for that thread. On two cores shared with two busy processes, LeNet trained at 200 to 1,800
@@ -43,7 +43,7 @@ def limit_threads(device: torch.device) -> None:
 
 
 def restore_threads(threads: int) -> None:
-    """Set the number of CPU threads to the number in a checkpoint, for bitwise equal weights in a resumed run.
+    """Set the number of CPU threads to that of a checkpoint, so that weights are bitwise identical after a resume.
 
     At most one thread per available core is used. Warn if several threads are used but fewer cores are idle. No-op if
     OMP_NUM_THREADS is set or `threads` is 0.
@@ -107,8 +107,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the freed memory of large tensors instead of returning it to the operating system.
 
     Otherwise, the memory of the activations is mapped again in each step, and the kernel zeroes every page on first
-    access.
-    No-op with other C libraries.
+    access. No-op with other C libraries.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc

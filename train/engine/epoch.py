@@ -28,7 +28,7 @@ from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_l
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Number of micro-steps, including skipped ones, and durations of one call of `train_epoch`."""
+    """Number of micro-steps, including skipped ones, and durations of one call to `train_epoch`."""
 
     micro_steps: int
     time_s: float

@@ -23,7 +23,7 @@ from train.optim.freeze import set_training_mode
 
 
 class HardSampleSelector:
-    """Selects the samples of each batch for which the loss of the proxy is highest.
+    """Selects the samples of each batch for which the proxy's loss is highest.
 
     Attributes:
         state: Training state of the proxy, built from the same config section `train` as that of the model.

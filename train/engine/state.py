@@ -51,16 +51,16 @@ class TrainState:
     device: torch.device
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the start of the epoch
     compiled: Callable[[Any], Any]  # compiles a function, or returns it unchanged
-    needs_warmup: bool  # compile, tune or capture the step before training
-    uses_cuda_graph: bool  # replay the step as CUDA graphs
-    static_grads: bool  # gradients keep their storage, since the graphs of all micro-steps share it
+    needs_warmup: bool  # whether to compile, tune or capture the step before training
+    uses_cuda_graph: bool  # whether the step is replayed as CUDA graphs
+    static_grads: bool  # whether gradients keep their storage, since the graphs of all micro-steps share it
     captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
-    mixes: bool = False  # batches are MixedBatch
+    mixes: bool = False  # whether batches are MixedBatch
     guard: SkipNonFinite | None = None  # skips non-finite steps
     lookahead: Lookahead | None = None
     ema: Ema | None = None
     proxy: SampleSelector | None = None
-    is_fresh_init: bool = True  # weights are new, so a whitening layer must be fitted
+    is_fresh_init: bool = True  # whether the weights are new, so that a whitening layer must be fitted
     notes: tuple[str, ...] = ()  # messages for the log about how the network was built
 
     def parts(self) -> list[TrainState]:
@@ -112,7 +112,7 @@ def build_state(
             `schedule.scale_learning_rates`).
         device: Device of the network.
         mixes: Whether batches use mixup or CutMix.
-        trains: Whether the model is trained. If False, only run forward passes.
+        trains: Whether backward passes will be run.
 
     Raises:
         UserError: train.cuda_graph is "on", but CUDA graphs cannot be used.

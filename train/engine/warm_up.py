@@ -66,7 +66,7 @@ def blank_batch(samples: int, image_size: int, device: torch.device) -> Batch:
 
 
 def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) -> None:
-    """Check that the model accepts all image sizes of training.
+    """Check that the model accepts all image sizes used in training.
 
     Args:
         state: Training state. The network is left in evaluation mode.

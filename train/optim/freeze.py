@@ -18,7 +18,7 @@ PREFIX = "network."  # prefix of the names of parameters in `PixelClassifier.net
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
-    """Freeze the parameters that match any of the patterns, and return a sentence with their number for the log.
+    """Freeze the parameters that match any of the patterns, and return a message for the log with their number.
 
     Call this function before building the optimizer and before wrapping the model in DDP.
 

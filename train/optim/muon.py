@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
     def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
         """Update the momentum buffers and return the raw updates.
 
-        These are not yet orthogonalized (Muon only) or scaled by the learning rate.
+        Orthogonalization (Muon only) and scaling by the learning rate are left to the caller.
         """
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:

@@ -17,7 +17,7 @@ from train.distributed.process_group import get_world_size
 
 @torch.no_grad()
 def max_abs(tensors: list[Tensor]) -> Tensor:
-    """Return the largest absolute value of all elements as float32 [], or nan if any is nan. Does not synchronize."""
+    """Return the largest absolute value of all elements, float32 [], or nan if any is nan. Does not synchronize."""
     norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], float("inf"))
     return torch.stack([norm.float() for norm in norms]).amax()
 
@@ -25,7 +25,7 @@ def max_abs(tensors: list[Tensor]) -> Tensor:
 class SkipNonFinite:
     """Skips optimizer steps with non-finite gradients, for train.on_nonfinite=skip.
 
-    A skipped step changes neither weights nor optimizer state nor floating-point buffers. The check runs on the device.
+    A skipped step does not change weights, optimizer state or floating-point buffers. The check runs on the device.
     Torch's fused optimizers also skip the step on the device. With other optimizers or in fp16, the host waits for the
     result of the check.
 

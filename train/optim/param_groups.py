@@ -19,8 +19,8 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
     """Group trained parameters that have the same settings. Groups with weight decay come first.
 
-    The `lr_scale` of a group is its peak learning rate divided by `lr`. `muon` is True for 4-D parameters that Muon
-    optimizes, and `whitening` is True for parameters of a whitening layer.
+    The `lr_scale` of a group is its peak learning rate divided by `lr`. `muon` is True for groups that Muon optimizes
+    (4-D parameters), and `whitening` is True for the bias of a whitening layer.
 
     Raises:
         UserError: A pattern of lr_scales matches no parameter, or its factor is negative.
@@ -104,7 +104,7 @@ def lr_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
 
 
 def layer_indices(network: nn.Module) -> dict[str, int]:
-    """Return the layer of each parameter by name, counted from 0 at the input.
+    """Return the layer index of each parameter by name, counted from 0 at the input.
 
     The layers are those of timm's `group_matcher`, or of `layers_by_registration` if the network has no
     `group_matcher`.
@@ -119,7 +119,7 @@ def layer_indices(network: nn.Module) -> dict[str, int]:
 
 
 def layers_by_registration(network: nn.Module) -> dict[str, int]:
-    """Return the layer of each parameter by name for a network whose modules are registered from input to output.
+    """Return the layer index of each parameter by name, for a network with modules registered from input to output.
 
     A child module with a parameter of two or more dimensions starts a layer. Other children, e.g. norms, belong to the
     previous layer. The children of an `nn.Sequential` count individually if none of them has children.

@@ -125,7 +125,7 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
     """Return the learning rate of a step. It rises to lr and then falls, both along a cosine, like torch's OneCycleLR.
 
-    The learning rate rises during a fraction `schedule_options.peak` of the steps. Source: arXiv:1708.07120.
+    `schedule_options.peak` is the fraction of the steps in which the learning rate rises. Source: arXiv:1708.07120.
     """
     options = config.schedule_options
     lowest = config.lr / options.div_factor

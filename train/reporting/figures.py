@@ -41,7 +41,7 @@ def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) ->
 
 
 def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """Add a legend to a figure or axes, with all names unchanged.
+    """Add a legend that shows all names verbatim to a figure or axes.
 
     By default, matplotlib omits names with a leading underscore, and renders text between dollar signs as a formula.
     """

@@ -18,7 +18,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     killed. If the file is missing, the list is empty.
 
     Raises:
-        UserError: The file cannot be read, or a line is not a mapping of numbers by name that includes the epoch.
+        UserError: The file cannot be read, or a line does not map names to numbers or does not include the epoch.
     """
     path = folder / "metrics.jsonl"
     try:
