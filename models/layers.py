@@ -65,10 +65,9 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
 class Normalize(nn.Module):
     """Normalize images [B, 3, H, W], uint8 or floats in 0..255, to (images / 255 - mean) / std.
 
-    This is the first module of a model rather than the last step of the loader, for three reasons. Images
-    are copied to the device as uint8, a quarter of the size of float32. The compiler fuses the normalization into the
-    input of the first convolution. Saved models take raw pixels, so training and prediction cannot normalize
-    differently.
+    This is the first module of a model rather than the last step of the loader, for three reasons. Images are
+    copied to the device as uint8, a quarter of the size of float32. The compiler fuses the normalization into the input
+    of the first convolution. Saved models take raw pixels, so training and prediction cannot normalize differently.
 
     If autocast is enabled for the device of `images`, the result has the autocast dtype. Otherwise it has the dtype of
     the buffers. `.double()` and `.half()` convert the buffers together with the network. Strides (channels_last) are

@@ -1,4 +1,4 @@
-"""Build models with pretrained weights, either from timm's local cache or from a file.
+"""Build models with pretrained weights, read either from the local cache of timm's weights or from a file.
 
 Nothing is downloaded. Weights of timm models are first loaded by timm, which converts old names and resamples position
 embeddings. After that, every tensor outside the head must match in name and shape. timm itself is less strict.
@@ -207,7 +207,8 @@ def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | 
     """Return the number of classes that weights were trained on.
 
     `published` is timm's PretrainedCfg of the model. `described` is the number of classes in config.json, or None if
-    unknown. If the weights do not include the head, the result is `described`, or `published.num_classes` if that is None.
+    unknown. If the weights do not include the head, the result is `described` or, if that is None,
+    `published.num_classes`.
     """
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:

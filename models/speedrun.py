@@ -25,7 +25,7 @@ class Whitening(nn.Module):
     weight: Tensor
 
     def __init__(self, zero_bias: bool) -> None:
-        """Build the layer. If `zero_bias` is True, the bias is initialized to 0, otherwise to torch's default values."""
+        """Build the layer. If `zero_bias` is True, the bias is initialized to 0, otherwise to torch's default."""
         super().__init__()
         inputs = 3 * self.KERNEL**2
         plain = nn.Conv2d(3, 2 * inputs, self.KERNEL)

@@ -152,7 +152,7 @@ class RankSupervisor:
         return Failure(self._ranks.rank, LOST_CONNECTION)
 
     def _show(self, error: Exception, failure: Failure) -> None:
-        """Print the error of this rank, the first rank to fail, and write its summary to the file that torchrun reads."""
+        """Print the error of this rank, the first one to fail, and write a summary to the file that torchrun reads."""
         if failure.is_user_error:
             _print_error(f"error: {failure.summary} (rank {failure.rank})")
         elif process_group.is_lost_peer(error):

@@ -76,7 +76,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Initialize the process group for the lifetime of the context, and yield the device of this rank.
 
     Raises:
-        UserError: This machine has GPUs, but fewer GPUs than ranks, or the shared store cannot be reached.
+        UserError: This machine has GPUs, but fewer than `local_world_size`, or the shared store cannot be reached.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()

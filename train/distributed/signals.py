@@ -21,7 +21,7 @@ from configs.utils.errors import UserError
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 SUBREAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
-REPEATED_SIGINT_S = 1.0  # terminal and torchrun may both send Ctrl-C at once; a later one is a second request
+REPEATED_SIGINT_S = 1.0  # the terminal and torchrun may both send SIGINT at once; a later one is a second Ctrl-C
 
 
 class Preempted(Exception):

@@ -15,7 +15,7 @@ from pipelines.loader.loader import Loader
 from train.distributed import collectives
 from train.engine.state import TrainState
 
-HALF = 2**32  # sums over ranks of 32-bit halves of a checksum fit into int64
+HALF = 2**32  # checksums are summed in 32-bit halves, so that sums over ranks fit into int64
 
 
 @dataclass(frozen=True)

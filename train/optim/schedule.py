@@ -17,7 +17,7 @@ from configs.schema import ScheduleConfig, TrainConfig
 
 OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # further learning rates in train.optimizer
 MIN_TIME_CONSTANTS = 4.0  # of the moving average in a run; the initial weights then have a share of 2 %
-ROUNDING = 1e-9  # in epochs, for comparisons of fractional epochs; smaller than one step
+ROUNDING = 1e-9  # tolerance in epochs for comparing fractional epochs; smaller than one step
 
 
 @dataclass(frozen=True)
