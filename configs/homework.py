@@ -38,8 +38,8 @@ _UNSET = object()
 class TranslatedConfig:
     """Settings translated from the homework's keys."""
 
-    values: dict[str, Any] = field(default_factory=dict)  # by dotted setting
-    sources: dict[str, tuple[str, str]] = field(default_factory=dict)  # homework key and its origin, by dotted setting
+    values: dict[str, Any] = field(default_factory=dict)  # by dotted key
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)  # homework key and its origin, by dotted key
     warnings: list[str] = field(default_factory=list)
 
 

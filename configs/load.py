@@ -24,7 +24,7 @@ from configs.utils.files import path_argument
 from configs.utils.warnings import warn
 from configs.validation import describe_error
 
-SUFFIXES = (".yaml", ".yml")  # of bases
+SUFFIXES = (".yaml", ".yml")  # allowed for bases
 MAX_FILES = 64  # per config, since nested bases could multiply to millions
 MAX_KEY_DEPTH = 50  # dots in a dotted key
 # Sections that may be given as a single value.
@@ -221,7 +221,7 @@ def _layer(
         values: Nested values.
         origin: Origin of all keys, or a mapping from each key to its origin.
         warnings: Warnings to add to the layer.
-        is_file: True for the values of a file. Only homework keys in a file enable the homework's defaults.
+        is_file: Whether the values are from a file. Only homework keys in a file enable the homework's defaults.
 
     Raises:
         UserError: A homework key is unknown, or a homework section is given as a single value.

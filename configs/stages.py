@@ -11,12 +11,12 @@ def stage_starts(data: DataConfig) -> list[int]:
 
 
 def data_at(data: DataConfig, epoch: int) -> DataConfig:
-    """Return the data section with the image size and batch size of this epoch, and without stages."""
+    """Return `data` with the image size and batch size of this epoch, and without stages."""
     stage = max((stage for stage in data.stages if stage.epoch <= epoch), key=lambda stage: stage.epoch, default=None)
     sizes = {} if stage is None else {"image_size": stage.image_size, "batch_size": stage.batch_size}
     return data.model_copy(update={**{key: size for key, size in sizes.items() if size is not None}, "stages": ()})
 
 
 def config_at(config: Config, epoch: int) -> Config:
-    """Return the config with the data section of this epoch, for tools that run only a part of training."""
+    """Return the config with the image size and batch size of this epoch, for tools that run only part of training."""
     return config.model_copy(update={"data": data_at(config.data, epoch)})

@@ -1,8 +1,8 @@
 """Parse YAML text to plain values, and write plain values as YAML.
 
-Scalars have the types of YAML 1.2, without hexadecimal, octal, infinite and nan numbers. In addition, None is null, and
-numbers in parentheses are a list. Aliases and custom tags are errors. A repeated key is an error, unless its top-level
-key is uppercase, as in the homework's configs. The last value then counts.
+Scalars have the types of YAML 1.2, except that hexadecimal, octal, infinite and nan numbers are read as text. In
+addition, None is null, and numbers in parentheses are a list. Aliases and custom tags are errors. A repeated key is an
+error, unless its top-level key is uppercase, as in the homework's configs. In that case, the last value counts.
 """
 
 from __future__ import annotations

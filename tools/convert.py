@@ -164,7 +164,7 @@ def dataset_name(args: argparse.Namespace) -> str:
 def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
     """Return a summary of a conversion, with a line about the data set and a line about each split.
 
-    A split with quarantined samples also has lines for the first of them.
+    The first few quarantined samples of a split are listed below its line.
     """
     lines = []
     splits: dict[str, dict[str, Any]] = dataset["splits"]

@@ -5,8 +5,8 @@
 This writes to output/cifar10_lenet/export:
 
   model.safetensors   weights of the network, whose inputs are normalized floats
-  config.json         architecture, mean, std, crop and classes, in the layout of timm's folders. A model timm/NAME is
-                      loaded with timm.create_model("local-dir:FOLDER", pretrained=True), a built-in model with
+  config.json         architecture, mean, std, crop and classes, in the layout of timm's folders. Load a timm/NAME
+                      model with timm.create_model("local-dir:FOLDER", pretrained=True), and a built-in model with
                       build_model and safetensors.torch.load_file; the tool prints the code
   model.pt2           torch.export: raw pixels, uint8 [batch, 3, H, W] -> logits float32 [batch, classes]
   model.onnx          the same for ONNX Runtime: input `images`, output `logits`; its metadata contains the classes,
@@ -22,8 +22,8 @@ does not exist, in batches of 1, 7 and 64. If logits differ from the checkpoint'
 millionth of the largest absolute logit, if that is more), the format is not written, and an older file is left
 unchanged.
 
-Exit codes: 0: all formats were written; 1: at least one format was not written, and stderr says why; 2: invalid input,
-and nothing was written.
+Exit codes: 0: all formats were written; 1: at least one format was not written, and stderr says why; 2: invalid input
+(nothing was written), or export.json cannot be written.
 """
 
 from __future__ import annotations

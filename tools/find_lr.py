@@ -7,9 +7,9 @@ This is the range test of Smith, "Cyclical Learning Rates for Training Neural Ne
 that grows exponentially. The config's optimizer trains the config's initial weights on real batches for --steps steps,
 or until the smoothed loss exceeds four times its minimum. The trained weights are discarded. The suggestion is the rate
 at which the smoothed loss falls most steeply per decade. A tenth of the rate at the minimum is printed as a second
-opinion. The suggested rate is meant as the peak of the schedule for the global batch of the test (with data.stages,
-that of the first stage). The printed train.lr is for train.lr_batch_size if that is set. The tool writes find_lr.png,
-find_lr.csv (one row per step) and find_lr.json to --out.
+opinion. Use the suggested rate as the peak of the schedule. It applies to the global batch size of the test (with
+data.stages, that of the first epoch). If train.lr_batch_size is set, the printed train.lr is converted to that batch
+size. The tool writes find_lr.png, find_lr.csv (one row per step) and find_lr.json to --out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from train.throughput import endless_batches
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MIN_STEPS, MAX_STEPS = 100, 300  # bounds of the default number of steps, one epoch
+MIN_STEPS, MAX_STEPS = 100, 300  # bounds of the default number of steps, which is one epoch
 MIN_CURVE_STEPS = 20
 SYNC_EVERY = 10  # steps between two reads of losses from the device
 
@@ -144,7 +144,7 @@ def options_for(config: Config, lr: float) -> str:
 
     Args:
         config: The config of the range test.
-        lr: Learning rate for the global batch of the test. If train.lr_batch_size is set, the returned train.lr is
+        lr: Learning rate at the global batch size of the test. If train.lr_batch_size is set, the returned train.lr is
             converted to that batch size.
     """
     train = config.train
@@ -202,7 +202,7 @@ def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Sugge
 def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
     """Plot the loss against the learning rate.
 
-    The loss axis ends slightly above the losses of the first steps, so diverged losses are cut off.
+    The loss axis ends slightly above the losses of the first steps, so that diverged losses are cut off.
     """
     figure, (axis,) = figures.new_figure(size=(8, 5))
     axis.plot(curve.lr, curve.loss, ".", color="#9db8d6", markersize=4, label="loss of one step")

@@ -203,8 +203,8 @@ def _peers(groups: list[dict[str, Any]]) -> list[str]:
 def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
     """Return one cell per peer with the ratio of this project's rate to the peer's. Cells without a ratio are empty.
 
-    The ratios refer to this project's first row in the group, so `shown` should be False for other rows, which leaves
-    all cells empty.
+    The ratios apply only to this project's first row in the group. For other rows, pass shown=False, which leaves all
+    cells empty.
     """
     ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
     return [ratios.get(peer, "") for peer in peers]

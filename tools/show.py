@@ -7,8 +7,8 @@
 --checkpoint writes predictions.png (random samples), mistakes.png (the most confident mistakes), confusion.png and
 classes.png (F1 of each class). It prints the same loss, top1 and top5 as `train/ddp.py --eval`, the precision, recall
 and F1 of each class, and the most frequently confused classes (confused.csv lists all).
---cfg writes samples.png: the first samples of the first given epoch, as training with one process augments them, below
-the unaugmented images.
+--cfg writes samples.png: the first samples of the first given epoch. Below the unaugmented images, one row per epoch
+shows them as augmented in training with one process.
 --data-path writes class-counts.png and examples.png.
 
 For each plot, a CSV of the same name contains its data. Samples are numbered from 0 in stored order.

@@ -8,8 +8,8 @@ first result: start-up, loading, compilation, training and evaluation.
 
 To compare with https://github.com/KellerJordan/cifar10-airbench, run it right before or after on the same GPU:
 `python airbench94_muon.py`, `python legacy/airbench95.py` and `python airbench96_faster.py` print the time of each run
-in the last column and the mean accuracy at the end. Their number of runs is set at the end of each file. To use the
-same pixels, save this project's arrays as cifar10/train.pt and cifar10/test.pt: dictionaries of `images` (uint8
+in the last column and the mean accuracy at the end. Each file sets its number of runs near its end. To use the same
+pixels, save this project's arrays as cifar10/train.pt and cifar10/test.pt: dictionaries of `images` (uint8
 [N, 32, 32, 3]), `labels` (int64 [N]) and `classes`.
 """
 

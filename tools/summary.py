@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compute_costs(case: ModelCase, device: torch.device, amp: torch.dtype | None) -> tuple[Costs, int | None]:
-    """Return the counted costs, and the measured training memory in bytes, or None without a GPU.
+    """Return the counted costs and the measured training memory in bytes (None without a GPU).
 
     Raises:
         UserError: The model cannot be built or does not fit into the GPU's memory, or its costs cannot be counted.

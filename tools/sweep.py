@@ -1,4 +1,4 @@
-"""Train a config with each combination of settings in a grid or random search, and report the best one.
+"""Train one run per combination of settings, in a grid or random search, and report the best run.
 
     python tools/sweep.py --cfg configs/cifar10_alexnet.yaml train.lr=1e-4,3e-4,1e-3,3e-3
     python tools/sweep.py --cfg configs/cifar10_lenet.yaml train.lr=1e-3,1e-2 data.batch_size=64,128 --opts seed=1
@@ -6,13 +6,16 @@
     python tools/sweep.py --cfg configs/cifar10_lenet.yaml \\
         --variant "plain: aug.crop=none aug.flip=0" --variant "crop+flip: aug.crop=pad aug.flip=0.5"
 
-Each run is a separate process of train/ddp.py. The visible GPUs are divided among concurrent runs. On a CPU, the runs
-are started one after another by default. Run the same command again to resume a sweep: finished runs are kept,
-interrupted ones are resumed and failed ones are retried. --out (default OUTPUT/NAME-sweep) contains a folder and a
-console log per run, and for the whole sweep sweep.csv, sweep.json, curves.csv, sweep.png and, if numbers or variants
-are varied, sweep_values.png.
+Each run executes train/ddp.py separately, with one process per GPU. The visible GPUs are divided among concurrent runs.
+On a CPU, the runs are started one after another by default. Run the same command again to resume a sweep: finished runs
+are kept, interrupted ones are resumed and failed ones are retried.
 
-Exit codes: 0: all runs finished; 1: at least one run failed; 2: invalid input.
+--out (default OUTPUT/NAME-sweep) contains a folder, a config file and a console log for each run. It also contains
+files that cover the whole sweep: sweep.csv, sweep.json, curves.csv, sweep.png (once any run has metrics) and, if the
+finished runs can be compared in one plot, sweep_values.png.
+
+Exit codes: 0: all runs finished; 1: at least one run failed; 2: invalid input, or another error that the user can fix;
+130: interrupted.
 """
 
 from __future__ import annotations
@@ -124,14 +127,14 @@ def main() -> int:
 
 
 def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> None:
-    """Train with each point (combination of settings) in `waiting`.
+    """Train each point (combination of settings) in `waiting`.
 
     The tables are rewritten after each run, so that a killed sweep keeps its results.
 
     Args:
         sweep: The sweep. Errors of failed runs are added to `sweep.errors`.
         waiting: The points without a finished run.
-        slots: GPUs and threads for each concurrent run.
+        slots: One slot per concurrent run.
         lock: File descriptor of the folder's lock.
     """
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program

@@ -130,7 +130,7 @@ class MixConfig(Section):
     cutmix: float = Field(default=0.0, ge=0)
     """Alpha of the Beta(alpha, alpha) distribution of the area share, for CutMix; 0: no CutMix."""
     probability: float = Field(default=1.0, ge=0, le=1)
-    """Probability of mixing, drawn as often as the other mixing parameters (see mode)."""
+    """Probability of mixing; decided as often as the other mixing parameters are drawn (see mode)."""
     switch_probability: float = Field(default=0.5, ge=0, le=1)
     """Probability of CutMix instead of mixup, if both are enabled."""
     mode: Literal["batch", "pair", "elem"] = "batch"
@@ -152,7 +152,8 @@ class AugConfig(Section):
     padding: int = Field(default=4, ge=0)
     """Padding in pixels on each side, for the pad crop; with padding_mode reflect, it must be less than image_size."""
     padding_mode: Literal["constant", "reflect"] = "constant"
-    """Content of the padding, for the pad crop: black, or the image mirrored at its edge pixels."""
+    """Content of the padding, for the pad crop: black (constant), or the image mirrored at its edge pixels
+    (reflect)."""
     scale: Pair = (0.08, 1.0)
     """Minimum and maximum share of the image's area, for the random-resized crop."""
     ratio: Pair = (3 / 4, 4 / 3)

@@ -13,7 +13,7 @@ class EvalConfig(Section):
     """Evaluation on the validation split."""
 
     only: bool = False
-    """Evaluate the checkpoint given by resume and do not train; same as --eval."""
+    """Whether to evaluate the checkpoint given by resume instead of training; same as --eval."""
     batch_size: int | None = Field(default=None, ge=1)
     """Samples per rank and forward pass; null: data.batch_size."""
     image_size: int | None = Field(default=None, ge=1)
@@ -27,5 +27,5 @@ class EvalConfig(Section):
     """Weights whose accuracy selects best.pt, also used for predictions and exports; auto: ema, the moving average, if
     there is one, otherwise raw."""
     tta: Literal["none", "flip", "flip-translate"] = "none"
-    """Test-time augmentation: average the logits of the image and its mirror image (flip), and also of both shifted by
-    one pixel up-left and down-right, with half of the total weight (flip-translate)."""
+    """Test-time augmentation: average the logits of the image and its mirror image (flip), or also of both shifted by
+    one pixel up-left and down-right, where the shifted images have half of the total weight (flip-translate)."""

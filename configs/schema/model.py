@@ -26,12 +26,12 @@ class ModelConfig(Section):
     """Further arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1}
     for a timm model."""
     pretrained: Annotated[bool | str, IsPath] = False
-    """Initial weights. true: timm's published weights, which must be in the hub's cache on this machine; or the path of
+    """Whether to start from timm's published weights, which must be in the hub's cache on this machine; or the path of
     a weights file (.safetensors, .pth). Images are then normalized with the mean and std from a config.json beside the
     file, or from timm for a timm model, or otherwise from the data set."""
     finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
     """Checkpoint of this project, or a run's folder, to take initial weights from; the head is not loaded if the
     classes differ."""
     freeze: Texts = ()
-    """Shell patterns of the names of parameters not to train, such as network.layer1.*; fully frozen norm layers keep
-    their running statistics."""
+    """Shell patterns for the names of parameters to freeze, such as network.layer1.*; batch norm layers whose
+    parameters are all frozen use their running statistics and do not update them."""

@@ -22,8 +22,8 @@ class OptimizerConfig(Section):
     with timm's defaults where betas, eps and nesterov are null."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay: decoupled from the gradient for adamw and muon's filters, added to the gradient for sgd, adam and
-    rmsprop. Each step scales it by the learning rate that follows from train.lr, even for parameters with norm_bias_lr,
-    bias_lr or linear_lr, and by the factors of layer_decay and lr_scales."""
+    rmsprop. Each step multiplies it by the scheduled train.lr, even for parameters with norm_bias_lr, bias_lr or
+    linear_lr, and by the factors from layer_decay and lr_scales."""
     decay_biases: bool = False
     """Whether to apply weight decay to biases and norm parameters too."""
     betas: tuple[float, ...] | None = Field(default=None, validate_default=True)
@@ -51,10 +51,10 @@ class OptimizerConfig(Section):
     linear_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of weights of linear layers; null: train.lr."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    """Layer-wise decay: factor of the learning rate, and with it of weight decay, from each layer to the one below it,
+    """Layer-wise decay: factor that scales the learning rate and weight decay from each layer to the one below it,
     starting at the head; null: 1."""
     lr_scales: dict[str, float] = Field(default={})
-    """Factors of the learning rate, and with it of weight decay, by shell patterns of parameter names, such as
+    """Factors for the learning rate and weight decay of parameters whose names match a shell pattern, such as
     {"network.layer1.*": 0.1}; the last matching pattern wins."""
     options: dict[str, Any] = Field(default={})
     """Further arguments of the optimizer's constructor, such as {alpha: 0.9} for rmsprop."""
@@ -102,7 +102,7 @@ class ScheduleConfig(Section):
     metric: Literal["val_loss", "val_top1", "train_loss"] = "val_loss"
     """Metric to monitor, at the end of each epoch that has it, for plateau."""
     patience: int = Field(default=10, ge=0)
-    """Epochs without improvement to allow, for plateau; the next one decays the learning rate."""
+    """Number of epochs without improvement to tolerate, for plateau; one more decays the learning rate."""
     threshold: float = Field(default=1e-4, ge=0)
     """Minimum change that counts as an improvement, in units of the metric, for plateau."""
     peak: float = Field(default=0.3, gt=0, lt=1)
@@ -122,7 +122,7 @@ class EmaConfig(Section):
     decay: float | None = Field(default=None, ge=0, lt=1)
     """Share of the average that an update keeps; null: no average."""
     warmup: bool = False
-    """Whether the kept share is min(decay, 1 - (1 + updates) ** (-2 / 3)), which starts low and rises to decay."""
+    """Whether an update keeps min(decay, 1 - (1 + updates) ** (-2 / 3)), which starts low and rises to decay."""
     every_steps: int = Field(default=1, ge=1)
     """Optimizer steps between two updates of the average."""
 

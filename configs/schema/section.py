@@ -46,7 +46,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
 
 def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
-    """Return `pair` unchanged if its numbers are positive and in ascending order and, if `at_most_one`, at most 1.
+    """Return `pair` unchanged if it is a valid range: positive, in ascending order and, with `at_most_one`, up to 1.
 
     Raises:
         ValueError: The numbers are not a valid range.

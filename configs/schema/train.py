@@ -29,12 +29,12 @@ class TrainConfig(Section):
     first_epoch: int = Field(default=0, ge=0)
     """Epoch at which a new run starts, with the order, augmentation and learning rate of that epoch."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate. If lr_batch_size is set, lr is rescaled to the global batch, which has
-    data.batch_size * ranks * accumulation_steps samples."""
+    """Peak learning rate. If lr_batch_size is set, lr is rescaled to the global batch size
+    (data.batch_size * ranks * accumulation_steps)."""
     lr_batch_size: int | None = Field(default=None, ge=1)
     """Global batch size for which all learning rates are given; null: do not rescale learning rates."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
-    """How to scale learning rates with the ratio of the global batch to lr_batch_size."""
+    """How to scale learning rates with the ratio of the global batch size to lr_batch_size."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate of the cosine, linear and polynomial schedules, and minimum of the others; at most lr."""
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -57,15 +57,15 @@ class TrainConfig(Section):
     proxy: ProxyConfig = ProxyConfig()
     """Training on only the hard samples of each batch."""
     whiten_bias_epochs: int | None = Field(default=None, ge=0)
-    """Epochs in which to train the bias of a whitening first layer; null: all."""
+    """Number of epochs after which to stop training the bias of the whitening layer; null: never stop."""
     whiten_bias_anneal: bool = False
     """Whether the learning rate of the whitening layer's bias falls linearly from lr to 0 over whiten_bias_epochs, if
     set, instead of following schedule."""
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
     """Cross-entropy, or binary cross-entropy per class (arXiv:2110.00476)."""
     bce_threshold: float | None = Field(default=None, gt=0, lt=1)
-    """Threshold above which targets become 1; all others become 0. For the bce loss with mixed labels; null: keep soft
-    targets."""
+    """Threshold above which targets become 1, while all others become 0, for the bce loss with mixed labels; null: keep
+    soft targets."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability spread evenly over all classes, in training only."""
     accumulation_steps: int = Field(default=1, ge=1)
@@ -82,8 +82,8 @@ class TrainConfig(Section):
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
     """Mode of torch.compile; auto: default on a GPU, off on the CPU."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay the whole step as one CUDA graph; auto: on a single GPU, unless fp16, compile=reduce-overhead, an
-    optimizer that cannot be captured, or on_nonfinite=skip with an optimizer that is not fused is used."""
+    """Whether to replay training steps as CUDA graphs; auto: on a single GPU, unless the run uses fp16,
+    compile=reduce-overhead, an optimizer that cannot be captured, or on_nonfinite=skip with an unfused optimizer."""
     channels_last: bool = True
     """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"

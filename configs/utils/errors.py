@@ -42,7 +42,7 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
 
     Args:
         main: The entry point. Returns the exit code, or None for 0.
-        is_result_printed: True if stdout is the result. Failing to write to stdout, e.g. on a full disk, is then an
+        is_result_printed: Whether stdout is the result. If so, failing to write to it, e.g. on a full disk, is an
             error.
     """
     _open_standard_streams()

@@ -15,7 +15,7 @@ def warn(text: str, *, on_any_rank: bool = False) -> None:
 
     Args:
         text: The warning.
-        on_any_rank: True to print the warning on other ranks too, for causes that rank 0 may not encounter.
+        on_any_rank: Whether to print the warning on other ranks too, for causes that rank 0 may not encounter.
     """
     if on_any_rank or os.environ.get("RANK", "0") == "0":
         print(f"warning: {printable(text)}", file=sys.stderr)

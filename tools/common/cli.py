@@ -14,7 +14,7 @@ def flag_name(name: str) -> str:
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise UserError if one of the named integer arguments is below 1. None is accepted."""
+    """Raise UserError if any of the named integer arguments is below 1. Arguments that are None are skipped."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:

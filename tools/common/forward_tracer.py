@@ -19,7 +19,7 @@ LOSS = "loss"  # name of the layer for operations outside the network
 
 @dataclass
 class Layer:
-    """Costs of one call of a module for the whole batch, without those of the modules that it calls."""
+    """Costs of one call of a module for the whole batch, excluding the modules that it calls."""
 
     name: str
     type: str

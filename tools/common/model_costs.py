@@ -67,7 +67,7 @@ def count_costs(
 
     Args:
         network: Network that takes uint8 images, on `device` and in the memory format used for training. Not modified.
-        config: Settings for the optimizer, loss, Lookahead and moving average.
+        config: Config section `train`, which selects the optimizer, loss, Lookahead and moving average.
         batch_size: Samples per step.
         image_size: Height and width of the images in pixels.
         device: Device of the network. Its autocast rules apply.

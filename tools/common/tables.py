@@ -22,7 +22,7 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """Return a Markdown table of all columns. Numeric columns are right-aligned, and None gives an empty cell.
 
-    Floats are rounded to four significant digits, or to integers from 10,000 on.
+    Floats are rounded to four significant digits, or to integers if they have five or more digits before the point.
     """
     columns = column_names(rows)
     numbers = [

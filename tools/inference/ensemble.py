@@ -81,7 +81,7 @@ def predicted_batches(
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:
-    """Raise UserError if a logit is not finite. `logits` [B, C] belong to the B images from index `start` on."""
+    """Raise UserError if a logit is not finite. `logits` [B, C] are those of B images, starting at index `start`."""
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if len(bad):
         more = f" and {len(bad) - 1} more images of its batch" if len(bad) > 1 else ""
@@ -110,7 +110,7 @@ def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]
     """Find the `count` most probable classes of each image.
 
     Returns:
-        The class numbers, int64 [N, count], in order of decreasing probability, and the probabilities, float32
+        The class indices, int64 [N, count], in order of decreasing probability, and the probabilities, float32
         [N, count].
     """
     parts = [(part.topk(count), part.logsumexp(1, keepdim=True)) for part in torch.from_numpy(logits).split(CHUNK_SIZE)]

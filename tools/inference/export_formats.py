@@ -31,7 +31,7 @@ class Exportable:
     model: PixelClassifier
     name: str  # argument of build_model: lenet …, or timm/NAME
     classes: tuple[str, ...]
-    image_size: int  # height and width, pixels
+    image_size: int  # height and width in pixels
     interpolation: str
     crop_mode: str  # of evaluation: center or squash, as in timm
     crop_fraction: float
@@ -40,7 +40,7 @@ class Exportable:
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The exported graph, with normalization and for any batch size. The torch and ONNX formats share it."""
+        """The exported graph, which normalizes images and takes any batch size. The torch and ONNX formats share it."""
         example = torch.zeros(2, 3, self.image_size, self.image_size, dtype=torch.uint8)  # 1 would become a constant
         batch = {"images": {0: torch.export.Dim("batch")}}
         with torch.no_grad():

@@ -31,7 +31,7 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
         folder: Output folder.
 
     Returns:
-        The format's row of the table that tools/export.py prints.
+        The row for this format in the table that tools/export.py prints.
 
     Raises:
         UserError: The format cannot be written or run, or its logits differ too much. `folder` is then unchanged. Also

@@ -103,10 +103,10 @@ def _match_by_name(ids: Sequence[str], files: Sequence[str]) -> IdMatch | None:
 
 
 def _consecutive_numbers(ids: Sequence[str], sample: Path) -> list[int] | None:
-    """Return one number from each id, at the same place in all N ids, or None if no place qualifies.
+    """Return the number at one place (such as the last number) in each of the N ids, or None if no place qualifies.
 
-    At a place that qualifies, the numbers are 0 to N - 1 or 1 to N in any order. Raises UserError if several places
-    qualify but match the ids differently.
+    A place qualifies if its numbers in all ids are 0 to N - 1 or 1 to N, in any order. Raises UserError if several
+    places qualify but match the ids with the rows differently.
     """
     groups = [re.findall("[0-9]+", text) for text in ids]
     if any(len(group) > MAX_DIGITS for found in groups for group in found):

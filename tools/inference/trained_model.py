@@ -29,11 +29,11 @@ class TrainedModel:
     config: Config
     name: str  # name of the training data set
     classes: tuple[str, ...]
-    image_size: int  # height and width in training, pixels
+    image_size: int  # height and width in pixels, as in training
     state: TrainState
     epochs: int  # completed epochs
     conversion: dict[str, Any] | None  # fields of the data set's Encoding (pipelines.convert), or None if not recorded
-    stored_shape: tuple[int, int, int] | None  # of stored images, or None if shapes differ or were not recorded
+    stored_shape: tuple[int, int, int] | None  # shape of the stored images, or None if it varies or is unknown
 
     @property
     def title(self) -> str:
@@ -53,8 +53,8 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     Args:
         path: A run folder or a checkpoint. In a run folder, best.pt is preferred.
         device: Device to load the model to.
-        compiled: Compile the model as the run would on this machine, so that its logits are bitwise equal to those of
-            the run's evaluations.
+        compiled: Whether to compile the model as the run would on this machine, so that its logits are bitwise equal to
+            those of the run's evaluations.
 
     Raises:
         UserError: There is no intact checkpoint, the checkpoint was written by another program or by an older version
@@ -108,7 +108,7 @@ def _is_list_of(kind: type | tuple[type, ...], values: Any) -> bool:
 def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: str) -> None:
     """Raise UserError unless the model was trained on `classes` in the same order.
 
-    `what` names the data set or checkpoint with these classes in the message.
+    `what` is the name of the data set or checkpoint with these classes, for the message.
     """
     if trained.classes == classes:
         return

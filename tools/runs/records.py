@@ -1,7 +1,7 @@
 """Read the records of finished and unfinished runs, and turn them into rows of a comparison table and of curves.
 
 A record is read from config.yaml, metrics.jsonl and facts.json in a run folder. Rows count epochs from 1 (epochs
-trained), and metrics.jsonl counts them from 0.
+trained), whereas metrics.jsonl counts them from 0.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def differing_keys(configs: Sequence[Config]) -> list[str]:
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """Return a unique label for each run.
 
-    The labels are the first of these that are unique for each run: short and descriptive folder names, short lists of
-    the settings that differ, folder names, folder paths.
+    The labels are folder names if those are short and descriptive, or else the settings that differ if those are short
+    and unique, or else folder names if those are unique, or else folder paths.
     """
     names = [record.folder.name or str(record.folder) for record in records]
     # names that differ only in a number (`lenet`, `lenet-2`) do not describe the run
@@ -151,8 +151,8 @@ def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[
     """Return one row per run with its settings and results.
 
     `time_ratio` is the run's training time divided by that of the first run, or None if one of the two has not finished
-    or its time is unknown. If any run keeps a moving average, the column `weights` says which weights each run's
-    accuracy belongs to: those of the moving average (ema) or the trained ones (raw).
+    or its time is unknown. If any run keeps a moving average, the column `weights` tells whether a run's accuracy is
+    that of the moving average (ema) or of the trained weights (raw).
     """
     configs = [record.config for record in records]
     columns = [key for key in differing_keys(configs) if key not in BASE_COLUMNS]
@@ -208,10 +208,7 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
 
 
 def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
-    """Return the total duration of all epochs in seconds, or None if it is unknown.
-
-    It is unknown if there are no epochs, or if the duration of any epoch is unknown.
-    """
+    """Return the total duration of all epochs in seconds, or None if there are no epochs or a duration is unknown."""
     times = [line.get("epoch_time_s") for line in metrics]
     return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from configs.utils.errors import UserError
 
 @dataclass(frozen=True)
 class RunSlot:
-    """GPUs and threads for one run at a time."""
+    """The GPUs, process count and threads per process available to one run at a time."""
 
     gpus: tuple[str, ...] = ()  # named as in CUDA_VISIBLE_DEVICES; empty for runs on the CPU
     processes: int = 1
@@ -30,7 +30,7 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
             more slots than groups, slots share groups.
 
     Raises:
-        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs (without GPUs, 1).
+        UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs (or 1 if there are none).
     """
     for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
         if number < 1:

@@ -28,13 +28,13 @@ def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Fig
 
     The kind of plot depends on the settings that differ between runs or, with variants, within variants:
         two numeric settings and no others, without variants: a heat map or a scatter plot
-        at most the seed, with variants: one bar per variant
+        none or only the seed, with variants: one bar per variant
         one numeric setting: a line plot, with one line per combination of variant and other settings
         other settings, with variants: one bar per run
 
     Args:
         points: Points whose runs have finished.
-        rows: Results of `points`. Values of None are left out.
+        rows: Rows with the results of `points`. Values that are None are left out.
         title: Title of the figure.
 
     Returns:

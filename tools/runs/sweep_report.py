@@ -38,7 +38,7 @@ class Sweep:
     processes: int  # processes per run
     command: list[str]  # the command that trains one point, without --opts
     opts: list[str]  # overrides for all points
-    errors: dict[str, str] = field(default_factory=dict)  # one-line errors by the names of failed runs
+    errors: dict[str, str] = field(default_factory=dict)  # one-line error of each failed run, by run name
 
 
 def read_records(sweep: Sweep) -> list[RunRecord]:

@@ -134,7 +134,7 @@ def run_points(
 
     Args:
         points: The points to run.
-        slots: GPUs and threads for concurrent runs.
+        slots: One slot per concurrent run.
         lock: File descriptor of the folder's lock. The processes inherit it.
         on_done: Called with the outcome of each run when the run ends.
 
@@ -233,7 +233,7 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
 def _failure_line(child: _RunProcess) -> str | None:
     """Return how a run failed and the log line that explains the failure, or None if the run finished.
 
-    The explaining line is the last one that starts with an error, or the last line if none does.
+    The log line is the last one that starts with an error message, or the last line of all if there is none.
     """
     code = child.process.returncode
     if code == 0:

@@ -24,7 +24,7 @@ from pipelines.convert.source import Source, SplitSource
 from tools.sources.folder_scan import MAX_LISTED, note
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
-READ_BYTES = 64 << 20  # of one read, so that disk seeks take little of the time
+READ_BYTES = 64 << 20  # per read; large enough that disk seeks take little of the time
 FINGERPRINT_ROWS = 64
 # Memory limit of one read, besides chunks and result. A compressed chunk may inflate to a thousand times its declared
 # size.
@@ -194,7 +194,7 @@ def _open_file(path: Path) -> h5py.File:
 
 
 def _explain_refusal(path: Path, error: OSError) -> str | None:
-    """Return why HDF5 refuses to open a file that may be intact, and how to fix this, or None for other errors."""
+    """Return why HDF5 refused to open a possibly intact file and how to fix that. For other errors, return None."""
     text = str(error)
     if "unable to lock file" in text:
         if error.errno in (errno.EAGAIN, errno.EACCES):

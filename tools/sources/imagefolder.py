@@ -77,8 +77,8 @@ def open_imagefolder(root: Path) -> Source:
     val/val_annotations.txt, and test/images without labels.
 
     Raises:
-        UserError: The layout is not supported, a class folder is not named in UTF-8, val_annotations.txt is invalid, a
-            split has no images, a folder cannot be read, a link leads out of `root`, or a file is larger than
+        UserError: The layout is not supported, the name of a class folder is not UTF-8, val_annotations.txt is invalid,
+            a split has no images, a folder cannot be read, a link leads out of `root`, or a file is larger than
             `MAX_FILE_BYTES`.
     """
     if not root.is_dir():

@@ -1,8 +1,8 @@
 """Read members of a .tar.gz by their bare names, sequentially.
 
 Nothing is unpacked to disk, and paths, links and devices in the archive are ignored. Python's tarfile is not
-used, since it treats a damaged header as the end of the archive, and reads an extended header into memory, whatever
-size it claims. Before Python 3.10.15, 3.11.10 and 3.12.6, it also takes quadratic time for extended headers
+used, since it treats a damaged header as the end of the archive, and reads an extended header into memory regardless of
+the size that it claims. Before Python 3.10.15, 3.11.10 and 3.12.6, it also takes quadratic time for extended headers
 (CVE-2024-6232).
 """
 

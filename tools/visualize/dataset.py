@@ -26,7 +26,7 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
     Args:
         path: Folder of the data set.
         ranks: Rank and world size of this process. The world size must be 1.
-        count: Maximum number of classes in examples.png, one image each.
+        count: Maximum number of classes in examples.png, which shows one image per class.
         seed: Seed for the choice of examples.
         out: Output folder, or None for output/show/NAME.
 
@@ -97,7 +97,7 @@ def split_row(split: Split, counts: np.ndarray | None) -> Row:
 
 
 def class_examples(split: Split, count: int, seed: int) -> np.ndarray:
-    """Return the index of a random sample of each class that has samples, in the order of classes, int64 [N].
+    """Return the index of a random sample of each class that has samples, in class order, int64 [N].
 
     If there are more than `count` such classes, `count` of them are chosen at random.
     """

@@ -80,7 +80,7 @@ def show_predictions(
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return the indices of the misclassified samples, int64 [N], the most confident first.
+    """Return the indices of the misclassified samples, int64 [N], in order of decreasing confidence.
 
     Samples without a label are ignored.
     """

@@ -32,7 +32,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
     """Write samples.png and samples.csv with the first samples of `epochs[0]`, augmented as in each of `epochs`.
 
     Args:
-        config: The config.
+        config: Training config.
         ranks: Rank and world size of this process. The world size must be 1.
         epochs: The epochs to show, counted from 0.
         count: Maximum number of samples.
@@ -74,8 +74,8 @@ def augmented_samples(
 ) -> tuple[np.ndarray, list[RenderedBatch]]:
     """Return the indices of the first samples of `epochs[0]`, int64 [N], and these samples as augmented in each epoch.
 
-    The augmented samples are on the host. If samples are mixed, they have the partners of `epochs[0]` in all epochs. In
-    training, the partners differ between epochs.
+    The augmented samples are on the host. Mixed samples have the partners of `epochs[0]` in all epochs, whereas in
+    training the partners differ between epochs.
     """
     data = config.data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     loader = build_train_loader(
@@ -110,7 +110,7 @@ def sample_figure(
     Args:
         original: Unaugmented images, uint8 [N, 3, H, W].
         rows: Augmented images of each epoch, of the same shape.
-        epochs: Number of each epoch, counted from 0.
+        epochs: The epoch of each item of `rows`, counted from 0.
         names: Class name of each sample.
         title: Start of the figure's title.
         mixtures: For each epoch and sample, the classes that were mixed. Empty without mixing.
