@@ -96,7 +96,7 @@ def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> l
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    """Load the config of --cfg, or build one for the data set of --data-path.
+    """Load the config given by --cfg, or build one for the data set given by --data-path.
 
     The settings in data.stages for epoch 0 are applied, unless the subcommand is `stages`.
 

@@ -1,4 +1,4 @@
-"""Train with batches of 1, 2, 4 … images until memory is full: images/s, peak memory, and the largest batch size.
+"""Measure images/s and peak memory at batch size 1, 2, 4 … until memory is full, and find the largest batch size.
 
     python tools/benchmark.py ramp --cfg configs/cifar10_lenet.yaml configs/cifar10_alexnet.yaml --memory-limit 4
     python tools/benchmark.py ramp --model resnet18 timm/convnext_tiny --size 96 --classes 200 --exact
@@ -6,12 +6,12 @@
 Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
 the data set (--cfg), repeated if there are too few, or of noise (--model). After the first size that does not fit,
 bisection finds the largest that does. The largest and the fastest size are measured again. The rate of a size is the
-median of its rounds. On a GPU each size is compiled as configured. Compilation takes most of the time. With
+median of its rounds. On a GPU, each size is compiled as configured, which takes most of the time. With
 --opts train.compile=off train.cuda_graph=off the search is faster, but the rates differ.
 
-On the CPU, memory is the peak of the whole process, including libraries. On a GPU it is the peak of torch's tensors,
-and the memory in use by all processes is shown beside it. Without --memory-limit, the limit is the whole memory of a
-GPU, or on the CPU 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a
+On the CPU, memory is the peak of the whole process, including libraries. On a GPU, it is the peak of torch's tensors,
+and the memory in use by all processes is shown beside it. Without --memory-limit, the limit is all of the GPU's memory
+or, on the CPU, 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a
 model failed with an error other than out of memory, and 130 after an interruption.
 """
 
@@ -131,7 +131,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int | None) -> list[Target]:
-    """Return the models of --cfg and --model under unique names.
+    """Return a target with a unique name for each model of --cfg and --model.
 
     Raises:
         UserError: A config or its data set cannot be loaded, or the config does not match the data set.

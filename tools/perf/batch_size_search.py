@@ -57,7 +57,7 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """Median rate of the rounds, in images/s."""
+        """Median per-round rate, in images/s."""
         return median(self.rates)
 
     @property
@@ -80,11 +80,11 @@ def run_trial(
         batch_size: Number of images in the batch.
         seconds: Duration of a round.
         rounds: Number of rounds.
-        deadline: Time on the clock of time.monotonic(), or None for no deadline.
+        deadline: Deadline as a time.monotonic() value, or None for no deadline.
         step_s: Expected duration of a step in seconds. It extends the warm-up timeout.
 
     Raises:
-        OutOfTime: The deadline has passed, and the trial is incomplete or failed other than by running out of memory.
+        OutOfTime: The deadline has passed, and the trial is incomplete or failed for a reason other than out of memory.
     """
     config = with_batch_size(target.config, batch_size)
     process_limit = None if target.on_gpu else target.limit_bytes

@@ -80,9 +80,9 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
 def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, int, int]:
     """Return the config, number of classes and image size of a config file, a run folder or a checkpoint.
 
-    For a run folder without a checkpoint, its config.yaml is read. A number of classes or image size that the config
-    does not set is taken from the data set, or from the checkpoint's "dataset" entry. Command-line options take
-    precedence.
+    For a run folder without a checkpoint, its config.yaml is read. If the config does not set the number of classes or
+    the image size, the value is taken from the data set or from the checkpoint's "dataset" entry. Command-line options
+    take precedence.
 
     Raises:
         UserError: The file or the data set is invalid, or the number of classes or the image size is unknown.
@@ -113,7 +113,7 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
 
 
 def default_size(model: str) -> int:
-    """Return the smallest image size with which this project's configs train the model.
+    """Return the smallest image size at which this project's configs train the model.
 
     If no config trains it, return STORED_SIZE. For a timm model, return its native size, or 224 if that is unknown.
     """

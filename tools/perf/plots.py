@@ -28,7 +28,7 @@ LOG_SCALE_RATIO = 20.0  # ratio of the largest to the smallest rate from which t
 
 
 def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] | None, machine: str) -> Figure:
-    """Plot images/s and peak memory over the batch size.
+    """Plot images/s and peak memory against the batch size.
 
     A star marks the fastest batch size of each model, and a diamond the largest that fits.
 

@@ -6,7 +6,7 @@
 Phases: data (waiting for a batch), proxy (sample selection by train.proxy, if set), forward, backward, reduce (the part
 of the all-reduce that does not overlap with backward), optimizer (with clipping, clearing gradients and averages), host
 (everything else while the device is idle or, on the CPU, between the phases). They add up to the wall time of the step.
-On a GPU they are device times, on the CPU host times. Under torchrun the first rank is profiled.
+They are device times on a GPU and host times on the CPU. Under torchrun, rank 0 is profiled.
 
 A captured step (CUDA graph) has no phases. It is profiled without capture, and the time of the captured step is
 reported separately. Model FLOPs utilization is the arithmetic rate of forward and backward, with 2 FLOPs per
@@ -124,7 +124,7 @@ def build_training(
 
 
 def measure_rate(state: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
-    """Return the training rate of all ranks together in images/s, measured without the profiler.
+    """Return the training rate over all ranks in images/s, measured without the profiler.
 
     All ranks must call this function.
     """

@@ -27,11 +27,11 @@ def flops_utilization(
 ) -> dict[str, Any]:
     """Return the model FLOPs utilization of one device, the FLOPs per image, and the peak rates for comparison.
 
-    The peak rate of a matrix multiplication is measured, and that of the data sheet is looked up. Rates that are
-    unknown are left out.
+    The peak rate of a matrix multiplication is measured, and the data sheet's peak rate is looked up. Unknown rates are
+    left out.
 
     Args:
-        config: Config of the training.
+        config: Training config.
         classes: Number of classes.
         image_size: Image size (height and width) in pixels.
         device: "cpu" or "cuda".
@@ -76,11 +76,11 @@ def profile_content(
     """Return the content of profile.json. Times are in ms per micro-step (one forward and backward pass).
 
     Args:
-        config: Config of the training.
+        config: Training config.
         ranks: Rank and world size of this process.
         amp: Autocast dtype, or None for float32.
         profile: Profile of the first rank.
-        rates: Training rates of all ranks together without the profiler, in images/s, by mode ("uncaptured",
+        rates: Training rates over all ranks, measured without the profiler, in images/s, by mode ("uncaptured" or
             "captured").
         utilization: Result of `flops_utilization`, or None if it was not computed.
     """

@@ -159,8 +159,8 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 def phase_times(events: Sequence[Event]) -> dict[str, float]:
     """Return the time in µs of each phase within the profiled window.
 
-    `events` are the complete events ("ph": "X") of a Chrome trace. The window is the event named WINDOW. The
-    phase PROXY is only included if it occurs.
+    `events` are the complete events ("ph": "X") of a Chrome trace. The window is the event named WINDOW. PROXY
+    is included only if it occurs.
     """
     (window,) = (event for event in events if event["name"] == WINDOW and event["cat"] == "user_annotation")
     thread = window["tid"]
@@ -266,7 +266,7 @@ def merge(intervals: list[Interval]) -> list[Interval]:
 
 
 def intersect(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """Return the moments that are in both sets of intervals, as sorted, disjoint intervals."""
+    """Return the intersection of two sets of intervals, as sorted, disjoint intervals."""
     result, first, second = [], merge(left), merge(right)
     i = j = 0
     while i < len(first) and j < len(second):
@@ -286,7 +286,7 @@ def _span(event: Event) -> Interval:
 
 
 def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Return the operators that took the most CPU time, with the number of calls and the total time in ms.
+    """Return the (at most MAX_OPERATORS) operators that took the most CPU time, with call counts and total time in ms.
 
     The time of an operator excludes that of the operators it calls.
     """
@@ -296,9 +296,9 @@ def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
 
 
 def top_kernels(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the GPU operations that took the most time, with the number of calls and the total time in ms.
+    """Return the (at most MAX_OPERATORS) GPU operations that took the most time, with call counts and total time in ms.
 
-    GPU operations are kernels, copies and memory sets.
+    GPU operations are kernels, memcpys and memsets.
     """
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:

@@ -22,9 +22,9 @@ class Workload:
     """An endless iterator whose items are timed.
 
     Args:
-        items: The iterator. Each item counts `units_per_item` images, bytes or operations.
-        details: Called after the last round. Returns further fields of the row.
-        prefetches: Whether the iterator prepares items between rounds. If so, one item is dropped before each round.
+        items: The iterator. Each item counts as `units_per_item` images, bytes or operations.
+        details: Called after the last round. Returns additional fields for the row.
+        prefetches: Whether the iterator prepares items between rounds. If so, each round starts with one untimed item.
     """
 
     items: Iterator[Any]
@@ -39,9 +39,9 @@ class Candidate:
 
     Args:
         build: Called with `arguments` in the candidate's process. Returns a context manager that yields workloads by
-            name. The name of a single workload may be "".
-        monitor: Called repeatedly with the process id while a reply of the process is awaited. Returns the reason to
-            kill the process, or None.
+            name. A single workload may be named "".
+        monitor: Called repeatedly with the process id while waiting for a reply. Returns a reason to kill the process,
+            or None to let it run.
     """
 
     name: str
@@ -102,8 +102,8 @@ def error_text(error: BaseException) -> str:
 def _calibrate(workload: Workload, seconds: float) -> int:
     """Warm up the workload and return the number of items that take about `seconds`.
 
-    The number is at least 2, unless the workload does not prefetch and its first item takes at least `seconds`. In that
-    case, the first item is the only warm-up.
+    The number is at least 2, or at least 1 if the workload does not prefetch and its first item takes at least
+    `seconds`. In the latter case, the first item is the only warm-up.
     """
     min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
     if min_count == 2:

@@ -1,6 +1,6 @@
 """Draw a bar chart of a benchmark run, with one panel per table.
 
-Bars show the median images/s, and error bars the range of the rounds. The names of this project's rows are bold.
+Bars show the median images/s, and error bars show the slowest and fastest round. This project's rows have bold labels.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _panel(axes: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None
 
 
 def _power_of_ten(value: float) -> int:
-    """Return the largest integer n for which 10**n does not exceed a positive value."""
+    """Return the largest integer n with 10**n <= value. `value` must be positive."""
     power = 0
     while 10.0 ** (power + 1) <= value:
         power += 1

@@ -34,7 +34,7 @@ def limited_batch_size(folder: Path, batch_size: int, batches: int = 8) -> int:
 
 @dataclass
 class RepeatedRows:
-    """Split of a conversion source: `samples` samples of an npy data set's train split, repeated if it has fewer."""
+    """A `SplitSource` that reads the train split of an npy data set, truncated or repeated to `samples` samples."""
 
     folder: Path
     samples: int
@@ -65,13 +65,13 @@ def make_variant(
 ) -> Path:
     """Write a variant of the train split of an npy data set to `out` and return its path.
 
-    If `out` already contains a data set, nothing is written. The shard size is between 1 and 512 MiB, and is chosen for
+    If `out` already contains a data set, nothing is written. The shard size, 1 to 512 MiB, is chosen so that there is
     at least one shard per core if possible.
 
     Args:
         folder: Data set to convert.
         out: Folder of the variant.
-        encoding: Encoding of the variant, npy or jpeg.
+        encoding: "npy" or "jpeg".
         size: Height and width of the images in pixels, or None for the stored size.
         samples: Number of samples, or None for all samples of the split. Samples are repeated if the split has fewer.
     """

@@ -1,7 +1,7 @@
-"""Peak rates of dense matrix products according to NVIDIA's data sheets and white papers.
+"""Peak dense matmul throughput from NVIDIA's data sheets and white papers.
 
-Where a data sheet states the rate with sparsity, half of it is listed ("halved"). For GeForce cards, the listed rate is
-that with float32 accumulation, as used by torch.
+If a data sheet gives only the sparse rate, half of it is listed and the source is marked "halved". For GeForce cards,
+the rate is that of float32 accumulation, which torch uses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHEETS: dict[str, tuple[float | None, float | None, float | None, str]] = {
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> tuple[float, str] | None:
-    """Return the peak FLOP/s of dense matrix products and the source, or None if the rate is unknown."""
+    """Return the peak dense matmul throughput in FLOP/s and its source, or None if it is unknown."""
     matches = [name for name in SHEETS if f"{device_name} ".startswith((f"{name} ", f"{name}-"))]
     if not matches or "Laptop" in device_name:  # laptops have a smaller chip under the same name
         return None

@@ -52,7 +52,7 @@ class Measurement:
 
     @property
     def rate(self) -> float:
-        """Median rate of the rounds, in units/s."""
+        """Median per-round rate, in units/s."""
         return median(self.rates)
 
 
@@ -71,8 +71,8 @@ def measure(
         candidates: Programs to measure.
         seconds: Approximate duration of a round.
         rounds: Number of rounds per workload.
-        deadline: Time on the clock of time.monotonic(), or None for no deadline. Candidates that are not warm by then
-            get the error OUT_OF_TIME. After the deadline no round starts, except the first.
+        deadline: Deadline as a time.monotonic() value, or None for no deadline. Candidates that are not warm by then
+            get the error OUT_OF_TIME. Only the first round may start after the deadline.
         warm_up_timeout_s: Time limit for one candidate to build and warm up.
         show_progress: Whether to show progress bars.
         after_round: Called after each round with the measurements so far.
@@ -82,7 +82,7 @@ def measure(
     """
 
     def timeout(limit_s: float, grace_s: float = 0.0) -> tuple[float, str | None]:
-        """Return how long to wait for a reply, in seconds, and the error to report if there is none in this time.
+        """Return how many seconds to wait for a reply, and the error to report if none arrives in time.
 
         The error is None unless the deadline shortens the wait.
         """
@@ -171,10 +171,10 @@ class _CandidateProcess:
         self._process.join()
 
     def warm_up(self, timeout_s: float, timeout_error: str | None) -> list[Measurement]:
-        """Wait until the candidate is warm. Return a measurement without rates for each of its workloads.
+        """Wait until the candidate is warm, and return a measurement without rates for each of its workloads.
 
-        A workload whose warm-up failed has its error. If the candidate cannot be built or does not reply in time, the
-        result is a single measurement with the error.
+        If the warm-up of a workload failed, its measurement has the error. If the candidate cannot be built or does not
+        reply in time, a single measurement with the error is returned.
         """
         name = self._candidate.name
         reply = self._receive(timeout_s, timeout_error)
@@ -184,7 +184,7 @@ class _CandidateProcess:
         return [Measurement(name, workload, error=error) for workload, error in reply.items()]
 
     def run_round(self, measurement: Measurement, timeout_s: float, timeout_error: str | None) -> None:
-        """Run one round and add its rate or its error to the measurement."""
+        """Run one round and record its rate or error in the measurement."""
         reply = self._request(measurement.workload, timeout_s, timeout_error)
         if isinstance(reply, str):
             measurement.error = reply
@@ -194,7 +194,7 @@ class _CandidateProcess:
     def fetch_details(self, measurements: list[Measurement]) -> None:
         """Fetch the details of all workloads and store them in the measurements.
 
-        If no workload has a rate, the details are empty. If they cannot be fetched, `details_error` has the reason.
+        If no workload has a rate, the details are empty. If they cannot be fetched, `details_error` gives the reason.
         """
         has_rates = any(measurement.rates for measurement in measurements)
         details = self._request(None, DETAILS_TIMEOUT_S) if has_rates else {}
@@ -214,7 +214,7 @@ class _CandidateProcess:
     def _receive(self, timeout_s: float, timeout_error: str | None) -> Any:
         """Return the reply of the process, or an error as text.
 
-        The process is killed if it does not reply within `timeout_s` or if the monitor gives a reason.
+        The process is killed if it does not reply within `timeout_s` or if the monitor returns a reason.
         """
         end, monitor = time.monotonic() + timeout_s, self._candidate.monitor
         try:

@@ -1,4 +1,4 @@
-"""Tables of a run in Markdown, for the console and docs/benchmarks."""
+"""Format the tables of a run as Markdown, for the console and docs/benchmarks."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def tables_markdown(entries: Sequence[Entry], run: dict[str, Any]) -> str:
 
 
 def table_markdown(entry: Entry) -> str:
-    """Return a table under its title, with its notes."""
+    """Return a table with its title and notes."""
     return "\n\n".join([f"### {entry['title']}", table(entry), *_notes(entry)])
 
 
 def headline(run: dict[str, Any]) -> str:
-    """Return the machine, the versions and the date as a sentence."""
+    """Return a sentence with the machine, the versions and the date."""
     machine = run["environment"]
     cores = f"{machine['cores']} cores"
     if machine["device"] != machine["processor"]:
@@ -69,9 +69,9 @@ def headline(run: dict[str, Any]) -> str:
 
 
 def parts_table(run: dict[str, Any]) -> str:
-    """Return a table of the date, duration, completeness and command of each part of a run.
+    """Return a table with the date, duration, completeness and command of each part of a run.
 
-    Versions of a part are listed if they differ from those in the headline.
+    Versions of a part are listed only if they differ from those in the headline.
     """
     common = run["environment"]["versions"].items()
     rows = []
@@ -85,7 +85,7 @@ def parts_table(run: dict[str, Any]) -> str:
 
 
 def table(entry: Entry) -> str:
-    """Return the rows of an entry as a table, with the columns that the entry lists or, by default, of its stage."""
+    """Return the rows of an entry as a table. The columns are those listed in the entry, or else those of its stage."""
     rows = entry["rows"]
     if "columns" in entry:
         return _columns_table(entry)
@@ -101,12 +101,12 @@ def table(entry: Entry) -> str:
 
 
 def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Return a table of strings, in which all columns but the first are aligned to the right."""
+    """Return a table of strings. All columns except the first are right-aligned."""
     return aligned_table(header, rows, right=range(1, len(header)))
 
 
 def _columns_table(entry: Entry) -> str:
-    """Return a table of the columns listed in the entry and a column for remarks, without empty columns."""
+    """Return a table of the row names, the columns listed in the entry, and remarks. Empty columns are left out."""
     rows = []
     for row in entry["rows"]:
         remark = f"failed: {row['error']}" if row["error"] else row.get("note", "")
@@ -116,7 +116,7 @@ def _columns_table(entry: Entry) -> str:
 
 
 def shown(name: str) -> str:
-    """Return the column header of a field, such as images/s for images_per_s and "time mean, s" for time_s_mean."""
+    """Return the column header for a field, such as images/s for images_per_s and "time mean, s" for time_s_mean."""
     words = re.sub(r"^(.*)_(gib|s)(_mean|_std)?$", r"\1\3, \2", name.replace("_per_", "/"))
     return words.replace(", gib", ", GiB").replace("_", " ").replace("gb/", "GB/")
 

@@ -1,4 +1,4 @@
-"""Tables whose rows come from candidates that take turns, from a generator of rows, or from one function."""
+"""Tables measured from candidates that take turns, by a generator of rows, or by one function."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _discard(entry: Entry) -> None:
 class TableSpec(Protocol):
     """A table that can be measured.
 
-    `run` measures the table and returns it. An InterleavedTable has `rounds` rounds of about `seconds` seconds each.
-    Only the first round may start after `deadline`, which is on the clock of time.monotonic(). Other tables ignore
-    these arguments. InterleavedTable and RowTable call `keep` with the unfinished table after each round or row.
+    `run` measures the table and returns it. An InterleavedTable runs `rounds` rounds of about `seconds` seconds each.
+    Only the first may start after `deadline`, a time.monotonic() value. Other tables ignore these arguments.
+    InterleavedTable calls `keep` with the unfinished table after each round, and RowTable after each row.
     """
 
     title: str
@@ -41,7 +41,7 @@ class RowTable:
     Args:
         columns: Fields to show.
         rows: Called with the machine limits. Measures and yields the rows.
-        details: Further fields of the entry.
+        details: Additional fields for the entry.
     """
 
     title: str
@@ -86,8 +86,8 @@ class InterleavedTable:
 
     Args:
         candidates: Programs to measure.
-        rows: Fields of the rows of each candidate, such as `ours`, in the order of the candidates.
-        details: Further fields of the entry.
+        rows: For each candidate in `candidates`, the fields to set in its rows, such as `ours`.
+        details: Additional fields for the entry.
         add_bounds: Called after each round with the measured rows and the machine limits. Adds bounds and ratios to the
             rows.
     """

@@ -47,10 +47,11 @@ def loading(
     since they are stopped during the warm-up.
 
     Args:
-        data: Settings of the loader.
-        aug: Augmentation settings.
+        data: Config section `data`.
+        aug: Config section `aug`.
         device: "cpu" or "cuda".
-        variants: Fields of `data` to change, by name of the workload. If None, there is one workload without changes.
+        variants: Maps the name of each workload to its overrides of `data`. If None, a single workload uses `data`
+            unchanged.
     """
 
     def workload(changes: dict[str, Any]) -> Workload:
@@ -72,13 +73,13 @@ def loading(
 
 @contextmanager
 def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
-    """Build a workload that trains on one resident batch, and a workload of end-to-end training for each variant.
+    """Build one workload that trains on a single resident batch, plus one end-to-end training workload per variant.
 
     All workloads share one network and optimizer, so that they differ only in the loader.
 
     Args:
-        config: Config of the training.
-        variants: Fields of `config.data` to change, by name of the end-to-end workload.
+        config: Training config.
+        variants: Maps the name of each end-to-end workload to its overrides of `config.data`.
     """
     with process_group(Ranks()) as device:
         state, loader = _build(config, device)
@@ -103,10 +104,10 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
     network is built.
 
     Args:
-        config: Config of the training.
+        config: Training config.
         synthetic: Whether to train on noise instead of images of the data set. Noise requires data.image_size and
-            model.num_classes. In both cases, a limited number of images is repeated to fill the batch.
-        limit_bytes: Maximum GPU memory for torch to allocate, or None for no limit.
+            model.num_classes. Either way, a limited number of images is repeated to fill the batch.
+        limit_bytes: Maximum GPU memory that torch may allocate, or None for no limit.
     """
     process_memory.prefer_oom_kill()
     with process_group(Ranks()) as device:
@@ -132,7 +133,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
 
 
 def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return up to DISTINCT_IMAGES images from the config's train loader, and the description of the data set."""
+    """Return up to DISTINCT_IMAGES images from the train loader of `config`, and the content of dataset.json."""
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
@@ -145,7 +146,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return random images with random labels, and a data set description that matches them."""
+    """Return random images with random labels, and a matching stand-in for the content of dataset.json."""
     count, side, classes = (
         min(config.data.batch_size, READ_BATCH_SIZE),
         config.data.image_size,
@@ -161,7 +162,7 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
 def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
     """Yield the items. On a GPU, add the memory usage to `details` at item WARM_ITEMS.
 
-    The usage includes that of earlier workloads in this process.
+    The usage includes earlier workloads in this process.
     """
     for number, item in enumerate(items, 1):
         if number == WARM_ITEMS and device.type == "cuda":

@@ -1,9 +1,9 @@
 """Memory of a candidate's process: its usage, its limit, and errors that mean out of memory.
 
-On the CPU, the limit is checked by another process instead of being set with RLIMIT_AS or RLIMIT_DATA. These count
-gigabytes that torch, DALI and thread stacks reserve but never touch, and libraries fail in many ways if an allocation
-is refused. The check reads the peak resident memory that the kernel records (VmHWM), and thus includes peaks between
-two checks. Libraries and mapped data sets count towards the limit, but child processes do not.
+On the CPU, the limit is checked by another process instead of being set with RLIMIT_AS or RLIMIT_DATA. Those limits
+also count gigabytes that torch, DALI and thread stacks reserve but never touch, and libraries fail in many ways if an
+allocation is refused. The check reads the peak resident memory that the kernel records (VmHWM), and thus does not miss
+peaks between checks. Libraries and mapped data sets count towards the limit, but child processes do not.
 """
 
 from __future__ import annotations
@@ -87,16 +87,16 @@ def available_bytes() -> int:
 
 
 def prefer_oom_kill() -> None:
-    """Make the kernel kill this process, and not its parent, when memory runs out."""
+    """Make the kernel kill this process rather than its parent when memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Return the memory usage in GiB by name.
+    """Return the memory usage in GiB, keyed by metric name.
 
-    The names are those of `train.engine.metrics.memory_usage`. On a GPU the result also has `reserved_gib`, the peak
-    that torch's allocator reserved, and `gpu_memory_gib`, the size of the GPU's memory.
+    The metrics are those of `train.engine.metrics.memory_usage`. On a GPU, they also include `reserved_gib`, the peak
+    memory reserved by torch's allocator, and `gpu_memory_gib`, the size of the GPU's memory.
     """
     if device.type != "cuda":
         return metrics.memory_usage(device)

@@ -5,14 +5,15 @@ Rows are plain dicts that are written to a JSON file and read again. Their field
     ours: True for rows of this project
     device, placement, encoding, batch_size
     error: text if the measurement failed, or None
-    note: reason why a row that did not fail has no figures, or incomplete ones
-    images_per_s, lowest, highest: median, minimum and maximum of the rounds
-    ratio: our rate divided by the rate of this row, in rows of peers
+    note: reason why a row that did not fail has no figures or incomplete figures
+    images_per_s, lowest, highest: median, minimum and maximum per-round rate
+    ratio: in rows of peers, our rate divided by the peer's
     bound: {name, images_per_s} of the tightest bound
     share: rate divided by the bound
     binds: what limits the rate
     memory_gib, device_memory_gib: on a GPU; see `train.engine.metrics.memory_usage`
-    of_resident, training_gflop, precision: in training; rate divided by the resident batch's, GFLOP per image, dtype
+    of_resident: in training, the rate divided by that of the resident batch
+    training_gflop, precision: in training, GFLOP per image and dtype
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
 from train.reporting.run_info import device_name, processor_name
 
 Row = dict[str, Any]
-Entry = dict[str, Any]  # table of a run: title, stage, rows and further fields
+Entry = dict[str, Any]  # table of a run: title, stage, rows and additional fields
 FORMAT, VERSION = "model-zhu-benchmarks", 1
 RUNNING = "not measured to its end: the run was cut off"  # note of a row while its program runs
 STOPPED = "stopped at the deadline"
-BINDS_FROM = 0.6  # minimum share of a bound for which the bound is named as limiting the rate
+BINDS_FROM = 0.6  # minimum share of a bound at which it is named as the limiting factor
 PACKAGES = {  # packages whose versions are recorded
     "torch": "torch",
     "torchvision": "torchvision",
@@ -68,7 +69,7 @@ def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: A
 
 
 def rate_fields(rounds: list[float]) -> Row:
-    """Return the median, minimum and maximum of the rates of the rounds, in images/s."""
+    """Return row fields with the median, minimum and maximum per-round rate, in images/s."""
     rates = {"images_per_s": median(rounds), "lowest": min(rounds), "highest": max(rounds)}
     return {name: float(f"{rate:.5g}") for name, rate in rates.items()}
 
@@ -86,12 +87,12 @@ def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: Any) -> Row:
 
 
 def is_measured(row: Row) -> bool:
-    """Return True unless the row failed, was left out for lack of time, or belongs to a running program."""
+    """Return True unless the row failed, was skipped for lack of time, or belongs to a running program."""
     return not row["error"] and row.get("note") not in (OUT_OF_TIME, RUNNING)
 
 
 def is_complete(row: Row) -> bool:
-    """Return True if `is_measured` is true and the program of the row was not stopped at the deadline."""
+    """Return True if the row is measured (see `is_measured`) and its program was not stopped at the deadline."""
     return is_measured(row) and row.get("note") != STOPPED
 
 
@@ -107,11 +108,11 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
-    """Set the tightest bound of a row, the share of this bound that is reached, and the limiting factor.
+    """Set `bound`, `share` and `binds` of a row from its tightest bound.
 
     Args:
-        row: Row to change. It is left unchanged if it has no rate or no bound is positive.
-        bounds: Upper bounds of the rate in images/s, by name. Bounds of 0 are ignored.
+        row: Row to modify. It is left unchanged if it has no rate or no bound is positive.
+        bounds: Upper bounds on the rate in images/s, by name. Bounds of 0 are ignored.
         otherwise: Limiting factor to name if the share is below BINDS_FROM.
     """
     bounds = {name: rate for name, rate in bounds.items() if rate > 0}

@@ -1,7 +1,7 @@
 """Machine limits (copies, arithmetic, disk) as workloads, and the bounds that follow from them.
 
-Rates are in bytes/s or FLOP/s. A copy of n bytes counts as n bytes, although it reads n and writes n. The rate divided
-by the bytes per image is then the images/s if every image is copied once.
+Rates are in bytes/s or FLOP/s. A copy of n bytes counts as n bytes, although it reads n and writes n. Dividing
+the rate by the bytes per image then gives the images/s if every image is copied once.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def pinned_copy(batch_bytes: int, images: int) -> Iterator[dict[str, Workload]]:
 def batch_copies(size: int, sources: int, threads: int) -> Iterator[torch.Tensor]:
     """Copy `size` bytes per item, cycling through `sources` source buffers.
 
-    With many sources the reads miss the processor's cache, as with samples in random order.
+    With many sources, reads miss the CPU cache, as with samples in random order.
     """
     content = [torch.zeros(size, dtype=torch.uint8) for _ in range(sources)]
     targets = [torch.zeros(size, dtype=torch.uint8) for _ in range(min(4, sources))]
@@ -139,9 +139,9 @@ def _copies(source: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor
 
 
 def _matmuls(size: int, dtype: torch.dtype, device: str) -> Iterator[torch.Tensor]:
-    """Multiply matrices of random numbers.
+    """Multiply random matrices endlessly.
 
-    With zeros, a GPU needs less power and runs at a higher clock than in training.
+    With matrices of zeros, a GPU would draw less power and run at a higher clock than in training.
     """
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
@@ -150,7 +150,7 @@ def _matmuls(size: int, dtype: torch.dtype, device: str) -> Iterator[torch.Tenso
 
 
 def _disk_reads(file: Path) -> Iterator[int]:
-    """Read the blocks of a file sequentially and repeatedly, bypassing the page cache.
+    """Read a file block by block, over and over, bypassing the page cache.
 
     Blocks are also dropped from the page cache before they are read, for file systems without O_DIRECT.
     """
@@ -169,7 +169,7 @@ def _disk_reads(file: Path) -> Iterator[int]:
 
 
 def limits_from(measurements: list[Measurement]) -> Limits:
-    """Return the median rate of each limit that was measured, in bytes/s or FLOP/s."""
+    """Return the median rate of each limit that was measured without an error, in bytes/s or FLOP/s."""
     return {
         measurement.workload: measurement.rate
         for measurement in measurements
@@ -178,9 +178,9 @@ def limits_from(measurements: list[Measurement]) -> Limits:
 
 
 def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
-    """Return the floating-point operations per image of the forward and backward pass.
+    """Return the FLOPs per image of the forward and backward pass.
 
-    A multiply-add counts as 2 operations.
+    A multiply-add counts as 2 FLOPs.
     """
     network = build_from_config(model, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     shape: dict[str, Any] = {"batch_size": 2, "image_size": image_size, "device": torch.device("cpu"), "amp": None}
@@ -188,14 +188,14 @@ def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
 
 
 def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes: float, output_bytes: float) -> Limits:
-    """Return the images/s at which a loader would reach each limit that applies to it.
+    """Return the upper bound on a loader's images/s from each limit that applies to it.
 
     Args:
         limits: Machine limits.
-        placement: "device" if raw pixels are stored in GPU memory.
+        placement: "device" if raw pixels are in GPU memory. All other values are treated like "host".
         device: "cpu" or "cuda".
-        stored_bytes: Bytes of one stored image.
-        output_bytes: Bytes of one image in a batch.
+        stored_bytes: Bytes per stored image.
+        output_bytes: Bytes per image in a batch.
     """
     if device != "cuda":
         return {MEMORY: limits.get(MEMORY, 0) / output_bytes}
@@ -205,16 +205,16 @@ def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes:
 
 
 def disk_bound(limits: Limits, stored_bytes: float, split_bytes: float) -> Limits:
-    """Return the bound by disk reads, in images/s, if the split is larger than the machine's memory.
+    """Return the bound from disk reads in images/s, if the split is larger than the machine's memory.
 
-    Otherwise the split can be cached and the result is empty.
+    Otherwise, the split can be cached, and the result is empty.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {DISK: limits.get(DISK, 0) / stored_bytes} if split_bytes > memory else {}
 
 
 def limit_rows(measurements: list[Measurement]) -> list[Row]:
-    """Return the limits as rows, in GB/s or TFLOP/s."""
+    """Return a row per limit, with its value in GB/s or TFLOP/s."""
     rows = []
     for measurement in measurements:
         unit = UNITS.get(measurement.workload, "")
@@ -227,5 +227,5 @@ def limit_rows(measurements: list[Measurement]) -> list[Row]:
 
 
 def limits_from_rows(rows: list[Row]) -> Limits:
-    """Return the limits in rows made by `limit_rows`, in bytes/s or FLOP/s."""
+    """Convert rows from `limit_rows` back to limits in bytes/s or FLOP/s. Rows without a value are skipped."""
     return {row["name"]: row["value"] * UNIT_SIZES[row["unit"]] for row in rows if "value" in row}

@@ -47,7 +47,7 @@ def write_json(run: Run, path: Path) -> None:
 
 
 class RunFile:
-    """A run and the JSON files that contain it.
+    """A run and the JSON files to which it is written.
 
     Args:
         run: Run to which tables are added.

@@ -25,7 +25,7 @@ Batches = Iterator[tuple[Any, Any]]
 def _opened(folder: Path) -> Split:
     """Open the train split of a data set, or return it from a cache.
 
-    PeerTask does not store the split, since tasks are pickled, but memory maps cannot be.
+    PeerTask does not store the split, since tasks are pickled and memory maps cannot be.
     """
     return open_split(folder, SPLIT)
 
@@ -39,7 +39,7 @@ class PeerTask:
     batch_size: int
     workers: int
     image_size: int  # after augmentation, in pixels
-    aug: AugConfig | None = None  # None: reading and decoding only
+    aug: AugConfig | None = None  # or None to only read and decode
     device: str = "cpu"
 
     @property
@@ -76,9 +76,9 @@ class PeerTask:
         return self.scratch / f"{self.folder.name}-{self.encoding}-{QUALITY}{ending}"
 
     def shards_for_workers(self) -> Split:
-        """Return the split, for libraries that distribute whole shards to workers.
+        """Return the split for libraries that assign whole shards to workers.
 
-        If an npy split has fewer shards than workers, a copy of it with smaller shards is returned, see `make_variant`.
+        If an npy split has fewer shards than workers, return a copy with smaller shards instead (see `make_variant`).
         """
         if len(self.split.files) >= self.workers or self.encoding != "npy":
             return self.split

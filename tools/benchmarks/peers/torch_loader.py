@@ -106,8 +106,8 @@ def homework_loader(task: PeerTask) -> torch.utils.data.DataLoader:
 def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
     """Build the homework's dataset, and write its pickle file or HDF5 file if necessary.
 
-    Images of up to MAX_PICKLED_SIDE pixels are pickled. Larger images are read from HDF5 and, as in the homework, their
-    pixels are divided by 256 instead of 255. Without augmentation, pixels stay uint8.
+    Images with a height of up to MAX_PICKLED_SIDE pixels are pickled. Larger images are read from HDF5 and, as in the
+    homework, their pixels are divided by 256 instead of 255. Without augmentation, pixels stay uint8.
     """
     mean, std = task.stats
     after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(mean, std)]
@@ -148,7 +148,7 @@ def data_loader(
 
 
 def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
-    """Build the crop and flip of the task. `transforms` is torchvision's module of transforms, v1 or v2."""
+    """Build the crop and flip of the task. `transforms` is torchvision.transforms or torchvision.transforms.v2."""
     aug, size = task.aug, task.image_size
     if aug is None:
         return []
@@ -165,7 +165,7 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
 
 
 def _colors(aug: AugConfig | None) -> list[Any]:
-    """Build the policy, color and blur transforms for PIL images. They are slower on tensors of single images.
+    """Build the policy, color and blur transforms for PIL images. They are slower on single-image tensors.
 
     Raises:
         ValueError: torchvision does not have the policy.

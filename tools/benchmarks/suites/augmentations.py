@@ -51,16 +51,16 @@ def augmentation_table(
     workers: int = 1,
     placement: str = "auto",
 ) -> InterleavedTable:
-    """Return a table of our loader's rate with each of the augmentations KINDS.
+    """Return a table of our loader's rate with each augmentation in KINDS.
 
     The image size is the stored one, or SIDE if stored images vary in size.
 
     Args:
-        folder: Data set.
+        folder: Converted data set.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
         scratch: Folder for the peer's files, or None to measure only our loader. The peer, torchvision, is measured
-            with the KINDS that it supports.
+            only with the KINDS that it supports.
         workers: Worker processes of the peer.
         placement: data.placement of our loader.
     """

@@ -43,7 +43,7 @@ def _loaders(settings: Settings, raw: Path, aug: AugConfig, size: int) -> Iterat
 
 
 def lenet(settings: Settings) -> Iterator[TableSpec]:
-    """Yield a table that compares our training of LeNet to that of the peers."""
+    """Yield a table that compares our training of LeNet to the peers'."""
     config = load_config_on("cifar10_lenet", small_dataset(settings))
     yield training_table(
         "LeNet 32x32",

@@ -1,4 +1,4 @@
-"""Checks of DALI on a GPU: speed of copies from pinned memory, lifetime of outputs, memory of loaders."""
+"""Check DALI on a GPU: copy speed from pinned memory, lifetime of outputs, and memory usage of loaders."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _copy_pipeline(batch_size: int) -> Pipeline:
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
     """Test whether DALI keeps a batch's memory until a CUDA stream has read it, even after Python has released it.
 
-    A CUDA stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
+    The stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
 
     Returns:
         A dict with these entries:
@@ -140,7 +140,7 @@ def transfer_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
 
 
 def memory_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
-    """Measure the GPU memory of several loaders, one at a time, and yield a row for each loader."""
+    """Measure how much GPU memory several loaders use, one at a time, and yield a row for each."""
     del limits
     cases = [
         (224, "npy", "host"),

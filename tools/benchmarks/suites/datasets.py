@@ -31,7 +31,7 @@ def small_dataset(settings: Settings) -> Path:
     in `settings.source` is converted or, if `settings.source` is None, scikit-learn's digits.
 
     Raises:
-        UserError: The raw CIFAR-10 is to be converted but is missing, unreadable, incomplete or damaged.
+        UserError: Raw CIFAR-10 is needed but missing, unreadable, incomplete or damaged.
     """
     given = settings.small or ROOT / "data" / "cifar10"
     if (given / "dataset.json").is_file():
@@ -56,7 +56,7 @@ def medium_dataset(settings: Settings) -> Path:
     images of `small_dataset` are enlarged, and repeated if there are too few.
 
     Raises:
-        UserError: The raw CIFAR-10 is to be converted but is missing, unreadable, incomplete or damaged.
+        UserError: Raw CIFAR-10 is needed but missing, unreadable, incomplete or damaged.
     """
     given = settings.medium or ROOT / "data" / "medium-imagenet-96"
     if (given / "dataset.json").is_file():
@@ -70,7 +70,7 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
 
     Raises:
         TimeoutError: Too little time is left to generate the data set.
-        UserError: The raw CIFAR-10 is to be converted but is missing, unreadable, incomplete or damaged.
+        UserError: Raw CIFAR-10 is needed but missing, unreadable, incomplete or damaged.
     """
     if (side, encoding) == (32, "npy"):
         return small_dataset(settings)
@@ -87,7 +87,7 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
 def load_config_on(name: str, folder: Path, **data: Any) -> Config:
     """Load one of the project's configs with data.path set to `folder`.
 
-    `data` replaces further settings of the data section.
+    `data` overrides other settings in config section `data`.
     """
     changes = {f"data.{key}": value for key, value in {"path": str(folder), **data}.items()}
     return load_config(ROOT / "configs" / f"{name}.yaml", **changes)
@@ -98,7 +98,7 @@ def check_free_space(folder: Path, needed_bytes: int, option: str) -> None:
 
     Args:
         folder: Folder for generated data sets.
-        needed_bytes: Size of all data sets. The size of data sets that are already in the folder is subtracted.
+        needed_bytes: Total size of all data sets. The size of those already in the folder is subtracted.
         option: Command-line option that sets the folder, for the error message.
 
     Raises:

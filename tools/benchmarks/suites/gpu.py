@@ -52,11 +52,11 @@ def _training(
         settings: Settings of the benchmark.
         title: Model and image size.
         name: Name of one of this project's configs.
-        side: Height and width of the stored images in pixels.
+        side: Stored image size in pixels.
         batch_size: Maximum batch size.
-        image_size: Height and width after augmentation in pixels, or None for those of the stored images.
+        image_size: Image size after augmentation in pixels, or None for the stored size.
         jpeg: Whether to also measure end-to-end training on JPEG.
-        policy: Value of aug.auto.policy, or None for the config's.
+        policy: Override of aug.auto.policy, or None to keep the config's.
     """
     raw = image_dataset(settings, side)
     config = load_config_on(name, raw, batch_size=limited_batch_size(raw, batch_size), image_size=image_size or side)
@@ -109,7 +109,7 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Yield tables of our loader on raw pixels: 224x224 and 96x96 images on the host, and 32x32 images on the device.
 
-    If the images are on the host, one bound is a copy from pinned memory. It takes turns with the loader.
+    If the images are on the host, one bound is a copy from pinned memory, measured in turns with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):
@@ -151,8 +151,8 @@ def _decoding(settings: Settings, side: int, threads: int) -> InterleavedTable:
 def resnet50(settings: Settings) -> Iterator[TableSpec]:
     """Yield tables of timm's ResNet-50: the training step by batch size, its profile, and training.
 
-    The profile and training use the fastest batch size, or DEFAULT_BATCH_SIZE if no batch size was measured, because of
-    --only or a lack of time. They are left out if all measured batch sizes failed or did not fit.
+    The profile and training use the fastest batch size, or DEFAULT_BATCH_SIZE if none was measured because of --only or
+    a lack of time. They are left out if all measured batch sizes failed or did not fit.
     """
     raw = image_dataset(settings, 224)
     config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)

@@ -38,19 +38,19 @@ def loading_table(
     data: DataConfig | None = None,
     placements: tuple[str, ...] = ("host", "device"),
 ) -> InterleavedTable:
-    """Return a table of our loader, of copies that bound its rate and, with a scratch folder, of the peers.
+    """Return a table of our loader, the copies that bound its rate and, if `scratch` is given, the peers.
 
     Args:
-        folder: Data set.
+        folder: Converted data set.
         aug: Augmentation, or None to measure reading alone.
-        size: Height and width of the images after augmentation, in pixels. If `aug` is None, images keep their size.
+        size: Image size after augmentation, in pixels. Ignored if `aug` is None.
         batch_size: Batch size of all candidates.
         device: "cpu" or "cuda".
         scratch: Folder for files of the peers, or None to leave out the peers.
         workers: Worker processes of the peers.
-        data: Further settings of our loader. The other arguments take precedence.
-        placements: Placements of raw pixels to measure on a GPU. With "host", the copy of a batch from pinned memory is
-            measured as well.
+        data: Config section `data` for our loader. The other arguments take precedence.
+        placements: Placements of raw pixels to measure on a GPU. If "host" is one of them, copying a batch from pinned
+            memory is measured as well.
     """
     split = open_split(folder, SPLIT)
     encoding, is_raw, on_gpu = split.encoding, split.encoding == "npy", device == "cuda"
@@ -94,7 +94,7 @@ def loading_table(
 
 @dataclass(frozen=True)
 class _LoadingBounds:
-    """Adds throughput bounds, in images/s, to the loader rows of one table."""
+    """Adds throughput bounds in images/s to the loader rows of one table."""
 
     device: str
     stored_bytes: float  # of one image
@@ -103,7 +103,7 @@ class _LoadingBounds:
     otherwise: str  # limiting factor of a loader that is far below its bound
 
     def add(self, rows: list[Row], limits: Limits) -> None:
-        """Add the bounds to the rows of loaders, and to the rows of peers the ratio of our rate to theirs."""
+        """Add the bounds to the rows of loaders, and `ratio` (our rate divided by theirs) to the rows of peers."""
         copy, pinned = (
             max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(name)), default=0.0)
             for name in (ONE_COPY, PINNED_COPY)

@@ -1,7 +1,8 @@
-"""Run programs and yield rows of results: speedruns, airbench94_muon.py, runs to a target accuracy, step profiles.
+"""Run benchmark programs and yield rows with their results.
 
-Except for the profile, the output is read while the program runs, so that results are kept if the program is
-interrupted. Programs are stopped at the deadline.
+The programs are speedruns, airbench94_muon.py, training runs timed to a target accuracy, and step profiles. Except for
+profiles, results are read while the program runs, so that they are kept if it is interrupted. Programs are stopped at
+the deadline.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Program:
     def run(self) -> Iterator[None]:
         """Run the program until it ends or the deadline passes.
 
-        Yields every POLL_S seconds and once after the end. Closing the generator stops the program.
+        Yield every POLL_S seconds and once after the end. Closing the generator stops the program.
         """
 
         def end_with_parent() -> None:
@@ -174,10 +175,10 @@ def reference(
         checkout: Folder of a cifar10-airbench checkout. If it is None or lacks the script, only a skipped row is
             yielded.
         data: Converted CIFAR-10.
-        seeds: Number of runs, without the script's warm-up.
-        folder: Folder whose subfolder "reference" receives the log and the images in the script's format.
+        seeds: Number of runs, not counting the script's warm-up.
+        folder: The log and the images in the script's format are written to its subfolder "reference".
         ours: Row of this project's speedrun. `ratio` is the script's mean time divided by the mean time in this row.
-        deadline: Time on the clock of time.monotonic(), or None for no deadline.
+        deadline: Deadline as a time.monotonic() value, or None for no deadline.
     """
     folder = folder / "reference"
     script = None if checkout is None else checkout.resolve() / REFERENCE
@@ -210,7 +211,7 @@ def reference(
 def write_reference_data(data: Path, split: str, path: Path) -> None:
     """Write a split in the format that airbench94_muon.py reads, unless the file exists.
 
-    The file contains images, uint8 [N, 32, 32, 3], labels, int64 [N], and the names of the classes.
+    The file contains images (uint8 [N, 32, 32, 3]), labels (int64 [N]) and class names.
     """
     if path.is_file():
         return
@@ -222,10 +223,10 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
 
 
 def reference_runs(text: str) -> list[tuple[float, float]]:
-    """Parse the table that airbench94_muon.py prints, without the first run, which is a warm-up.
+    """Parse the table that airbench94_muon.py prints, skipping the first run, which is a warm-up.
 
     Returns:
-        The accuracy with test-time augmentation and the time in seconds of each run.
+        For each run, the accuracy with test-time augmentation and the time in seconds.
     """
     runs = []
     for line in text.splitlines():
@@ -238,7 +239,7 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
 def train_to_accuracy(
     name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
 ) -> Iterator[Row]:
-    """Train the config `name` with train/ddp.py, and yield rows with the results so far, see `accuracy_fields`.
+    """Train config `name` with train/ddp.py and yield rows with the results so far (see `accuracy_fields`).
 
     Training continues past the target, until the last epoch or the deadline. If `epochs` is given, it replaces
     train.epochs, and warmup is disabled.
@@ -254,7 +255,7 @@ def train_to_accuracy(
 def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
     """Return the best accuracy, rates and memory of a run so far, and the training time until `target` was reached.
 
-    The result is empty before the end of the first epoch.
+    The time is None if the target has not been reached. The result is empty before the end of the first epoch.
     """
     if not metrics:
         return {}

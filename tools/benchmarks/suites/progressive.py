@@ -1,6 +1,6 @@
 """Cost of changing the image or batch size between stages of training (data.stages).
 
-The rate of the first epoch of each stage is compared to that of the second epoch.
+Each stage's rate in its first epoch is compared to that in its second.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from train.engine.warm_up import warm_up
 def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
     """Measure the training rates after a stage change, with the real loader and training step.
 
-    Each round trains for two epochs in each stage. A warm-up round that is not counted precedes the `rounds` rounds.
-    `ratio` is the rate of a stage's first epoch divided by that of its second epoch, as the median over all changes to
-    the same image and batch size.
+    Each round trains for two epochs in each stage. An uncounted warm-up round precedes the `rounds` rounds. `ratio` is
+    a stage's rate in its first epoch divided by that in its second. It is the median over all changes to the same image
+    and batch size.
 
     Returns:
         A table for a run file, with a row per combination of image size and batch size.

@@ -125,7 +125,7 @@ def _microseconds(work: Callable[[], Any]) -> float:
 def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
     """Call `measure_once` for `seconds`, at least three times, and return the smallest value.
 
-    The other values are larger because of noise.
+    Noise only ever makes a value larger.
     """
     values = [measure_once()]
     end = time.perf_counter() + seconds
@@ -144,7 +144,7 @@ def private_bytes() -> int:
 
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
-    """Read these samples into the page cache, with one read per sample.
+    """Read the samples with indices `samples` into the page cache, with one read per sample.
 
     Reading from the memory map instead would load megabytes around each sample.
     """

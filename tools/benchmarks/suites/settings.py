@@ -13,21 +13,21 @@ from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 class Settings:
     """Settings for `tools/benchmark.py all`."""
 
-    device: str  # cpu or cuda
+    device: str  # "cpu" or "cuda"
     scratch: Path  # folder for the peers' files, deleted at the end
     data: Path  # folder for generated data sets
     small: Path | None = None  # converted 32x32 data set
     medium: Path | None = None  # converted 96x96 data set
-    source: Path | None = None  # raw CIFAR-10, for use if `small` does not exist
+    source: Path | None = None  # raw CIFAR-10, used if `small` does not exist
     reference: Path | None = None  # checkout of cifar10-airbench
     seconds: float = 0.5
     rounds: int = 5
     workers: int = 1  # worker processes of the peers
     seeds: int = 10  # runs of each speedrun
-    epochs: int | None = None  # epochs of the runs to a target accuracy; None: as in the configs
-    samples: int | None = None  # samples of generated data sets; None: the device's default
-    only: tuple[str, ...] = ()  # stages; empty: all
-    deadline: float | None = None  # end of the run or the current part, on the clock of time.monotonic()
+    epochs: int | None = None  # epochs of the runs to a target accuracy, or None for those of the configs
+    samples: int | None = None  # samples of generated data sets, or None for the device's default
+    only: tuple[str, ...] = ()  # stages to measure, or empty for all
+    deadline: float | None = None  # end of the run or the current part, as a time.monotonic() value
     part_s: float | None = None  # time limit of each part
 
 

@@ -130,5 +130,5 @@ def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entr
 
 
 def one_row_table(title: str, row: results.Row) -> Entry:
-    """Return a table whose only row has no figures."""
+    """Return a table that holds only `row`, for a table or part that failed or was skipped."""
     return {"title": title, "stage": "failed", "rows": [row]}

@@ -19,7 +19,7 @@ from tools.benchmarks.engine.results import Row, add_bound, add_ratios
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask, training_loops
 
-STEP_BINDS_FROM = 0.95  # minimum share of the resident batch's rate for which the step, not the loader, limits training
+STEP_BINDS_FROM = 0.95  # minimum share of the resident batch's rate at which the step, not the loader, limits training
 
 
 def training_table(
@@ -36,10 +36,10 @@ def training_table(
 
     Args:
         title: Title without the prefix "training".
-        config: Config of the training.
-        variants: Fields of `config.data` to change, by name of the end-to-end workload.
+        config: Training config.
+        variants: Maps the name of each end-to-end workload to its overrides of `config.data`.
         device: "cpu" or "cuda".
-        details: Further fields of the entry.
+        details: Additional fields for the entry.
         scratch: Folder for files of the peers, or None to leave out the peers.
         workers: Worker processes of the peers.
     """
