@@ -229,8 +229,8 @@ class BatchSizeSearch:
         """Measure the largest and the fastest size again, and yield the updated trials.
 
         This continues until both have been repeated, since new results may change which sizes are the largest and the
-        fastest. The new rounds are added to those of the first measurement. For a bisection trial, they replace these
-        rounds, since a size that is the fastest in a single round is probably an outlier.
+        fastest. The new rounds are added to the earlier ones. For a bisection trial, they replace the earlier ones,
+        since a size that is the fastest in a single round is probably an outlier.
         """
         while self.fitting:
             fastest = max(self.fitting, key=lambda trial: trial.rate)
@@ -247,7 +247,7 @@ class BatchSizeSearch:
 
 
 def search_fastest(config: Config, seconds: float, rounds: int, deadline: float | None) -> Iterator[Trial]:
-    """Measure the batch sizes SIZES in ascending order and yield the trials.
+    """Measure the batch sizes in SIZES in ascending order and yield the trials.
 
     The search stops after the first size that does not fit, fails, or is less than MIN_GAIN times as fast as the
     previous one. It also stops at the deadline.

@@ -52,7 +52,7 @@ def summary_row(case: ModelCase, costs: Costs, measured_bytes: int | None, amp: 
 
 
 def layer_rows(costs: Costs, batch_size: int) -> list[Row]:
-    """Return the rows of layers-NAME.csv: the layers in order of execution, those that are not called, and the total.
+    """Return the rows of layers-NAME.csv: the layers in order of execution, uncalled layers, and the total.
 
     FLOPs are per image, and bytes are for the whole batch.
     """
@@ -147,7 +147,7 @@ def ratio_sentences(rows: list[Row]) -> list[str]:
 def plot_costs(rows: list[Row]) -> Figure:
     """Plot the parameters, FLOPs and memory of each model as bars, and the shares of the four kinds of memory.
 
-    The shares have separate axes, since stacked bars on a logarithmic axis would not show them.
+    The shares are plotted on separate axes, since stacked bars on a logarithmic axis would distort them.
     """
     figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
     labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]

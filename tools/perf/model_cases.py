@@ -1,4 +1,4 @@
-"""Load the models and training setups whose costs are counted, by model name, config file, run folder or checkpoint."""
+"""Load the model and training setup of a model name, config file, run folder or checkpoint, to count their costs."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def profile_content(
         config: Training config.
         ranks: Rank and world size of this process.
         amp: Autocast dtype, or None for float32.
-        profile: Profile of the first rank.
+        profile: Profile of rank 0.
         rates: Training rates over all ranks, measured without the profiler, in images/s, by mode ("uncaptured" or
             "captured").
         utilization: Result of `flops_utilization`, or None if it was not computed.

@@ -94,7 +94,7 @@ def load_config_on(name: str, folder: Path, **data: Any) -> Config:
 
 
 def check_free_space(folder: Path, needed_bytes: int, option: str) -> None:
-    """Check that the disk has enough space for the data sets that are still to be generated.
+    """Check that the disk has enough space for the data sets yet to be generated.
 
     Args:
         folder: Folder for generated data sets.

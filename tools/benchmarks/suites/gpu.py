@@ -1,4 +1,4 @@
-"""Parts of `tools/benchmark.py all` on a GPU, the most important first. The default time limit is PART_S per part."""
+"""Parts of `tools/benchmark.py all` on a GPU, most important first. The default time limit is PART_S per part."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _training(
     jpeg: bool = False,
     policy: str | None = None,
 ) -> InterleavedTable:
-    """Return a table of training on a resident batch, and end to end with raw pixels on the device and on the host.
+    """Return a table of training on a resident batch and end to end, with raw pixels on the device or on the host.
 
     Args:
         settings: Settings of the benchmark.
@@ -109,7 +109,7 @@ def _speedrun_rows(settings: Settings, name: str, limits: Limits) -> Iterator[Ro
 def loaders(settings: Settings) -> Iterator[TableSpec]:
     """Yield tables of our loader on raw pixels: 224x224 and 96x96 images on the host, and 32x32 images on the device.
 
-    If the images are on the host, one bound is a copy from pinned memory, measured in turns with the loader.
+    If the images are on the host, one bound is a copy from pinned memory, measured alternately with the loader.
     """
     for aug in (None, RESIZED_CROP):
         for side in (224, 96):

@@ -86,7 +86,7 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
     memory = private_bytes() - before
 
     def epoch_part() -> float:
-        """Return the loader's time in µs per sample for up to BATCHES batches of epoch 0, without the first one."""
+        """Return the loader's time in µs per sample for up to BATCHES batches of epoch 0, excluding the first."""
         loader.state = {"epoch": 0, "step": 0}
         remaining = iter(loader)
         next(remaining)

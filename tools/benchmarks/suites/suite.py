@@ -25,7 +25,7 @@ LIMITS = "limits"
 
 @dataclass(frozen=True)
 class Part:
-    """Tables measured under one time limit, the most important first."""
+    """Tables that share a time limit, most important first."""
 
     name: str
     stages: tuple[str, ...]  # of the tables

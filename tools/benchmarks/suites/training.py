@@ -74,7 +74,7 @@ def training_table(
 
 
 def _limiting_factor(row: Row, is_resident: bool) -> str:
-    """Return the factor that limits a training rate far below the peak arithmetic rate, or "" for peers."""
+    """Return the limiting factor of a training rate that is far below the arithmetic bound, or "" for peers."""
     if is_resident:
         return "the step: memory traffic and launches, not arithmetic"
     if not row["ours"]:
