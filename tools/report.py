@@ -100,9 +100,9 @@ def load_runs(folder: Path) -> dict[str, Run]:
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it or measure again") from None
         if isinstance(content, dict) and content.get("format") == results.FORMAT:
-            if content["version"] != results.VERSION:
+            if content.get("version") != results.VERSION:
                 raise UserError(
-                    f"{path} has version {content['version']}, this program writes {results.VERSION}; measure again"
+                    f"{path} has version {content.get('version')}, this program writes {results.VERSION}; measure again"
                 )
             runs[path.stem] = content
     return runs

@@ -375,7 +375,8 @@ def test_killed_run_keeps_its_rows_and_can_be_extended(
     assert [one["title"] for one in record.added_tables()] == ["d"]
 
 
-def test_unmeasured_table_does_not_replace_a_measured_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("note", [OUT_OF_TIME, "not measured: needs --reference"])
+def test_unmeasured_table_does_not_replace_a_measured_one(note: str, tmp_path: Path) -> None:
     def part(*tables: tuple[str, str | None]) -> Part:
         made = [RowTable(title, "dali", (), lambda found, note=note: iter([row(note)])) for title, note in tables]  # type: ignore[misc]
         return Part("one", ("dali",), lambda _: iter(made), needs_limits=False)
@@ -388,7 +389,7 @@ def test_unmeasured_table_does_not_replace_a_measured_one(tmp_path: Path) -> Non
     suite.run_parts([part(("a", None), ("b", None), ("gone", None))], settings_in(tmp_path), first)
     made.append(1)
     second = empty_record(tmp_path / "run.json", earlier=first.run)
-    suite.run_parts([part(("a", None), ("b", OUT_OF_TIME))], settings_in(tmp_path), second)
+    suite.run_parts([part(("a", None), ("b", note))], settings_in(tmp_path), second)
     content = json.loads((tmp_path / "run.json").read_text())
     kept = [("a", 1), ("b", 0), ("gone", 0)]
     assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == kept

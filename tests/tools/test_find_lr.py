@@ -89,6 +89,7 @@ def test_divergence_is_the_first_loss_out_of_bounds() -> None:
     assert divergence_index(np.array([3.0, 2.0, 1.0, 3.9, 4.1, 1.0])) == 4
     assert divergence_index(np.array([3.0, 2.0, np.nan, 1.0])) == 2
     assert divergence_index(np.array([3.0, np.inf, 1.0])) == 1
+    assert divergence_index(np.array([np.inf, 1.0, 1.0])) == divergence_index(np.array([np.nan, 1.0])) == 0
     assert divergence_index(np.array([3.0, 2.0, 7.9])) is None
 
 

@@ -80,6 +80,9 @@ def test_missing_files_are_user_errors(tmp_path: Path) -> None:
 def test_other_formats_are_ignored_and_broken_files_named(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("[]")
     assert report.load_runs(tmp_path) == {}
+    (tmp_path / "broken.json").write_text('{"format": "model-zhu-benchmarks"}')
+    with pytest.raises(UserError, match=r"broken\.json has version None, this program writes 1"):
+        report.load_runs(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json is not JSON"):
         report.load_runs(tmp_path)

@@ -59,8 +59,7 @@ def divergence_index(smoothed: np.ndarray) -> int | None:
 
     This is the first step whose smoothed loss is non-finite or above DIVERGED times the minimum so far.
     """
-    with np.errstate(invalid="ignore"):
-        diverged = ~(smoothed <= DIVERGED * np.minimum.accumulate(smoothed))
+    diverged = ~np.isfinite(smoothed) | (smoothed > DIVERGED * np.fmin.accumulate(smoothed))
     return int(diverged.argmax()) if diverged.any() else None
 
 

@@ -202,6 +202,19 @@ def test_size_that_fails_its_repeat_is_not_largest(tmp_path: Path, monkeypatch: 
     assert found["largest_batch"] == found["best_batch"] < 100
 
 
+def test_cached_file_pages_of_the_container_count_as_available(tmp_path: Path) -> None:
+    unlimited = process_memory.available_bytes(tmp_path)
+    for name, content in {
+        "memory.max": "1000",
+        "memory.current": "900",
+        "memory.stat": "anon 700\ninactive_file 150\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+    assert process_memory.available_bytes(tmp_path) == 250
+    (tmp_path / "memory.max").write_text("max")
+    assert process_memory.available_bytes(tmp_path) == pytest.approx(unlimited, rel=0.2)
+
+
 def test_repeated_size_has_the_highest_memory_of_both_measurements() -> None:
     tried: list[int] = []
 

@@ -72,17 +72,21 @@ def check_limit(limit_bytes: int, pid: int) -> str | None:
     return limit_error(limit_bytes) if peak_rss_bytes(pid) > limit_bytes else None
 
 
-def available_bytes() -> int:
-    """Return the bytes of memory that can be used before the machine swaps or the container reaches its limit."""
+def available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of memory that can be used before the machine swaps or the container reaches its limit.
+
+    `root` is the folder of the container's control group.
+    """
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     available = next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable:"))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, statistics, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
-            root = Path("/sys/fs/cgroup")  # control group of this container
-            available = min(available, int((root / limit).read_bytes()) - int((root / used).read_bytes()))
+            free = int((root / limit).read_bytes()) - int((root / used).read_bytes())
+            fields = dict(line.split() for line in (root / statistics).read_text(encoding="utf-8").splitlines())
+            available = min(available, free + int(fields.get(cached, 0)))  # the kernel reclaims cached file pages
     return max(0, available)
 
 

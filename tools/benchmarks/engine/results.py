@@ -34,7 +34,8 @@ from train.reporting.run_info import device_name, processor_name
 Row = dict[str, Any]
 Entry = dict[str, Any]  # table of a run: title, stage, rows and additional fields
 FORMAT, VERSION = "model-zhu-benchmarks", 1
-RUNNING = "not measured to its end: the run was cut off"  # note of a row while its program runs
+NOT_MEASURED = "not measured"  # start of the notes of rows without final figures
+RUNNING = f"{NOT_MEASURED} to its end: the run was cut off"  # note of a row while its program runs
 STOPPED = "stopped at the deadline"
 BINDS_FROM = 0.6  # minimum share of a bound at which it is named as the limiting factor
 PACKAGES = {  # packages whose versions are recorded
@@ -87,8 +88,8 @@ def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: Any) -> Row:
 
 
 def is_measured(row: Row) -> bool:
-    """Return True unless the row failed, was skipped for lack of time, or belongs to a running program."""
-    return not row["error"] and row.get("note") not in (OUT_OF_TIME, RUNNING)
+    """Return True unless the row failed, was left out, or belongs to a running program."""
+    return not row["error"] and not row.get("note", "").startswith(NOT_MEASURED)
 
 
 def is_complete(row: Row) -> bool:

@@ -12,7 +12,6 @@ from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate
-from tools.benchmarks.engine.datasets import SPLIT
 from tools.benchmarks.engine.measured_tables import InterleavedTable
 from tools.benchmarks.engine.ours import OURS
 from tools.benchmarks.engine.results import Row, add_bound, add_ratios
@@ -83,4 +82,4 @@ def _limiting_factor(row: Row, is_resident: bool) -> str:
 
 
 def _stored_side(config: Config) -> int:
-    return int(open_split(config.data.path, SPLIT).heights[0])
+    return int(open_split(config.data.path, config.data.train_split).heights[0])
