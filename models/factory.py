@@ -116,7 +116,7 @@ def build_from_config(
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Return model.options without its null values, since null stands for the model's default.
+    """Return model.options without its null values, since null means the model's default.
 
     Raises:
         UserError: A key is in RESERVED.
@@ -134,7 +134,7 @@ def _build_builtin_model(
 ) -> nn.Module:
     """Build a built-in model. See `build_model` for the arguments and errors.
 
-    `settings` contains drop_rate and activation. A value of None stands for the model's default.
+    `settings` contains drop_rate and activation. A value of None means the model's default.
     """
     if name not in MODELS:
         raise UserError(

@@ -118,7 +118,7 @@ def resolve_resume(config: Config, resume: str | None) -> tuple[Path | None, tup
 def is_explicit_checkpoint(resume: str | None) -> bool:
     """Return True if --resume names a single checkpoint.
 
-    The path of a last.pt does not count, since it stands for the latest checkpoint of a run.
+    The path of a last.pt does not count, since it means the latest checkpoint of a run.
     """
     return resume not in (None, "auto") and not Path(resume).is_dir() and Path(resume).name != LAST
 
