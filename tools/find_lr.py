@@ -135,8 +135,8 @@ def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurv
             if (end := divergence_index(smooth_losses(losses, rates))) is not None:
                 losses = losses[: end + 1]
                 break
-    rates = rates[: len(losses)]
-    return LossCurve(rates, np.array(losses), smooth_losses(losses, rates))
+    smoothed = smooth_losses(losses, rates)
+    return LossCurve(rates[: len(losses)], np.array(losses), smoothed)
 
 
 def options_for(config: Config, lr: float) -> str:

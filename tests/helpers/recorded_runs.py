@@ -105,7 +105,7 @@ def _run(
     note_batches(notes.with_suffix(".jsonl"), step_s)
     fsync, chance = os.fsync, random.Random(0)
     os.fsync = lambda file: time.sleep(chance.uniform(0.0, flush_s)) or fsync(file)  # type: ignore[func-returns-value]
-    RunLog.draw_curves = lambda _: None  # type: ignore[method-assign]  # curves.png would take most of the time of a short run
+    RunLog.draw_curves = lambda *_: None  # type: ignore[method-assign]  # curves.png would take most of the time of a short run
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     sys.argv = ["train/ddp.py", *arguments]

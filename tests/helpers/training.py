@@ -118,7 +118,7 @@ def run_here(*arguments: str | Path, stop_at: dict[str, int] | None = None) -> N
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(RunLog, "draw_curves", lambda _: None)
+        patch.setattr(RunLog, "draw_curves", lambda *_: None)
         patch.setattr(sys, "argv", ["train/ddp.py", *map(str, arguments)])
         with nullcontext() if stop_at is None else broken_after(lambda _, position: position == stop_at):
             ddp.main()

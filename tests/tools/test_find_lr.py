@@ -151,6 +151,15 @@ def test_range_test_stops_when_the_loss_diverges() -> None:
     assert divergence_index(curve.smoothed) == len(curve.lr) - 1
 
 
+def test_range_test_whose_first_loss_is_infinite_has_no_suggestion() -> None:
+    with alone():
+        state = make_state(lenet_of(), lr=1e-3)
+        state.network.register_forward_hook(lambda module, images, logits: logits * float("inf"))
+        curve = range_test(state, Repeated(random_batch(16)), np.geomspace(1e-3, 1e-2, 100))  # type: ignore[arg-type]
+    assert len(curve.loss) == len(curve.lr) == len(curve.smoothed) == 1
+    assert suggest_lr(curve).lr is None
+
+
 def test_separate_learning_rates_scale_with_the_suggestion() -> None:
     overrides = ["train.optimizer.bias_lr=0.06", "train.min_lr=6e-5"]
     config = load_config(DIGITS, overrides)

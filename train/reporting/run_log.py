@@ -194,7 +194,7 @@ class RunLog:
             self._each(lambda tracker: tracker.log_scalars(values, metrics["step"]))
             self.update_summary(best_results(lines))
         if draws:
-            self._draw_curves(lines)
+            self.draw_curves(lines)
 
     def log_figure(self, key: str, draw: Callable[[], Figure], step: int) -> None:
         """Show a figure in the trackers. `draw` is called only if there is a tracker, and its errors are logged."""
@@ -211,14 +211,16 @@ class RunLog:
         """Set results of the whole run, such as the best accuracy, in the trackers."""
         self._each(lambda tracker: tracker.update_summary(values))
 
-    def draw_curves(self) -> None:
-        """Draw curves.png from metrics.jsonl. Errors when reading or writing these files are logged, not raised."""
-        if self._folder is not None:
-            self._draw_curves(self._metrics())
+    def draw_curves(self, metrics: list[dict[str, Any]] | None = None) -> None:
+        """Draw curves.png from the lines of metrics.jsonl, which are read if `metrics` is None.
 
-    def _draw_curves(self, metrics: list[dict[str, Any]]) -> None:
+        Errors when reading or writing these files are logged, not raised.
+        """
+        if self._folder is None:
+            return
+        metrics = self._metrics() if metrics is None else metrics
         self._drawn_at = time.monotonic()
-        if self._folder is None or not metrics:
+        if not metrics:
             return
         try:
             figures.save(figures.curves(metrics, self._folder.name, self._loss), self._folder / "curves.png")

@@ -85,8 +85,10 @@ def available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
             free = int((root / limit).read_bytes()) - int((root / used).read_bytes())
-            fields = dict(line.split() for line in (root / statistics).read_text(encoding="utf-8").splitlines())
-            available = min(available, free + int(fields.get(cached, 0)))  # the kernel reclaims cached file pages
+            with suppress(OSError, ValueError):
+                fields = dict(line.split() for line in (root / statistics).read_text(encoding="utf-8").splitlines())
+                free += int(fields.get(cached, 0))  # cached file pages, which the kernel reclaims
+            available = min(available, free)
     return max(0, available)
 
 

@@ -62,8 +62,9 @@ def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: A
         result["error"] = None
         if measurement.rates:
             result |= rate_fields(measurement.rates)
-            if "details_error" in result:
-                result["note"] = f"without details: {result.pop('details_error')}"
+            reason = result.pop("details_error", None)
+            if reason is not None and measurement.error is None:  # at the deadline, `measure` ends the process
+                result["note"] = f"without details: {reason}"
         else:
             result["note"] = OUT_OF_TIME
     return result
@@ -93,8 +94,8 @@ def is_measured(row: Row) -> bool:
 
 
 def is_complete(row: Row) -> bool:
-    """Return True if the row is measured (see `is_measured`) and its program was not stopped at the deadline."""
-    return is_measured(row) and row.get("note") != STOPPED
+    """Return True unless the row failed, ran out of time, or belongs to a running program."""
+    return not row["error"] and row.get("note") not in (OUT_OF_TIME, RUNNING, STOPPED)
 
 
 def add_ratios(rows: list[Row]) -> None:
