@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import pickle
@@ -108,10 +109,20 @@ class WorkerPool:
             ) from None
 
     def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
-        """Submit a task. Signals are deferred, since submitting may start a worker and must not be interrupted."""
+        """Submit a task. Signals are deferred, since submitting may start a worker and must not be interrupted.
+
+        Raises:
+            BrokenProcessPool: A worker was killed.
+        """
         executor = self._start_executor()
         with defer_signals():
-            return executor.submit(_run_task, function, task)
+            try:
+                return executor.submit(_run_task, function, task)
+            except (OSError, TypeError) as error:
+                # If a worker has just been killed, Python's manager thread closes the pipe that submit writes to.
+                if getattr(error, "errno", None) not in (None, errno.EBADF, errno.EPIPE):
+                    raise
+                raise BrokenProcessPool(str(error)) from error
 
     def _start_executor(self) -> ProcessPoolExecutor:
         """Return the executor. The first call creates it, so that a pass without tasks starts no processes."""

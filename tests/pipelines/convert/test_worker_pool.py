@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -45,6 +46,22 @@ def test_results_keep_task_order_for_any_size_of_shared_object() -> None:
 def test_killed_worker_gives_a_one_sentence_error() -> None:
     with pytest.raises(UserError, match="a worker process was killed"), WorkerPool(2, LARGE) as pool:
         list(pool.imap(end_itself, range(5)))
+
+
+@pytest.mark.parametrize("closed", [OSError("handle is closed"), BrokenPipeError(32, "Broken pipe"), TypeError("None")])
+def test_task_submitted_while_the_pool_breaks_gives_the_same_error(
+    closed: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: object) -> None:
+        raise error
+
+    error = closed
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with WorkerPool(2, None) as pool, pytest.raises(UserError, match="a worker process was killed"):
+        list(pool.imap(add, [1]))
+    error = OSError(12, "Cannot allocate memory")
+    with WorkerPool(2, None) as pool, pytest.raises(OSError, match="Cannot allocate memory"):
+        list(pool.imap(add, [1]))
 
 
 def test_pool_closes_after_a_waiting_worker_was_killed() -> None:
