@@ -43,7 +43,6 @@ from train.engine.cpu_settings import limit_threads
 from train.engine.epoch import set_whitening_bias_grad
 from train.engine.hard_samples import check_proxy
 from train.engine.state import TrainState
-from train.engine.step import run_step, update_averages
 from train.engine.warm_up import warm_up
 from train.engine.whitening import whiten, whitening_images
 from train.optim.factory import set_learning_rate
@@ -51,7 +50,7 @@ from train.optim.freeze import set_training_mode
 from train.optim.schedule import OWN_RATES, lr_factor, scale_learning_rates
 from train.reporting import figures
 from train.reporting.run_info import global_batch
-from train.throughput import endless_batches
+from train.throughput import endless_batches, full_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,14 +118,11 @@ def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurv
     losses: list[float] = []
     sums: list[torch.Tensor] = []  # state.sums after each step, on the device
     before = state.sums.clone()
-    accumulation = state.config.accumulation_steps
     batches = endless_batches(loader)
     for step, lr in enumerate(tqdm(rates, unit="step", leave=False, disable=not sys.stderr.isatty())):
         for part in state.parts():
             set_learning_rate(part.optimizer, float(lr))
-        for micro_step in range(accumulation):
-            run_step(state, next(batches), step, optimizer_step=micro_step == accumulation - 1)
-        update_averages(state, step, None)
+        full_step(state, batches, step)
         sums.append(state.sums.clone())
         if (step + 1) % SYNC_EVERY == 0 or step + 1 == len(rates):
             differences = torch.diff(torch.stack([before, *sums]), dim=0).cpu().numpy()  # synchronizes

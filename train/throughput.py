@@ -26,14 +26,12 @@ def endless_batches(loader: Loader) -> Iterator[Batch]:
         yield from loader
 
 
-def full_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:
-    """Run a micro-step and, if `optimizer_step` is True, update the moving average and Lookahead.
-
-    `step` is the optimizer step, counted from 0.
-    """
-    run_step(state, batch, step, optimizer_step=optimizer_step)
-    if optimizer_step:
-        update_averages(state, step, None)
+def full_step(state: TrainState, batches: Iterator[Batch], step: int) -> None:
+    """Run all micro-steps of optimizer step `step`, counted from 0, and update the moving average and Lookahead."""
+    last = state.config.accumulation_steps - 1
+    for micro_step in range(last + 1):
+        run_step(state, next(batches), step, optimizer_step=micro_step == last)
+    update_averages(state, step, None)
 
 
 def measure_images_per_s(
@@ -41,7 +39,7 @@ def measure_images_per_s(
 ) -> float:
     """Return the training throughput in images/s over all ranks.
 
-    Micro-steps are run in groups of about one second, and the result is the throughput of the group with the median
+    Optimizer steps are run in groups of about one second, and the result is the throughput of the group with the median
     duration. The device is synchronized only between groups. All ranks must call this function.
 
     Args:
@@ -49,7 +47,7 @@ def measure_images_per_s(
         loader: Data loader of one stage.
         world_size: Number of ranks.
         warmup_steps: Minimum number of micro-steps to run before the measurement, for compilation, caches and clocks.
-            They are run twice, and the duration of the second run determines the number of micro-steps in a group.
+            They are run twice, and the duration of the second run determines the number of steps in a group.
         seconds: Approximate duration of the measurement. At least three groups are run.
 
     Raises:
@@ -58,30 +56,25 @@ def measure_images_per_s(
     warm_up(state, loader)
     set_training_mode(state.forward)
     batches = endless_batches(loader)
-    batch_size, accumulation = 0, state.config.accumulation_steps
-    numbers = itertools.count()  # of micro-steps, over all groups
+    accumulation = state.config.accumulation_steps
+    numbers = itertools.count()  # of optimizer steps, over all groups
 
     def run(steps: int) -> float:
-        nonlocal batch_size
         start_s = time.perf_counter()
-        for _ in range(steps):
-            batch = next(batches)
-            batch_size = len(batch.labels)
-            step, micro_step = divmod(next(numbers), accumulation)
-            full_step(state, batch, step, optimizer_step=micro_step == accumulation - 1)
+        for step in itertools.islice(numbers, steps):
+            full_step(state, batches, step)
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)
         return time.perf_counter() - start_s
 
-    warmup_steps = -(-warmup_steps // accumulation) * accumulation  # whole optimizer steps, as in each group
-    run(warmup_steps)
-    warm_s = run(warmup_steps)
+    warm_steps = -(-warmup_steps // accumulation)
+    run(warm_steps)
+    warm_s = run(warm_steps)
     # equal on all ranks, which would otherwise wait for each other forever
-    optimizer_steps = collectives.from_first_rank(lambda: max(1, int(warmup_steps / warm_s / accumulation)))
-    steps = optimizer_steps * accumulation
+    steps = collectives.from_first_rank(lambda: max(1, int(warm_steps / warm_s)))
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
-    return steps * batch_size * world_size / times[len(times) // 2]
+    return steps * accumulation * loader.plan.batch_size * world_size / times[len(times) // 2]
 
 
 def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:

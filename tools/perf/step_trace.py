@@ -59,7 +59,8 @@ def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) ->
     `steps` is rounded up to whole optimizer steps. WARM_STEPS micro-steps run first and are not counted. All other
     ranks must call `run_alongside` at the same time.
     """
-    steps = _whole_steps(state, steps)
+    accumulation = state.config.accumulation_steps
+    steps = -(-steps // accumulation) * accumulation
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without a GPU, Kineto logs an error
     on_gpu = state.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -86,23 +87,21 @@ def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
     _run(state, batches, steps)
 
 
-def _whole_steps(state: TrainState, micro_steps: int) -> int:
-    """Round a number of micro-steps up to whole optimizer steps."""
-    accumulation = state.config.accumulation_steps
-    return -(-micro_steps // accumulation) * accumulation
-
-
 def _run(state: TrainState, batches: Iterator[Batch], count: int) -> None:
     """Run `count` micro-steps, rounded up to whole optimizer steps, and wait for the device."""
     set_training_mode(state.forward)
-    accumulation = state.config.accumulation_steps
-    for number in range(_whole_steps(state, count)):
-        with record_function(PREFIX + DATA):
-            batch = next(batches)
-        step, micro_step = divmod(number, accumulation)
-        full_step(state, batch, step, optimizer_step=micro_step == accumulation - 1)
+    for step in range(-(-count // state.config.accumulation_steps)):
+        full_step(state, _annotated(batches), step)
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
+
+
+def _annotated(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches, and mark the time to get each of them as phase DATA."""
+    while True:
+        with record_function(PREFIX + DATA):
+            batch = next(batches)
+        yield batch
 
 
 @contextmanager

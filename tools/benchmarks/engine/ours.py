@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -89,7 +89,7 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
         precision = str(state.amp or torch.float32).removeprefix("torch.")
         common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
         details = dict(common)
-        steps = _with_memory(_steps(state, lambda: resident_batch), device, details)
+        steps = _with_memory(_steps(state, itertools.repeat(resident_batch)), device, details)
         workloads = {RESIDENT: Workload(steps, batch_size * config.train.accumulation_steps, lambda: details)}
         for name, changes in variants.items():
             workloads[name] = _end_to_end(config, changes, state, common)
@@ -127,7 +127,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         if state.mixes:
             batch = identity_mix(batch)  # the cost of a step does not depend on the mixing weights
         set_training_mode(state.forward)
-        steps, images_per_step = _steps(state, lambda: batch), batch_size * config.train.accumulation_steps
+        steps, images_per_step = _steps(state, itertools.repeat(batch)), batch_size * config.train.accumulation_steps
         memory = partial(process_memory.memory_usage, device)
         yield {RESIDENT: Workload(steps, images_per_step, memory, prefetches=False)}
 
@@ -181,8 +181,7 @@ def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, comm
     def batches() -> Iterator[None]:
         data = config.data.model_copy(update=changes)
         loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=state.device).at(0))
-        loaded = endless_batches(loaders[0])
-        yield from _steps(state, lambda: next(loaded))
+        yield from _steps(state, endless_batches(loaders[0]))
 
     def details() -> dict[str, Any]:
         return fields | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
@@ -201,10 +200,8 @@ def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
     return state, loader
 
 
-def _steps(state: TrainState, next_batch: Callable[[], Batch]) -> Iterator[None]:
+def _steps(state: TrainState, batches: Iterator[Batch]) -> Iterator[None]:
     """Run one optimizer step, of all its micro-steps, for each item."""
-    last = state.config.accumulation_steps - 1
     for step in itertools.count():
-        for micro_step in range(last + 1):
-            full_step(state, next_batch(), step, optimizer_step=micro_step == last)
+        full_step(state, batches, step)
         yield
