@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,14 @@ import torch
 
 # Images uint8 [B, H, W, 3], labels int64 [B], and a function that blocks until the slot can be overwritten.
 RunnerResult = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Place in a run, from which it continues. In a loader, `step` counts batches; in a run, optimizer steps."""
+
+    epoch: int  # counted from 0
+    step: int = 0  # steps of the epoch that are done
 
 
 class FileMonitor(Protocol):

@@ -17,6 +17,7 @@ from configs.utils.errors import run_main
 from helpers.driver import IS_STAND_IN
 from helpers.training import ROOT, broken_after, strict_lines
 from pipelines import build_train_loader
+from pipelines.interfaces import Position
 from tools import convert, export, find_lr, predict, show, speedrun, summary
 from train import ddp
 
@@ -208,4 +209,4 @@ def test_buffers_are_reused_only_after_their_copies(placement: Any, aug: Any, di
             assert batch.images.is_cuda
             if number == stop:
                 break
-    assert loader.state == {"epoch": 1, "step": 0}
+    assert loader.position == Position(1)

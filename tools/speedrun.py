@@ -32,6 +32,7 @@ from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import mixing_enabled
+from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import load_dataset
@@ -128,7 +129,7 @@ def run(
     """
     timer = RunTimer()
     timer.add(whiten(state, images))
-    train_loader.state = {"epoch": config.train.first_epoch, "step": 0}
+    train_loader.position = Position(config.train.first_epoch)
     for _ in range(config.train.first_epoch, config.train.epochs):
         times = train_epoch(state, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
         timer.add(times.time_s)

@@ -15,6 +15,7 @@ from configs.utils.errors import UserError
 from configs.utils.files import path_text
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
+from pipelines.interfaces import Position
 from pipelines.storage.dataset import load_dataset
 from train.build import build_all, check_classes
 from train.checkpoint import relaunch
@@ -154,7 +155,7 @@ def main() -> int:
         progress: dict[str, Any] = {"best_top1": -1.0}
         if content is None or source is None:
             clock.add(whiten(state, whitening_images(state, config.data)))
-            train_loader.state = position
+            train_loader.position = Position(**position)
         else:
             position, progress = restore_run(state, train_loader, timeline, content, source), content["progress"]
             clock.restore(content)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from configs.schema import Config
 from configs.utils.errors import UserError
+from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint.restore import restore_state
@@ -357,7 +358,7 @@ def restore_run(
             f"steps: {sorted(set(timeline.steps))}; use another checkpoint"
         )
     if step and step == timeline.steps[epoch]:  # only the evaluation of the epoch is left
-        loader.state = {"epoch": epoch + 1, "step": 0}
+        loader.position = Position(epoch + 1)
     else:
-        loader.state = {"epoch": epoch, "step": step * state.config.accumulation_steps}
+        loader.position = Position(epoch, step * state.config.accumulation_steps)
     return position

@@ -44,7 +44,7 @@ class EpochIterator(Iterator[Item], Generic[Item]):
         """
         if self._is_replaced:
             raise RuntimeError(
-                "this iterator was ended by a newer one or by setting the loader's state; a loader has one set of "
+                "this iterator was ended by a newer one or by setting the loader's position; a loader has one set of "
                 "buffers, so use one iterator at a time, or build a second loader"
             )
         self.is_started = True

@@ -1,8 +1,8 @@
 """The data loader: iterates over batches of torch tensors on the device.
 
 Background threads fill slots with batches. The consumer's thread submits these batches to a runner and takes finished
-batches from the runner. The runner works ahead in its own threads or on the GPU. The state of a loader is the epoch and
-step of the next batch.
+batches from the runner. The runner works ahead in its own threads or on the GPU. The position of a loader is the epoch
+and step of the next batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from configs.utils.errors import UserError
-from pipelines.interfaces import Runner, RunnerResult, SampleSource, no_wait
+from pipelines.interfaces import Position, Runner, RunnerResult, SampleSource, no_wait
 from pipelines.loader.bad_samples import BadSamples
 from pipelines.loader.batches import Batch, BatchPlan, MixedBatch
 from pipelines.loader.coverage import EMPTY, SampleChecksum
@@ -72,7 +72,7 @@ class Loader:
         self._runner = runner
         # Weak reference to the last iterator, so that an iterator dropped by the consumer ends immediately.
         self._running: Callable[[], EpochIterator[Batch] | None] = lambda: None
-        self._epoch = self._step = 0
+        self._position = Position(0)
 
     def __len__(self) -> int:
         return self.plan.steps
@@ -92,30 +92,29 @@ class Loader:
         return self.bad.split
 
     @property
-    def state(self) -> dict[str, int]:
-        """Position of the next batch, {"epoch": …, "step": …}.
+    def position(self) -> Position:
+        """Position of the next batch. The step is the number of batches of the epoch that have been consumed.
 
-        Both are counted from 0. The step is the number of batches of the epoch that have been consumed. Setting the
-        state ends an iterator that has started, and raises ValueError if the epoch or step is out of range.
+        Setting the position ends an iterator that has started, and raises ValueError if the epoch or step is out of
+        range.
         """
-        return {"epoch": self._epoch, "step": self._step}
+        return self._position
 
-    @state.setter
-    def state(self, state: dict[str, int]) -> None:
-        epoch, step = state["epoch"], state["step"]
-        if epoch < 0 or not 0 <= step < max(len(self), 1):
-            raise ValueError(f"loader state {state} is outside of epochs of {len(self)} steps")
+    @position.setter
+    def position(self, position: Position) -> None:
+        if position.epoch < 0 or not 0 <= position.step < max(len(self), 1):
+            raise ValueError(f"loader position {position} is outside of epochs of {len(self)} steps")
         running = self._running()
-        if running is not None and running.is_started:  # an iterator that has not started begins at the new state
+        if running is not None and running.is_started:  # an iterator that has not started begins at the new position
             running.replace()
-        self._epoch, self._step = epoch, step
+        self._position = position
 
     def check_unchanged(self) -> None:
         """Raise UserError if a file of the data set has changed. Call this method before saving a checkpoint."""
         self.source.check_unchanged()
 
     def __iter__(self) -> EpochIterator[Batch]:
-        """Iterate over the rest of the current epoch, starting at `state`. Evaluation always starts at the first batch.
+        """Iterate over the rest of the epoch, starting at `position`. Evaluation always starts at the first batch.
 
         A loader has one set of buffers. An earlier iterator with batches left therefore raises RuntimeError when it is
         used again.
@@ -133,9 +132,9 @@ class Loader:
     def _iterate(self) -> Generator[tuple[Batch, bool]]:
         """Yield pairs (batch, is_last)."""
         if self.plan.repeats:
-            self._epoch = self._step = 0
+            self._position = Position(0)
             self.seen = EMPTY
-        remaining = len(self) - self._step
+        remaining = len(self) - self._position.step
         threads = PrefetchThreads(
             self.plan,
             self.source,
@@ -143,8 +142,8 @@ class Loader:
             self.buffers,
             self.slot_waits,
             self.bad,
-            epoch=self._epoch,
-            first=self._step,
+            epoch=self._position.epoch,
+            first=self._position.step,
             stream=self.gather_stream,
         )
         submitted: deque[HostBatch] = deque()
@@ -165,9 +164,8 @@ class Loader:
                 if self.plan.repeats:
                     self.seen += host_batch.checksum
                 remaining -= 1
-                self._step += 1
-                if self._step == len(self):
-                    self._epoch, self._step = self._epoch + 1, 0
+                epoch, step = self._position.epoch, self._position.step + 1
+                self._position = Position(epoch, step) if step < len(self) else Position(epoch + 1)
                 # On a GPU the host also blocks here when it runs ahead; data is late only if the device is idle.
                 if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
                     self.wait_s += time.perf_counter() - start
@@ -181,7 +179,7 @@ class Loader:
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         """Return images uint8 [B, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""
         batch = Batch(images.permute(0, 3, 1, 2), labels)
-        mix = self.plan.mix(self._epoch, self._step, len(labels), images.shape[1])
+        mix = self.plan.mix(self._position.epoch, self._position.step, len(labels), images.shape[1])
         if mix is None:
             return batch
         table = torch.from_numpy(mix)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pipelines.interfaces import Position
 from pipelines.loader.bad_samples import BadSamples
 from pipelines.loader.batches import Batch, BatchPlan
 from pipelines.loader.epoch_iterator import EpochIterator
@@ -38,15 +39,15 @@ class StagedLoader:
         return tuple(dict.fromkeys(self._loaders))
 
     @property
-    def state(self) -> dict[str, int]:
-        """See `Loader.state`."""
-        return self._current().state
+    def position(self) -> Position:
+        """See `Loader.position`."""
+        return self._current().position
 
-    @state.setter
-    def state(self, state: dict[str, int]) -> None:
-        current = self.at(state["epoch"])
-        current.state = state
-        self._current_stage = self._stage_at(state["epoch"])
+    @position.setter
+    def position(self, position: Position) -> None:
+        current = self.at(position.epoch)
+        current.position = position
+        self._current_stage = self._stage_at(position.epoch)
         for stage in self.stages:
             if stage is not current:
                 stage.end_iteration()
@@ -94,13 +95,13 @@ class StagedLoader:
     def _current(self) -> Loader:
         """Return the loader of the current epoch.
 
-        If the stage has changed, pass the state on from the loader of the previous stage.
+        If the stage has changed, pass the position on from the loader of the previous stage.
         """
-        state = self._loaders[self._current_stage].state
-        stage = self._stage_at(state["epoch"])
+        position = self._loaders[self._current_stage].position
+        stage = self._stage_at(position.epoch)
         if stage != self._current_stage:
             self._current_stage = stage
-            self._loaders[stage].state = state
+            self._loaders[stage].position = position
         return self._loaders[stage]
 
 

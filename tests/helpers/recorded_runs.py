@@ -120,20 +120,20 @@ def note_batches(path: Path, step_s: float = 0.0) -> None:
     def noting(loader: Loader) -> Iterator[Batch]:
         batches = iterate(loader)
         while True:
-            state = loader.state
+            position = loader.position
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             if not loader.plan.repeats:  # not of evaluation
-                indices = loader.plan.indices(state["epoch"], state["step"])
-                first = (state["step"] * ranks.world_size + ranks.rank) * len(indices)
+                indices = loader.plan.indices(position.epoch, position.step)
+                first = (position.step * ranks.world_size + ranks.rank) * len(indices)
                 pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
                 samples = [
                     f"{index} {label} {hashlib.blake2b(image, digest_size=8).hexdigest()}"
                     for index, label, image in zip(indices.tolist(), batch.labels.tolist(), pixels, strict=True)
                 ]
-                line = json.dumps({"epoch": state["epoch"], "first": first, "samples": samples})
+                line = json.dumps({"epoch": position.epoch, "first": first, "samples": samples})
                 os.write(file, line.encode() + b"\n")  # in one write, so that a kill leaves no partial line
                 time.sleep(step_s)
             yield batch

@@ -20,6 +20,7 @@ from helpers.memory_source import MemoryRows, write
 from helpers.training import CPU, DIGITS, Run, alone
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.convert.source import Source
+from pipelines.interfaces import Position
 from pipelines.loader.batches import MixedBatch
 from pipelines.storage.open import open_split
 from tools import show
@@ -191,7 +192,7 @@ def test_samples_are_the_train_loaders_first_batch(npy_data: Path, tmp_path: Pat
     drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--out", tmp_path, *options)
     config = training_config(npy_data, seed=5)
     loader = build_train_loader(config.data, config.aug, seed=5, device=CPU)
-    loader.state = {"epoch": 3, "step": 0}
+    loader.position = Position(3)
     images, labels = next(iter(loader))
     rows = table(tmp_path / "samples.csv")
     assert [int(row["label"]) for row in rows] == labels[:12].tolist()
@@ -209,7 +210,7 @@ def test_samples_in_several_epochs_equal_training(npy_data: Path) -> None:
     samples, rows = augmented_samples(config, [3, 5, 0], 40, CPU)
     for epoch, row in zip((3, 5, 0), rows, strict=True):
         loader = build_train_loader(config.data, config.aug, seed=config.seed, device=CPU)
-        loader.state = {"epoch": epoch, "step": 0}
+        loader.position = Position(epoch)
         trained = {
             int(sample): image
             for step, batch in enumerate(loader)
@@ -232,7 +233,7 @@ def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_pa
     drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--out", tmp_path, *options)
     config = training_config(npy_data, **{"aug.mix": {"mixup": 0.8, "cutmix": 1, "mode": "elem", "off_epoch": 4}})
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=CPU)
-    loader.state = {"epoch": 3, "step": 0}
+    loader.position = Position(3)
     batch = next(iter(loader))
     assert isinstance(batch, MixedBatch)
     mixed = mix_images(batch.images, batch.mix).round().to(torch.uint8)[:13]

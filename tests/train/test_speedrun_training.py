@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers.trees import assert_equal_trees
 from models import Normalize, PixelClassifier
 from models.speedrun import SpeedrunNet, find_whitening
 from pipelines import build_eval_loader, build_train_loader
+from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
@@ -73,7 +75,7 @@ def loaders(data: Path) -> tuple[Loader, Loader]:
 
 
 def train(state: TrainState, loader: Loader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
-    while loader.state["epoch"] < EPOCHS:
+    while loader.position.epoch < EPOCHS:
         train_epoch(state, loader, seed=0, rank=0, after_step=after_step)
 
 
@@ -102,7 +104,7 @@ def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     begun = {name: value.clone() for name, value in state.network.state_dict().items()}
     state.needs_warmup = True  # like with a compiled step
     warm_up(state, loader, val_loader, "flip-translate")
-    assert loader.state == {"epoch": 0, "step": 0}
+    assert loader.position == Position(0)
     assert_equal_trees(state.network.state_dict(), begun)
     whiten(state, whitening_images(state, section_of(npy_data)))
     train(state, loader)
@@ -157,7 +159,7 @@ def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_da
 
     def save_and_break(update: int, lr: float) -> None:
         if update == break_at:
-            store.save(path, state, state.sums, loader_state=loader.state)
+            store.save(path, state, state.sums, loader_state=asdict(loader.position))
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -167,7 +169,7 @@ def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_da
     warm_up(resumed, loader, val_loader, "flip")
     content = store.load(path)
     restore_state(resumed, content, path)
-    loader.state = content["loader_state"]
+    loader.position = Position(**content["loader_state"])
     train(resumed, loader)
     assert_equal_trees(everything(resumed)["networks"], everything(finished(recipe, npy_data))["networks"])
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
+from pipelines.interfaces import Position
 from pipelines.storage.open import open_split
 from tools.common.tables import make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
@@ -86,7 +87,7 @@ def augmented_samples(
     for epoch in epochs:
         # a sample's augmentation depends on (seed, epoch, sample), not on its batch
         stage = select_samples(loader.at(epoch), samples)
-        stage.state = {"epoch": epoch, "step": 0}
+        stage.position = Position(epoch)
         seen = [RenderedBatch(*(part.cpu() for part in render_batch(batch))) for batch in stage]
         rows.append(RenderedBatch(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
     return samples[:count], rows

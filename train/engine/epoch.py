@@ -86,11 +86,11 @@ def train_epoch(
         UserError: The data cannot be read or have changed.
     """
     set_training_mode(state.forward)
-    set_whitening_bias_grad(state, loader.state["epoch"])
+    set_whitening_bias_grad(state, loader.position.epoch)
     on_gpu = state.device.type == "cuda"
     accumulation = state.config.accumulation_steps
     timeline = timeline or build_timeline(state.config, loader)
-    epoch, first, batches = loader.state["epoch"], loader.state["step"], len(loader)
+    epoch, first, batches = loader.position.epoch, loader.position.step, len(loader)
     # torch.manual_seed, which seeds all devices, and one hash per batch would take 0.15 ms per batch
     generator = torch.cuda.default_generators[state.device.index] if on_gpu else torch.default_generator
     seeds = hash64(np.arange(batches, dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)

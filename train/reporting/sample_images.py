@@ -29,12 +29,12 @@ def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> No
     """
     if not log.has_trackers:
         return
-    state = loader.state
+    position = loader.position
     batches = iter(loader)
     first = next(batches)
     rendered = RenderedBatch(*(part[:GRID_IMAGES] for part in render_batch(first)))
     del batches, first  # ends the prefetch threads
-    loader.state = state
+    loader.position = position
     log.log_figure(
         "pictures/train_samples", lambda: image_grids.training_grid(rendered, classes, "train, augmented"), 0
     )

@@ -31,6 +31,7 @@ from helpers.training import (
 )
 from pipelines import build_train_loader
 from pipelines.augment.mixup import check_mixing, draw_mixes, mix_table, mixing_enabled
+from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch, MixedBatch
 from pipelines.loader.loader import Loader
 from pipelines.rng import uniform
@@ -249,7 +250,7 @@ def test_resumed_epoch_is_mixed_like_uninterrupted_one(mode: str, npy_data: Path
     epochs = [[mixed(batch) for batch in loader] for _ in range(3)]
     for epoch in (1, 2):
         again = loader_of(npy_data, mix, 100)
-        again.state = {"epoch": epoch, "step": 4}
+        again.position = Position(epoch, 4)
         for ours, expected in zip(map(mixed, again), epochs[epoch][4:], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert all((shares < 1).any() for epoch in epochs[:2] for *_, shares in epoch)

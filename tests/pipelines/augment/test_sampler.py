@@ -18,6 +18,7 @@ from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitter
 from helpers.backends import use_dali
 from helpers.photos import converted, photos
 from pipelines import build_train_loader
+from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 
 BATCH, SIZE, STEPS = 24, 48, 3
@@ -73,7 +74,7 @@ def test_dali_and_cpu_graph_give_same_batches(
 ) -> None:
     batches = []
     for loader in loaders(folders[encoding], name):
-        loader.state = {"epoch": epoch, "step": step}
+        loader.position = Position(epoch, step)
         images, labels = next(iter(loader))
         batches.append((images.permute(0, 2, 3, 1).numpy().astype(int), labels))
     (dalis, dalis_labels), (own, own_labels) = batches

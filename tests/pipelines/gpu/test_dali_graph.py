@@ -31,6 +31,7 @@ from pipelines.augment.ops import Op, Programs
 from pipelines.gpu import dali_graph
 from pipelines.gpu.dali_inputs import program_inputs
 from pipelines.gpu.dali_runner import DaliRunner
+from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
 from pipelines.loader.runner import CopyRunner
@@ -70,7 +71,7 @@ def train(folder: Path, aug: AugConfig, device: Any = "cpu", **options: Any) -> 
     """Return a loader at the start of EPOCH."""
     data = DataConfig(path=str(folder), **{"batch_size": BATCH, "threads": 1, **options})
     loader = build_train_loader(data, aug, seed=SEED, device=device)
-    loader.state = {"epoch": EPOCH, "step": 0}
+    loader.position = Position(EPOCH)
     return loader
 
 
@@ -470,7 +471,7 @@ AUGS = pytest.mark.parametrize("aug", [RANDOM_RESIZED, PAD, JITTERED], ids=["ran
 
 def epoch(loader: Loader) -> list[Batch]:
     """Return one epoch from EPOCH on, copied to the host batch by batch."""
-    loader.state = {"epoch": EPOCH, "step": 0}
+    loader.position = Position(EPOCH)
     return [Batch(images.cpu(), labels.cpu()) for images, labels in loader]
 
 
@@ -619,7 +620,7 @@ def test_batch_without_graph_is_the_gathered_tensor() -> None:
 def test_gpu_resumed_run_gives_same_bytes(aug: AugConfig, placement: str, many: Path) -> None:
     through = epoch(train(many, aug, "cuda", placement=placement))
     resumed = train(many, aug, "cuda", placement=placement, threads=3, prefetch=2)
-    resumed.state = {"epoch": EPOCH, "step": 20}
+    resumed.position = Position(EPOCH, 20)
     assert_same([Batch(images.cpu(), labels.cpu()) for images, labels in resumed], through[20:])
 
 

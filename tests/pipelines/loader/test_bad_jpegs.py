@@ -30,6 +30,7 @@ from helpers.damage import (
 from helpers.loaders import assert_same, copies, data_of, evaluation, merged, train
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.gpu.dali_runner import DaliRunner
+from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch, MixedBatch
 from pipelines.loader.buffers import SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_error
@@ -91,7 +92,7 @@ def test_substitutes_are_same_at_any_world_size_and_restart(way: str, damaged: P
         parts = []
         for rank in range(world_size):
             loader = train(damaged, 48 // world_size, AUG, rank, world_size, **SKIP)
-            loader.state = {"epoch": 0, "step": 4}
+            loader.position = Position(0, 4)
             parts.append(copies(loader))
         assert_same(merged(parts), expected[4:])
 

@@ -22,7 +22,7 @@ from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, damage
 from helpers.loaders import NO_AUG, assert_same, copies, data_of, evaluation, merged, train
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
-from pipelines.interfaces import SampleSource
+from pipelines.interfaces import Position, SampleSource
 from pipelines.loader import buffers
 from pipelines.loader.bad_samples import for_training
 from pipelines.loader.batches import Batch, EvalBatches
@@ -170,7 +170,7 @@ def test_resumed_run_gives_same_bytes_as_uninterrupted_run(
     through = [copies(loader) for _ in range(2)]
     for epoch, step in ((0, 1), (1, 0), (1, len(loader) - 1)):
         resumed = train(folder, 48, aug, image_size=image_size, **others)
-        resumed.state = {"epoch": epoch, "step": step}
+        resumed.position = Position(epoch, step)
         assert_same(copies(resumed), through[epoch][step:])
 
 
@@ -184,7 +184,7 @@ def test_batches_are_same_at_any_world_size_and_restart(
         local = 48 // world_size
         loaders = [train(folder, local, aug, rank, world_size, image_size=image_size) for rank in range(world_size)]
         for loader in loaders:
-            loader.state = {"epoch": 0, "step": 4}
+            loader.position = Position(0, 4)
         assert_same(merged([copies(loader) for loader in loaders]), whole[4:])
 
 
@@ -197,21 +197,21 @@ def test_pixels_differ_between_seeds_and_epochs(npy_data: Path) -> None:
         assert (batch.images != first.images).float().mean() > 0.5
 
 
-def test_state_counts_consumed_batches(npy_data: Path) -> None:
+def test_position_counts_consumed_batches(npy_data: Path) -> None:
     loader = train(npy_data, 100)
-    assert loader.state == {"epoch": 0, "step": 0}
+    assert loader.position == Position(0)
     for step, _ in enumerate(loader, 1):
-        assert loader.state == ({"epoch": 0, "step": step} if step < 7 else {"epoch": 1, "step": 0})
+        assert loader.position == (Position(0, step) if step < 7 else Position(1))
     for _ in zip(range(3), loader, strict=False):
         pass
-    assert loader.state == {"epoch": 1, "step": 3}
+    assert loader.position == Position(1, 3)
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 7), (-1, 0), (0, -1)])
-def test_state_outside_of_epoch_is_rejected(epoch: int, step: int, npy_data: Path) -> None:
+def test_position_outside_of_epoch_is_rejected(epoch: int, step: int, npy_data: Path) -> None:
     loader = train(npy_data, 100)
     with pytest.raises(ValueError, match="7 steps"):
-        loader.state = {"epoch": epoch, "step": step}
+        loader.position = Position(epoch, step)
 
 
 @pytest.mark.parametrize("aug", [NO_AUG, ALL_AUG], ids=["stored pixels", "graph"])
@@ -225,7 +225,7 @@ def test_iteration_left_early_continues_with_next_batch(aug: AugConfig, npy_data
             if (stop := stop - 1) == 0:
                 break
     assert_same(seen, expected)
-    assert loader.state == {"epoch": 1, "step": 0}
+    assert loader.position == Position(1)
 
 
 EVERY_WAY = pytest.mark.parametrize(
@@ -278,14 +278,14 @@ def test_finished_iterator_stays_finished(npy_data: Path) -> None:
     next(after)
 
 
-def test_iterator_raises_after_state_was_set(npy_data: Path) -> None:
+def test_iterator_raises_after_position_was_set(npy_data: Path) -> None:
     expected = copies(train(npy_data, 50))
     loader = train(npy_data, 50)
     first = iter(loader)
-    loader.state = {"epoch": 0, "step": 3}  # an iterator that has not started starts there
+    loader.position = Position(0, 3)  # an iterator that has not started starts there
     assert_same(copies(itertools.islice(first, 1)), expected[3:4])
-    loader.state = {"epoch": 0, "step": 5}
-    with pytest.raises(RuntimeError, match="setting the loader's state"):
+    loader.position = Position(0, 5)
+    with pytest.raises(RuntimeError, match="setting the loader's position"):
         next(first)
     assert_same(copies(loader), expected[5:])
 

@@ -13,6 +13,7 @@ from configs.schema import AugConfig, DataConfig, EvalConfig
 from configs.stages import data_at
 from configs.utils.errors import UserError
 from pipelines import build_eval_loader, build_train_loader
+from pipelines.interfaces import Position
 from pipelines.loader.train_loader import StagedLoader, TrainLoader
 
 SEED = 4
@@ -38,7 +39,7 @@ def test_sizes_change_with_the_epoch_except_in_evaluation(npy_data: Path) -> Non
     loader = train(npy_data, STAGES)
     seen = []
     for epoch in range(5):
-        assert loader.state == {"epoch": epoch, "step": 0}
+        assert loader.position == Position(epoch)
         length, size, batch = len(loader), loader.image_size, loader.plan.batch_size
         shapes = {tuple(images.shape) for images, _ in loader}
         assert shapes == {(batch, 3, size, size)}
@@ -56,7 +57,7 @@ def test_stages_do_not_change_order_and_draws(npy_data: Path) -> None:
     staged = train(npy_data, STAGES)
     for epoch in (0, 2, 3):
         plain = train(npy_data, [], image_size=staged.at(epoch).image_size, batch_size=staged.at(epoch).plan.batch_size)
-        staged.state = plain.state = {"epoch": epoch, "step": 0}
+        staged.position = plain.position = Position(epoch)
         for ours, theirs in zip(epoch_of(staged), epoch_of(plain), strict=True):
             assert torch.equal(ours, theirs)
 
@@ -68,7 +69,7 @@ def test_two_ranks_share_the_batches_of_one(npy_data: Path) -> None:
     for _ in range(4):
         images, labels = epoch_of(whole)
         halves = [epoch_of(loader) for loader in ranks]
-        size = ranks[0].at(ranks[0].state["epoch"] - 1).plan.batch_size
+        size = ranks[0].at(ranks[0].position.epoch - 1).plan.batch_size
         for parts, expected in zip(zip(*halves, strict=True), (images, labels), strict=True):
             pieces = [part.unflatten(0, (-1, size)) for part in parts]  # [batches, samples of a rank, ...]
             assert torch.equal(torch.cat(pieces, dim=1).flatten(0, 1), expected)
@@ -77,15 +78,15 @@ def test_two_ranks_share_the_batches_of_one(npy_data: Path) -> None:
 def test_resume_continues_within_any_stage(npy_data: Path) -> None:
     whole = train(npy_data, STAGES)
     for epoch in (0, 1, 3):
-        whole.state = {"epoch": epoch, "step": 0}
+        whole.position = Position(epoch)
         images, labels = epoch_of(whole)
         resumed = train(npy_data, STAGES)
-        resumed.state = {"epoch": epoch, "step": 5}
+        resumed.position = Position(epoch, 5)
         size = resumed.plan.batch_size
         again, again_labels = epoch_of(resumed)
         assert torch.equal(again, images[5 * size :])
         assert torch.equal(again_labels, labels[5 * size :])
-        assert resumed.state == {"epoch": epoch + 1, "step": 0}
+        assert resumed.position == Position(epoch + 1)
 
 
 def test_iterator_raises_after_another_stage_was_started(npy_data: Path) -> None:
@@ -93,7 +94,7 @@ def test_iterator_raises_after_another_stage_was_started(npy_data: Path) -> None
         loader = train(npy_data, STAGES)
         first = iter(loader)
         next(first)
-        loader.state = {"epoch": 1, "step": 0}
+        loader.position = Position(1)
         goes_on(loader)
         with pytest.raises(RuntimeError, match="one iterator at a time"):
             next(first)

@@ -15,6 +15,7 @@ from configs.utils import warnings as notes
 from configs.utils.errors import UserError
 from helpers.backends import use_dali
 from helpers.loaders import copies, train
+from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from pipelines.storage import monitor
 from pipelines.storage.open import open_split
@@ -111,7 +112,7 @@ def test_loader_continues_with_the_opened_bytes(
     monkeypatch.setattr(monitor, "MAX_SHARE", math.inf)
     loader, file = loader_of(encoding, request)
     expected = [batch.images.sum() for batch in copies(loader)]
-    loader.state = {"epoch": 0, "step": 0}
+    loader.position = Position(0)
     time.sleep(0.02)
     change(file)
     assert [batch.images.sum() for batch in copies(loader)] == expected
@@ -175,7 +176,7 @@ def test_resident_split_ignores_later_changes(npy_copy: Path) -> None:
     loader = train(npy_copy, 16, placement="device")
     expected = copies(loader)
     truncate(npy_copy / NAME)
-    loader.state = {"epoch": 0, "step": 0}
+    loader.position = Position(0)
     assert all((a.images == b.images).all() for a, b in zip(copies(loader), expected, strict=True))
     loader.check_unchanged()
 

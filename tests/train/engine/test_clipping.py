@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from configs.schema import AugConfig, DataConfig
 from helpers.training import CPU, alone, lenet, make_state, random_batch, record_gradients
 from pipelines import build_train_loader
+from pipelines.interfaces import Position
 from train.engine.epoch import train_epoch
 from train.engine.step import train_step
 
@@ -104,7 +105,7 @@ def test_four_micro_steps_of_64_equal_one_step_of_256(
         loader = build_train_loader(section, aug, seed=3, device=CPU, accumulation_steps=passes)
         for _ in range(2):
             train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
-        assert loader.state == {"epoch": 2, "step": 0}
+        assert loader.position == Position(2)
         assert len(loader) == 2 * passes  # four steps
         weights.append(state.network.state_dict())
     begun = lenet_of_12().state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from helpers.loaders import train_loader
 from helpers.training import alone, make_state, small_net
 from models import build_model
+from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
@@ -69,7 +71,7 @@ class Interrupted(Exception):
 
 
 def train_both_epochs(state: TrainState, loader: Loader, after_step: Callable[[int, float], None]) -> None:
-    while loader.state["epoch"] < 2:
+    while loader.position.epoch < 2:
         train_epoch(state, loader, seed=0, rank=0, after_step=after_step)
 
 
@@ -96,7 +98,7 @@ def test_run_with_dropout_resumes_bitwise_after_any_step(
 
     def save_and_break(update: int, lr: float) -> None:
         if update == break_at:
-            store.save(tmp_path / "last.pt", state, state.sums, loader_state=loader.state)
+            store.save(tmp_path / "last.pt", state, state.sums, loader_state=asdict(loader.position))
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -109,7 +111,7 @@ def test_run_with_dropout_resumes_bitwise_after_any_step(
             parameter.fill_(0.5)  # a restore that forgets something shows
     content = store.load(tmp_path / "last.pt")
     restore_state(state, content, tmp_path / "last.pt")
-    loader.state = content["loader_state"]
+    loader.position = Position(**content["loader_state"])
     train_both_epochs(state, loader, lambda *_: None)
     expected = trained(npy_data, accumulation_steps)
     resumed = state.network.state_dict()

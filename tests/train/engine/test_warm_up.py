@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from configs.utils.errors import UserError
 from helpers.training import CPU, SmallNet, alone, make_state, random_batch, small_net
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import mix_table
+from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch, MixedBatch
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
@@ -393,7 +395,7 @@ def gpu_loaders(
 def train_epochs(
     state: TrainState, loader: TrainLoader, seed: int = 0, after_step: Callable[[int, float], None] = lambda *_: None
 ) -> dict[str, torch.Tensor]:
-    while loader.state["epoch"] < 2:
+    while loader.position.epoch < 2:
         train_epoch(state, loader, seed=seed, rank=0, after_step=after_step)
     return {**state.network.state_dict(), "sums": state.sums}
 
@@ -544,7 +546,7 @@ def test_run_with_captured_steps_resumes_from_checkpoint(
 
     def save_and_break(update: int, lr: float) -> None:
         if update == 9:
-            store.save(tmp_path / "last.pt", state, state.sums, loader_state=loader.state)
+            store.save(tmp_path / "last.pt", state, state.sums, loader_state=asdict(loader.position))
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -553,7 +555,7 @@ def test_run_with_captured_steps_resumes_from_checkpoint(
     state, loader = new(now)
     restore_state(state, content, tmp_path / "last.pt")
     warm_up.warm_up(state, loader)
-    loader.state = content["loader_state"]
+    loader.position = Position(**content["loader_state"])
     torch.testing.assert_close(train_epochs(state, loader), whole, **CLOSE)
 
 

@@ -15,6 +15,7 @@ from configs.schema import DataConfig, EmaConfig, EvalConfig, LookaheadConfig
 from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, alone, make_state, on_ranks, random_batch, run_here, small_net, strict_lines
 from pipelines import build_eval_loader, build_train_loader
+from pipelines.interfaces import Position
 from tools.inference.trained_model import load_trained_model
 from tools.runs.records import comparison_rows, curve_rows, read_run
 from train.checkpoint import store
@@ -92,7 +93,7 @@ def test_average_counts_steps_from_start_of_run(npy_data: Path) -> None:
         state = make_state(small_net(), epochs=2, first_epoch=first, ema={"decay": 0.5}, schedule="constant")
         state.ema = build_ema(state.network, state.config.ema)
         loader = build_train_loader(DataConfig(path=str(npy_data), batch_size=350), seed=3, device=CPU)
-        loader.state = {"epoch": first, "step": 0}
+        loader.position = Position(first)
         seen: list[State] = []
         train_epoch(state, loader, seed=0, rank=0,
                     after_step=lambda *_, t=state, s=seen: s.append(copy_of(t.network.state_dict())))  # fmt: skip

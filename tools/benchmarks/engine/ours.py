@@ -12,6 +12,7 @@ import torch
 
 from configs.schema import AugConfig, Config, DataConfig
 from pipelines import build_train_loader
+from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
 from pipelines.storage.dataset import load_dataset
@@ -84,7 +85,7 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
     with process_group(Ranks()) as device:
         state, loader = _build(config, device)
         resident_batch = next(iter(loader))
-        loader.state = {"epoch": 0, "step": 0}
+        loader.position = Position(0)
         batch_size = config.data.batch_size
         precision = str(state.amp or torch.float32).removeprefix("torch.")
         common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}

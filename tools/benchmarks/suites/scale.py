@@ -23,6 +23,7 @@ import torch
 from configs.schema import DataConfig
 from pipelines import build_train_loader, order
 from pipelines.augment import geometry
+from pipelines.interfaces import Position
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import FORMAT, VERSION
 from pipelines.storage.index import INDEX_COLUMNS, sample_stride
@@ -87,7 +88,7 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
 
     def epoch_part() -> float:
         """Return the loader's time in µs per sample for up to BATCHES batches of epoch 0, excluding the first."""
-        loader.state = {"epoch": 0, "step": 0}
+        loader.position = Position(0)
         remaining = iter(loader)
         next(remaining)
         start = time.perf_counter()
