@@ -1,13 +1,11 @@
 """Run the processes of a sweep: start runs in free slots, collect their outcomes, and terminate them with the sweep.
 
-Processes must be started by a thread that outlives them, since PR_SET_PDEATHSIG signals a child when the *thread* that
+Processes must be started by a thread that outlives them, since `die_with_parent` signals a child when the *thread* that
 started it ends.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import os
 import re
 import signal
@@ -22,6 +20,7 @@ from typing import IO
 
 from configs.load import to_yaml
 from configs.utils.errors import UserError
+from configs.utils.process import acquire_lock, die_with_parent, handle_signals
 from tools.common.tables import write_text
 from tools.runs.records import compared_settings, format_setting, read_run
 from tools.runs.run_slots import RunSlot
@@ -32,7 +31,6 @@ TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they end
 TERMINATE_GRACE_S = 30.0  # between SIGTERM and SIGKILL, as in torchrun
 POLL_S = 0.1
-PR_SET_PDEATHSIG = 1
 TORCHRUN_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -42,7 +40,6 @@ TORCHRUN_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-_libc = ctypes.CDLL(None)  # looked up before any fork
 
 
 @dataclass(frozen=True)
@@ -72,17 +69,8 @@ def lock_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
         UserError: Another sweep still holds the lock after `wait_s` seconds.
     """
     with (folder / ".lock").open("wb") as file:
-        give_up_at = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up_at:
-                    raise UserError(
-                        f"another sweep is running in {folder}; wait for its end, or give another --out"
-                    ) from None
-                time.sleep(POLL_S)
+        if not acquire_lock(file, wait_s):
+            raise UserError(f"another sweep is running in {folder}; wait for its end, or give another --out")
         yield file.fileno()
 
 
@@ -142,7 +130,9 @@ def run_points(
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received and is not ignored.
     """
     waiting, free, children = list(points), list(slots), list[_RunProcess]()
-    with _catch_signals() as signals:
+    # The handler does not raise, since Python drops exceptions that are raised during a fork.
+    signals: list[int] = []
+    with handle_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda number, _: signals.append(number)):
         try:
             while waiting or children:
                 while waiting and free and not signals:
@@ -157,25 +147,6 @@ def run_points(
                     on_done(RunOutcome(child.point, _failure_line(child), time.monotonic() - child.started_at))
         finally:
             _terminate(children)
-
-
-@contextmanager
-def _catch_signals() -> Iterator[list[int]]:
-    """Append the numbers of received SIGINT, SIGTERM and SIGHUP signals to the yielded list.
-
-    The handlers do not raise, since Python drops exceptions that are raised during a fork. Ignored signals, such as
-    SIGHUP under nohup, stay ignored.
-    """
-    noted: list[int] = []
-    names = [
-        name for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN
-    ]
-    handlers = {name: signal.signal(name, lambda number, _: noted.append(number)) for name in names}
-    try:
-        yield noted
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
 
 
 def command_line(point: Point, slot: RunSlot) -> list[str]:
@@ -211,11 +182,9 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
     log_start = log.tell()  # read before the child writes, since it shares the position
     parent = os.getpid()
 
-    def die_with_parent() -> None:
+    def before_exec() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until exec, the sweep's handler would swallow it
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun forwards it to its processes
-        if os.getppid() != parent:  # the parent died before prctl
-            os._exit(1)
+        die_with_parent(signal.SIGTERM, parent)  # torchrun forwards it to its processes
 
     process = subprocess.Popen(
         command_line(point, slot),
@@ -225,7 +194,7 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
         env=environment,
         pass_fds=(lock,),
         start_new_session=True,  # so that Ctrl-C only reaches the sweep
-        preexec_fn=die_with_parent,
+        preexec_fn=before_exec,
     )
     return _RunProcess(point, slot, process, log, log_start, time.monotonic())
 

@@ -6,13 +6,11 @@ created and locked on rank 0 only, see `collectives.from_first_rank`.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +20,7 @@ from configs import yaml
 from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
+from configs.utils.process import acquire_lock
 from configs.utils.warnings import warn
 from train.checkpoint import store
 from train.checkpoint.store import BEST, LAST, PREVIOUS
@@ -215,8 +214,8 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
     """Lock the run folder and return the open lock file in a list.
 
     Returns an empty list if the file cannot be opened for writing, or if locking fails, e.g. because the file system
-    does not support locks. The kernel releases a POSIX lock when the process ends, and child processes do not inherit
-    the lock. Other code in this process must not open the lock file, since closing it would release the lock.
+    does not support locks. Child processes do not inherit the lock. Other code in this process must not open the lock
+    file, since closing it would release the lock.
 
     Raises:
         UserError: Another process still holds the lock after `timeout_s`.
@@ -225,26 +224,25 @@ def _lock(folder: Path, timeout_s: float) -> list[BinaryIO]:
         lock = (folder / LOCK_FILE).open("a+b")
     except OSError:
         return []
-    start_s = time.monotonic()
-    while True:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # another process holds it
-            lock.seek(0)
-            holder = lock.read(200).decode(errors="replace").strip() or "another process"
-        except OSError:
-            lock.close()
-            return []
-        else:
-            break
-        if time.monotonic() - start_s >= timeout_s:
-            lock.close()
+
+    def holder() -> str:
+        lock.seek(0)
+        return lock.read(200).decode(errors="replace").strip() or "another process"
+
+    def warn_waiting() -> None:
+        warn(f"{holder()} is training in {folder}; waiting for it, up to {timeout_s:.0f} s")
+
+    try:
+        is_locked = acquire_lock(lock, timeout_s, is_inherited=False, on_wait=warn_waiting)
+    except OSError:
+        lock.close()
+        return []
+    if not is_locked:
+        with lock:
             raise UserError(
-                f"{holder} is still training in {folder}; end it or wait for it, or give this run another name "
+                f"{holder()} is still training in {folder}; end it or wait for it, or give this run another name "
                 "(--opts name=NAME) without --resume"
             )
-        warn(f"{holder} is training in {folder}; waiting for it, up to {timeout_s:.0f} s")
-        time.sleep(0.2)
     with suppress(OSError):  # the disk is full
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())

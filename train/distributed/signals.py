@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from configs.utils.errors import UserError
+from configs.utils.process import die_with_parent, handle_signals
 
 # SIGTERM: from a scheduler, or from torchrun when it stops; SIGINT: Ctrl-C; SIGUSR1: Slurm's warning (--signal=USR1);
 # SIGHUP: the terminal was closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 SUBREAPERS = (b"systemd", b"tini", b"dumb-init", b"conmon", b"containerd-shim")
 REPEATED_SIGINT_S = 1.0  # the terminal and torchrun may both send SIGINT at once; a later one is a second Ctrl-C
 
@@ -43,8 +40,8 @@ class PendingSignal:
 def catch_signals() -> Iterator[PendingSignal]:
     """Keep SIGNALS from ending the process, and record the first one that arrives in the yielded object.
 
-    A Ctrl-C more than REPEATED_SIGINT_S after the first signal raises KeyboardInterrupt. Python allows signal handlers
-    only in the main thread, so this context does nothing in other threads.
+    A Ctrl-C more than REPEATED_SIGINT_S after the first signal raises KeyboardInterrupt. Ignored signals stay ignored,
+    and in threads other than the main thread, this context does nothing.
     """
     pending, first_s = PendingSignal(), 0.0
 
@@ -55,16 +52,8 @@ def catch_signals() -> Iterator[PendingSignal]:
         elif number == signal.SIGINT and time.monotonic() - first_s > REPEATED_SIGINT_S:
             signal.default_int_handler(number, frame)
 
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        # Ignored signals stay ignored, like SIGINT in the background of a shell.
-        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, handle) for number in caught}
-    try:
+    with handle_signals(SIGNALS, handle):
         yield pending
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def die_with_launcher() -> None:
@@ -77,7 +66,7 @@ def die_with_launcher() -> None:
         UserError: torchrun has already died.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
         if is_reparented(os.getppid()):
             raise UserError("torchrun, which started this rank, was killed before the rank was ready; start it again")
 
