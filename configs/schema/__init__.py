@@ -5,13 +5,13 @@ A config is frozen, an unknown key is an error, and every field is read somewher
 """
 
 from configs.schema.aug import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, EraseConfig, MixConfig
-from configs.schema.config import Config, all_settings
+from configs.schema.config import Config, all_settings, settings_by_key
 from configs.schema.data import DataConfig, StageConfig
 from configs.schema.eval import EvalConfig
 from configs.schema.log import LogConfig, WandbConfig
 from configs.schema.model import ModelConfig
 from configs.schema.optim import EmaConfig, LookaheadConfig, OptimizerConfig, ScheduleConfig
-from configs.schema.section import Section, is_section
+from configs.schema.section import Effect, Section, effect, is_section
 from configs.schema.train import ProxyConfig, TrainConfig
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ColorJitterConfig",
     "Config",
     "DataConfig",
+    "Effect",
     "EmaConfig",
     "EraseConfig",
     "EvalConfig",
@@ -36,5 +37,7 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "all_settings",
+    "effect",
     "is_section",
+    "settings_by_key",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from configs.schema.section import IsPath, Section, as_tuple
+from configs.schema.section import IsPath, Neutral, Resumable, Section, as_tuple
 
 
 class StageConfig(Section):
@@ -23,7 +23,7 @@ class StageConfig(Section):
 class DataConfig(Section):
     """The data set and how it is loaded."""
 
-    path: Annotated[str, IsPath] = Field(min_length=1)
+    path: Resumable[Annotated[str, IsPath]] = Field(min_length=1)
     """Folder of the converted data set (with dataset.json), such as data/cifar10."""
     batch_size: int = Field(default=128, ge=1)
     """Samples per rank and forward pass."""
@@ -36,10 +36,10 @@ class DataConfig(Section):
     stages: Annotated[tuple[StageConfig, ...], BeforeValidator(as_tuple)] = ()
     """Progressive resizing: image and batch size by epoch, as [{epoch: 0, image_size: 160}, {epoch: 8, image_size:
     192}]. Before the first stage, data.image_size and data.batch_size apply. Evaluation uses eval.image_size."""
-    placement: Literal["auto", "host", "device"] = "auto"
+    placement: Resumable[Literal["auto", "host", "device"]] = "auto"
     """Where to keep the samples: in memory-mapped files on the host (host), or the whole split in the memory of the
     training device (device, for npy encoding only); auto: device if the split is small enough, otherwise host."""
-    verify: Literal["changed", "off"] = "changed"
+    verify: Resumable[Literal["changed", "off"]] = "changed"
     """Shards to verify by sha256 at startup. changed: those that are new or have changed since their last check,
     which is recorded in the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
@@ -47,18 +47,18 @@ class DataConfig(Section):
     samples shuffled within a window of shards (sequential-window)."""
     window_shards: int = Field(default=8, ge=1)
     """Shards per shuffle window, for the sequential-window order."""
-    prefetch: int = Field(default=3, ge=1, le=16)
+    prefetch: Neutral[int] = Field(default=3, ge=1, le=16)
     """Batches to prepare ahead of training."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Neutral[int | None] = Field(default=None, ge=1)
     """CPU threads per rank for loading images; null: the number of cores available to this process divided by the
     number of ranks on this machine."""
-    hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
+    hw_decoder_load: Resumable[float] = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder, if any; 0: none, so all GPUs use the same decoder."""
-    on_bad_sample: Literal["stop", "skip"] = "stop"
+    on_bad_sample: Resumable[Literal["stop", "skip"]] = "stop"
     """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample with the next
     decodable one in stored order, in every epoch (skip). Evaluation always stops, since it counts every sample exactly
     once."""
-    max_bad_samples: int = Field(default=16, ge=1)
+    max_bad_samples: Resumable[int] = Field(default=16, ge=1)
     """Maximum number of samples to replace over all ranks, for on_bad_sample skip; one more ends the run."""
     train_split: str = Field(default="train", min_length=1)
     """Split to train on."""

@@ -9,17 +9,18 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from configs.schema.section import Section, is_section, item_section, section_settings
+from configs.schema.section import Effect, Section, effect, is_section, item_section, section_settings
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def markdown_table(config: type[Section]) -> str:
     """Return a Markdown table with one row per setting. The keys of a list of sections follow the row of the list."""
-    rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+    rows = ["| key | allowed | default | on a resume | meaning |", "|---|---|---|---|---|"]
     for key, field in _rows(config):
         meaning = " ".join((field.description or "").split())  # a line break would end the row
-        cells = (f"`{key}`", _allowed(field), _default(field), meaning)
+        on_resume = "may change" if effect(field) != Effect.RESULTS else ""
+        cells = (f"`{key}`", _allowed(field), _default(field), on_resume, meaning)
         rows.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
     return "\n".join(rows)
 

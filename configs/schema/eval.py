@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from configs.schema.section import Section
+from configs.schema.section import Neutral, Resumable, Section
 
 
 class EvalConfig(Section):
     """Evaluation on the validation split."""
 
-    only: bool = False
+    only: Neutral[bool] = False
     """Whether to evaluate the checkpoint given by resume instead of training; same as --eval."""
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: Resumable[int | None] = Field(default=None, ge=1)
     """Samples per rank and forward pass; null: data.batch_size."""
     image_size: int | None = Field(default=None, ge=1)
     """Height and width in pixels; null: data.image_size."""

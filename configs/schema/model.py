@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from configs.schema.section import IsPath, Section, Texts
+from configs.schema.section import IsPath, Resumable, Section, Texts
 
 
 class ModelConfig(Section):
@@ -14,7 +14,7 @@ class ModelConfig(Section):
 
     name: str = Field(min_length=1)
     """Built-in model (lenet, alexnet, resnet18, …), or timm/NAME for any model of timm."""
-    num_classes: int | None = Field(default=None, ge=1)
+    num_classes: Resumable[int | None] = Field(default=None, ge=1)
     """Number of outputs; null: the data set's number of classes."""
     drop_rate: float | None = Field(default=None, ge=0, lt=1)
     """Dropout probability; null: the model's default."""

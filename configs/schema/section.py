@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, get_args
+from enum import Enum
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
 from configs.utils.files import expand_home
+
+
+class Effect(Enum):
+    """What a setting affects. This decides whether a resumed run may change it, and whether runs are compared by it."""
+
+    RESULTS = "results"  # the default, without a mark: a resumed run may not change it
+    MINOR = "minor"  # at most the last digits of results, or only runs in which a failure occurs
+    NONE = "none"  # name, location, logging and reading: runs that differ only in such settings are the same run
+
+
+T = TypeVar("T")
+Resumable = Annotated[T, Effect.MINOR]  # marks a setting that a resumed run may change
+Neutral = Annotated[T, Effect.NONE]  # marks a setting that a resumed run may change and that no table compares
 
 
 class Section(BaseModel):
@@ -61,6 +75,11 @@ def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[f
 def is_section(field: FieldInfo) -> bool:
     """Return True if the value of a field is a nested section."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def effect(field: FieldInfo) -> Effect:
+    """Return what a setting affects according to its mark."""
+    return next((mark for mark in field.metadata if isinstance(mark, Effect)), Effect.RESULTS)
 
 
 def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

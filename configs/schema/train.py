@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from configs.schema.optim import EmaConfig, LookaheadConfig, OptimizerConfig, ScheduleConfig
-from configs.schema.section import Section
+from configs.schema.section import Resumable, Section
 
 
 class ProxyConfig(Section):
@@ -76,25 +76,25 @@ class TrainConfig(Section):
     """Maximum absolute value of each gradient element; null: no clipping."""
     clip_grad_adaptive: float | None = Field(default=None, gt=0)
     """Maximum ratio of a gradient's norm to its weight's, unit by unit (AGC, arXiv:2102.06171); null: no clipping."""
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    amp: Resumable[Literal["auto", "bf16", "fp16", "off"]] = "auto"
     """Autocast dtype; auto: bf16 on GPUs that support it, fp16 on other GPUs, float32 on the CPU. bf16 on a CPU without
     bf16 instructions, and fp16 on any CPU, are many times slower than float32."""
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
+    compile: Resumable[Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]] = "auto"
     """Mode of torch.compile; auto: default on a GPU, off on the CPU."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Resumable[Literal["auto", "on", "off"]] = "auto"
     """Whether to replay training steps as CUDA graphs; auto: on a single GPU, unless the run uses fp16,
     compile=reduce-overhead, an optimizer that cannot be captured, or on_nonfinite=skip with an unfused optimizer."""
-    channels_last: bool = True
+    channels_last: Resumable[bool] = True
     """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
-    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    on_nonfinite: Resumable[Literal["stop", "skip", "rewind"]] = "stop"
     """Action if a loss or weight becomes nan or infinite: end the run (stop); skip optimizer steps with non-finite
     gradients (skip); or return to the last checkpoint and skip the affected steps, at most a few times (rewind)."""
-    save_every_steps: int | None = Field(default=None, ge=1)
+    save_every_steps: Resumable[int | None] = Field(default=None, ge=1)
     """Optimizer steps between checkpoints; null: every five minutes. Checkpoints are also written at the end of epochs
     (see save_every_epochs)."""
-    save_every_epochs: int = Field(default=1, ge=1)
+    save_every_epochs: Resumable[int] = Field(default=1, ge=1)
     """Write a checkpoint at the end of every N-th epoch, and always after the last one."""
-    eval_every_epochs: int = Field(default=1, ge=1)
+    eval_every_epochs: Resumable[int] = Field(default=1, ge=1)
     """Evaluate after every N-th epoch, and always after the last one."""
 
     @field_validator("min_lr", "warmup_lr")

@@ -19,12 +19,12 @@ import pytest
 import yaml
 
 from configs.load import load_config, to_yaml
+from configs.schema import settings_by_key
 from configs.utils.errors import UserError
 from helpers.sweeps import points_of
 from helpers.training import CLEAN, DIGITS, ROOT, Run, restore_signal_handlers
 from tools import sweep
 from tools.runs import sweep_report, sweep_runner
-from tools.runs.records import settings_by_key
 from tools.runs.sweep_report import Sweep
 from train.ddp import parse_arguments
 from train.reporting.metrics_file import read_metrics

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import parse_config
-from configs.schema import Config, all_settings, is_section
+from configs.schema import Config, Effect, settings_by_key
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from tools.common.tables import Row
 from train.reporting.metrics_file import counted_accuracy, read_metrics
 
-# Settings that do not affect results: name, location, resuming, logging and reading. Two runs that differ only in these
-# are the same point of a sweep. train.checkpoint.compatibility lists the settings that a resumed run may change.
-NOT_COMPARED = ("name", "output", "resume", "eval.only", "data.threads", "data.prefetch", "log.")
 BASE_COLUMNS = {
     "model.name": "model",
     "train.lr": "lr",
@@ -94,22 +91,9 @@ def read_global_batch(folder: Path) -> int | None:
         return None
 
 
-def settings_by_key(config: Config) -> dict[str, Any]:
-    """Return the values of all settings by dotted key. Sections are not included, only the settings in them."""
-    values = config.model_dump(mode="json")
-    result = {}
-    for key, field in all_settings():
-        if not is_section(field):
-            value: Any = values
-            for part in key.split("."):
-                value = value[part]
-            result[key] = value
-    return result
-
-
-def compared_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that may affect results, by dotted key."""
-    return {key: value for key, value in settings_by_key(config).items() if not key.startswith(NOT_COMPARED)}
+def compared_settings(config: Config) -> dict[str, object]:
+    """Return the settings that may affect results, by dotted key. Equal ones are the same point of a sweep."""
+    return settings_by_key(config, (Effect.RESULTS, Effect.MINOR))
 
 
 def differing_keys(configs: Sequence[Config]) -> list[str]:

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from configs.schema import settings_by_key
 from tools.common.tables import Row
-from tools.runs.records import differing_keys, format_setting, settings_by_key
+from tools.runs.records import differing_keys, format_setting
 from tools.runs.sweep_points import Point
 from train.reporting import figures
 
@@ -54,7 +55,8 @@ def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Fig
             ", ".join([*filter(None, [point.variant]), *(f"{other}={format_setting(one[other])}" for other in others)])
             for point, one in zip(points, settings, strict=True)
         ]
-        return _line_plot(numeric[0], [one[numeric[0]] for one in settings], labels, rows, title)
+        values = [value for one in settings if isinstance(value := one[numeric[0]], int | float)]
+        return _line_plot(numeric[0], values, labels, rows, title)
     if names in ([], [""]):
         return None
     return _bar_plot([point.variant if keys in ([], ["seed"]) else point.label for point in points], rows, title)

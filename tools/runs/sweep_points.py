@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, settings_by_key
 from configs.utils.errors import UserError
-from tools.runs.records import compared_settings, format_setting, settings_by_key
+from tools.runs.records import compared_settings, format_setting
 from tools.runs.sweep_axes import Axis, Settings, parse_axis, parse_variants
 from train.optim.factory import with_timm_defaults
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.schema import Config
+from configs.schema import Config, settings_by_key
 from configs.utils.files import read_small_text
 from tools.common import tables
 from tools.common.tables import Row
@@ -20,7 +20,6 @@ from tools.runs.records import (
     differing_keys,
     format_setting,
     read_global_batch,
-    settings_by_key,
 )
 from tools.runs.sweep_plots import plot_values
 from tools.runs.sweep_points import Point
@@ -125,7 +124,9 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
     settings = [settings_by_key(config) for config in configs]
     hints = []
     for key in differing_keys(configs):
-        values = sorted({one[key] for one in settings if type(one[key]) in (int, float)})
+        values = sorted(
+            {value for one in settings if isinstance(value := one[key], int | float) and type(value) is not bool}
+        )
         if len(values) >= 3 and (value := settings[best][key]) in (values[0], values[-1]):
             which, others = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
             hints.append(f"{key}={format_setting(value)} is the {which} that was tried; {others} ones may be better")

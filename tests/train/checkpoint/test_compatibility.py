@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import re
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml  # type: ignore[import-untyped]
+from pydantic.fields import FieldInfo
 
 from configs.load import load_config, to_yaml
-from configs.schema import Config, all_settings, is_section
+from configs.schema import Config, Effect, all_settings, effect, is_section, settings_by_key
 from configs.utils.errors import UserError
 from helpers.training import DIGITS
 from pipelines.storage.dataset import fingerprint
-from train.checkpoint.compatibility import check_same_run, run_fingerprint, stream_info
+from train.checkpoint.compatibility import StreamInfo, check_same_run, stream_info
 from train.optim.factory import with_timm_defaults
 
 PATH = Path("last.pt")
 STAGES = "data.stages=[{{epoch: 1, batch_size: {}}}, {{epoch: 2, image_size: 24}}]"
 PLATEAU = ("train.schedule=plateau",)
-# Settings that affect results at most in the last digits. Schedule plateau depends on some of them.
-AFTER_A_FAILURE = {"train.on_nonfinite"}
-BOOKKEEPING = {"name", "output", "resume", "eval.only", "model.num_classes"}
-WATCHED = {"train.eval_every_epochs"}
-SPEED = {
-    "data.placement",
-    "data.prefetch",
-    "data.threads",
-    "data.hw_decoder_load",
-    "eval.batch_size",
-    "train.amp",
-    "train.compile",
-    "train.cuda_graph",
-    "train.channels_last",
-    "train.save_every_steps",
-    "train.save_every_epochs",
+# Settings that enable all others which have no effect by themselves.
+ENABLING = ("data.order=sequential-window", "train.ema.decay=0.9", "train.loss=bce")
+# Values for settings that `other_value` cannot derive from the type.
+OTHER_VALUES: dict[str, object] = {
+    "aug.auto.policy": "randaugment",
+    "data.stages": [{"epoch": 3, "image_size": 40}],
+    "eval.weights": "raw",
+    "train.optimizer.name": "adam",
+    "train.schedule_options.milestones": [3.0],
 }
-DAMAGE = {"data.on_bad_sample", "data.max_bad_samples", "data.verify"}  # no effect without damaged samples
-IN_GLOBAL_BATCH = {"data.batch_size", "train.accumulation_steps"}
-IN_DATA_SET = {"data.path"}
+SETTINGS = [pytest.param(key, field, id=key) for key, field in all_settings() if not is_section(field)]
 
 
 def config_of(*options: str) -> Config:
@@ -55,7 +50,7 @@ def data_set_of(shards: int = 1, samples: int = 40, name: str = "digits", label:
     return {"name": name, "classes": [label], "encoding": "npy", "image_shape": [8, 8, 3], "splits": {"train": split}}
 
 
-def checkpoint_of(config: Config, stream: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_of(config: Config, stream: StreamInfo) -> dict[str, Any]:
     """Return the entries about the run."""
     position = {"epoch": 1, "step": 0}
     return {"config": to_yaml(config), "stream": stream, "position": position, "progress": {"best_top1": 0.5}}
@@ -167,25 +162,48 @@ def test_invalid_stream_entry_is_one_user_error(crafted: dict[str, Any]) -> None
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_every_setting_is_fingerprinted_or_known_as_neutral() -> None:
-    config = config_of(*PLATEAU)
-    named = {key.split(" ")[0] for key in run_fingerprint(config, stream_info(config, data_set_of(), 1))}
-    settings = {key for key, field in all_settings() if not is_section(field)}
-    others = (
-        {key for key in settings if key.startswith("log.")}
-        | BOOKKEEPING
-        | SPEED
-        | IN_GLOBAL_BATCH
-        | IN_DATA_SET
-        | DAMAGE
-        | AFTER_A_FAILURE
-    )
-    assert settings - named == others
-    assert named - settings == {"data", "global"}  # not settings: the data set, the global batch
-    config = config_of()
-    assert (
-        named - {key.split(" ")[0] for key in run_fingerprint(config, stream_info(config, data_set_of(), 1))} == WATCHED
-    )
+def other_value(field: FieldInfo, value: object) -> object:
+    """Return a valid value of a setting that differs from `value`, its JSON value."""
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return next(choice.value for choice in kind if choice.value != value)
+    if value is None:
+        return {int: 1, float: 0.5, bool: True, str: "other"}[kind]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 or 1e-6
+    if isinstance(value, str):
+        return f"{value}-other"
+    if isinstance(value, list):
+        return [number / 2 for number in value] or ["other"]
+    return {"other": 1}
+
+
+@pytest.mark.parametrize(("key", "field"), SETTINGS)
+def test_resume_refuses_a_changed_setting_unless_the_schema_allows_it(key: str, field: FieldInfo) -> None:
+    then = config_of(*ENABLING)
+    value = OTHER_VALUES.get(key) or other_value(field, settings_by_key(then)[key])
+    now = config_of(*ENABLING, f"{key}={json.dumps(value)}")
+    assert differences(then, now) == [key]
+    accumulation = then.train.accumulation_steps, now.train.accumulation_steps
+    if effect(field) != Effect.RESULTS:
+        check(then, now, passes=accumulation)
+        return
+    in_global_batch = key in ("data.batch_size", "train.accumulation_steps")
+    with pytest.raises(UserError, match=f"[(]{'global batch' if in_global_batch else key}[: ].* then, .* now"):
+        check(then, now, passes=accumulation)
+
+
+def differences(then: Config, now: Config) -> list[str]:
+    values = settings_by_key(then)
+    return [key for key, value in settings_by_key(now).items() if value != values[key]]
 
 
 def test_neutral_settings_may_change() -> None:
