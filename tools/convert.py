@@ -16,15 +16,13 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
+from configs.utils.process import handle_signals
 from pipelines.convert.encode import SUBSAMPLINGS, Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
@@ -43,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(verify(args.folder))
         return 0
     try:
-        with raise_on_sigterm():
+        with handle_signals([signal.SIGTERM], terminate):  # cleans up as after Ctrl-C
             return convert(args)
     except Terminated:
         print("terminated; to resume, run the same command again", file=sys.stderr)
@@ -75,24 +73,8 @@ class Terminated(BaseException):
     """Raised when the process receives SIGTERM."""
 
 
-@contextmanager
-def raise_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM in this context, so that the conversion cleans up as after Ctrl-C.
-
-    This has no effect outside the main thread.
-    """
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def terminate(*_: object) -> None:
+    raise Terminated
 
 
 def open_source(args: argparse.Namespace) -> Source:

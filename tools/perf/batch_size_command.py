@@ -23,8 +23,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from configs.load import load_config
 from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
+from configs.utils.process import handle_signals
 from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine import process_memory
 from tools.common.tables import make_folder, markdown, write_csv
@@ -81,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
     searches = [BatchSizeSearch(target) for target in targets]
     code = 0
     try:
-        with interrupt_on_termination():
+        with handle_signals((signal.SIGTERM, signal.SIGHUP), interrupt):  # from schedulers; the terminal was closed
             search_all(searches, arguments, out / "ramp.csv")
     except KeyboardInterrupt:
         code = 130
@@ -99,23 +98,8 @@ def main(arguments: argparse.Namespace) -> int:
     return code
 
 
-@contextmanager
-def interrupt_on_termination() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (sent by schedulers) and SIGHUP (sent when the terminal is closed).
-
-    Ignored signals, such as SIGHUP under nohup, stay ignored.
-    """
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, interrupt) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

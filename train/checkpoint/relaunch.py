@@ -19,6 +19,7 @@ from configs.schema import Config
 from configs.utils import files
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
+from configs.utils.process import start_time_ticks
 from train.checkpoint.run_dir import latest_checkpoints, resolve_resume, run_dirs
 from train.distributed import collectives
 
@@ -38,9 +39,8 @@ def launcher_ids() -> list[str]:
 def _process_id(pid: int) -> str:
     """Return an id for a process on this machine that is unique across machines and reboots."""
     start_time = ""
-    with suppress(OSError, IndexError):  # Linux only; the command name, in parentheses, may contain spaces
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        start_time = status.rpartition(")")[2].split()[19]
+    with suppress(OSError):
+        start_time = str(start_time_ticks(pid))
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from configs.utils.process import start_time_ticks
 from pipelines.loader.train_loader import TrainLoader
 
 GIB = 2**30
@@ -153,8 +154,7 @@ class RunTimer:
 def command_start_s() -> float:
     """Return the start time of this process, or of torchrun if torchrun started it, in seconds since boot."""
     process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in clock ticks
+    return start_time_ticks(process) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:

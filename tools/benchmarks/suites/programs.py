@@ -7,7 +7,6 @@ the deadline.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from configs.load import to_yaml
 from configs.schema import Config
 from configs.utils.files import atomic_write
+from configs.utils.process import die_with_parent
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
@@ -35,7 +36,6 @@ from train.reporting.metrics_file import counted_accuracy, read_metrics
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # time between two reads of a program's output
 TERMINATE_S = 5.0  # time between SIGTERM and SIGKILL
-PR_SET_PDEATHSIG = 1
 SPEEDRUN_FIGURES = (
     "top1_mean",
     "top1_std",
@@ -59,7 +59,6 @@ ACCURACY_COLUMNS = (
 )
 PROFILE_COLUMNS = ("ms", "share", "images_per_s", "mfu", "mfu_of_data_sheet")
 REFERENCE = "airbench94_muon.py"
-_libc = ctypes.CDLL(None)
 
 
 class Program:
@@ -79,9 +78,6 @@ class Program:
         Yield every POLL_S seconds and once after the end. Closing the generator stops the program.
         """
 
-        def end_with_parent() -> None:
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -90,7 +86,7 @@ class Program:
                 stderr=subprocess.STDOUT,
                 cwd=self._folder,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(die_with_parent, signal.SIGKILL, os.getpid()),
             )
         try:
             while self._process.poll() is None:
