@@ -31,17 +31,13 @@ from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from pipelines import build_train_loader
-from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
-from pipelines.storage.dataset import load_dataset
 from tools.common.tables import make_folder, write_csv, write_text
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
-from train.build import build_all, check_classes
+from train.build import Job
 from train.distributed.process_group import Ranks, process_group
 from train.engine.cpu_settings import limit_threads
 from train.engine.epoch import set_whitening_bias_grad
-from train.engine.hard_samples import check_proxy
 from train.engine.state import TrainState
 from train.engine.warm_up import warm_up
 from train.engine.whitening import whiten, whitening_images
@@ -86,18 +82,14 @@ def main(arguments: list[str] | None = None) -> None:
     if (out / "metrics.jsonl").exists() or (out / "last.pt").exists():
         raise UserError(f"{out} is the folder of a run; choose another --out")
     ranks = Ranks.alone("tools/find_lr.py")
-    check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
-    dataset = load_dataset(config.data.path)
-    classes = check_classes(config, dataset)
+    job = Job.load(config, ranks)
     make_folder(out)
     with process_group(ranks) as device:
         limit_threads(device)
-        accumulation = config.train.accumulation_steps
-        loader = build_train_loader(
-            config.data, config.aug, seed=config.seed, device=device, accumulation_steps=accumulation
-        ).at(0)
-        steps = options.steps or min(MAX_STEPS, max(MIN_STEPS, len(loader) // accumulation))
-        state = build_all(config, dataset, classes, loader.image_size, device)
+        job = job.on(device)
+        loader = job.train_loader().at(0)
+        steps = options.steps or min(MAX_STEPS, max(MIN_STEPS, len(loader) // config.train.accumulation_steps))
+        state = job.build_state(loader.image_size)
         whiten(state, whitening_images(state, config.data))
         warm_up(state, loader)
         curve = range_test(state, loader, np.geomspace(options.first, options.last, steps))

@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 import sys
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -30,19 +31,15 @@ from configs.load import load_config
 from configs.schema import Config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from pipelines import build_eval_loader, build_train_loader
-from pipelines.augment.mixup import mixing_enabled
 from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.dataset import load_dataset
 from tools.common.tables import write_text
-from train.build import build_all, check_classes
+from train.build import Job
 from train.distributed.process_group import Ranks, process_group
 from train.engine.cpu_settings import limit_threads
 from train.engine.epoch import train_epoch
 from train.engine.evaluate import evaluate
-from train.engine.hard_samples import check_proxy
 from train.engine.metrics import RunTimer, memory_usage
 from train.engine.state import TrainState, restart_in_place
 from train.engine.warm_up import check_image_sizes, warm_up
@@ -73,28 +70,24 @@ def main() -> None:
             "use another schedule"
         )
     ranks = Ranks.alone("tools/speedrun.py")
-    check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
-    dataset = load_dataset(config.data.path)
-    classes = check_classes(config, dataset)
-    val_samples = dataset["splits"][config.data.val_split]["samples"]
+    job = Job.load(config, ranks)
 
     with process_group(ranks) as device:
         limit_threads(device)
-        val_loader = build_eval_loader(config.data, config.eval, device=device)
-        state = build_all(config, dataset, classes, val_loader.image_size, device)
+        job = job.on(device)
+        val_loader = job.val_loader()
+        state = job.build_state(val_loader.image_size)
         images = whitening_images(state, config.data)
         runs: list[dict[str, Any]] = []
         first_result_s = 0.0
         for seed in range(config.seed, config.seed + arguments.runs):
-            train_loader = build_train_loader(
-                config.data, config.aug, seed=seed, device=device, accumulation_steps=config.train.accumulation_steps
-            )
+            job = replace(job, config=config.model_copy(update={"seed": seed}))
+            train_loader = job.train_loader()
             if not runs:
                 check_image_sizes(state, train_loader, val_loader.image_size)
                 warm_up(state, train_loader, val_loader, config.eval.tta)
-            seeded = config.model_copy(update={"seed": seed})
-            restart_in_place(state, build_all(seeded, dataset, classes, val_loader.image_size, device))
-            runs.append({"seed": seed, **run(seeded, state, images, train_loader, val_loader, val_samples)})
+            restart_in_place(state, job.build_state(val_loader.image_size))
+            runs.append({"seed": seed, **run(job, state, images, train_loader, val_loader)})
             first_result_s = first_result_s or timer.command_s
             print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
             result = summary(config, runs, device)
@@ -110,31 +103,25 @@ def main() -> None:
 
 
 def run(
-    config: Config,
-    state: TrainState,
-    images: Tensor | None,
-    train_loader: TrainLoader,
-    val_loader: Loader,
-    val_samples: int,
+    job: Job, state: TrainState, images: Tensor | None, train_loader: TrainLoader, val_loader: Loader
 ) -> dict[str, float]:
     """Whiten, train from the weights of `state`, evaluate, and return top1 (0 to 1) and time_s.
 
     Args:
-        config: Config with the seed of this run.
+        job: Config with the seed of this run, and data set.
         state: Freshly initialized training state.
         images: Images from `whitening_images`, or None if there is no whitening layer.
         train_loader: Loader of the training split.
         val_loader: Loader of the validation split.
-        val_samples: Number of validation samples.
     """
-    timer = RunTimer()
+    config, timer = job.config, RunTimer()
     timer.add(whiten(state, images))
     train_loader.position = Position(config.train.first_epoch)
     for _ in range(config.train.first_epoch, config.train.epochs):
         times = train_epoch(state, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
         timer.add(times.time_s)
     with timer, eval_weights(state.ema, config.eval.weights):
-        top1 = evaluate(state, val_loader, val_samples, config.eval.tta).top1
+        top1 = evaluate(state, val_loader, job.val_samples, config.eval.tta).top1
     return {"top1": top1, "time_s": timer.training_s}
 
 

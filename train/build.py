@@ -1,7 +1,11 @@
-"""Build the training state described by a config. All commands that run a model use this module."""
+"""The parts of a run: its config, data set and ranks, the loaders, and the training state.
+
+All commands that run a model use this module.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,22 +15,107 @@ from configs.schema import Config, ModelConfig
 from configs.utils.errors import UserError
 from models import build_from_config
 from models.pretrained import build_pretrained
-from pipelines.augment.mixup import mixing_enabled
-from train.checkpoint.finetune import load_finetune
-from train.distributed.process_group import get_world_size
-from train.engine.hard_samples import build_proxy
+from pipelines import build_eval_loader, build_train_loader
+from pipelines.augment.mixup import check_mixing, mixing_enabled
+from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
+from pipelines.storage.dataset import load_dataset
+from train.checkpoint.finetune import load_finetune, without_pretrained
+from train.distributed.process_group import Ranks, get_world_size
+from train.engine.hard_samples import build_proxy, check_proxy
 from train.engine.state import TrainState, build_state
 from train.optim.averaging import build_ema, build_lookahead
-from train.optim.factory import build_optimizer
+from train.optim.factory import build_optimizer, with_timm_defaults
 from train.optim.freeze import freeze
 from train.optim.schedule import scale_learning_rates
 from train.reporting.run_info import global_batch
 
 
+@dataclass(frozen=True)
+class Job:
+    """A config, its data set, and where it runs. Builds the loaders and the training state.
+
+    The methods that build loaders or a state need a process group. All ranks must call them.
+    """
+
+    config: Config
+    dataset: dict[str, Any]  # contents of dataset.json
+    ranks: Ranks
+    device: torch.device  # the CPU until `on`
+
+    @classmethod
+    def load(cls, config: Config, ranks: Ranks, *, trains: bool = True) -> Job:
+        """Load dataset.json, and check everything that can be refused without a GPU and before files are written.
+
+        Null settings of a timm optimizer are replaced with timm's defaults, so that a saved config contains them.
+
+        Args:
+            config: Config of the run.
+            ranks: Rank of this process and number of processes.
+            trains: Whether the model will be trained. Otherwise, only the settings of data and model are checked.
+
+        Raises:
+            UserError: The data set cannot be loaded or does not match the config, the optimizer is unknown or rejects a
+                setting, or settings of train.proxy or aug.mix are incompatible with others.
+        """
+        dataset = load_dataset(config.data.path)
+        check_classes(config, dataset)
+        if trains:
+            config = with_timm_defaults(config)
+            check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
+            check_mixing(config.data, config.aug.mix)
+        return cls(config, dataset, ranks, torch.device("cpu"))
+
+    def on(self, device: torch.device) -> Job:
+        """Return the job with the device of this rank, from `process_group`."""
+        return replace(self, device=device)
+
+    @property
+    def val_samples(self) -> int:
+        """The number of samples in data.val_split, over all ranks."""
+        samples: int = self.dataset["splits"][self.config.data.val_split]["samples"]
+        return samples
+
+    def train_loader(self) -> TrainLoader:
+        """Build the loader of data.train_split, see `pipelines.build_train_loader`."""
+        config = self.config
+        return build_train_loader(
+            config.data,
+            config.aug,
+            seed=config.seed,
+            accumulation_steps=config.train.accumulation_steps,
+            **self._placement(),
+        )
+
+    def val_loader(self) -> Loader:
+        """Build the loader of data.val_split, see `pipelines.build_eval_loader`."""
+        return build_eval_loader(self.config.data, self.config.eval, **self._placement())
+
+    def build_state(self, image_size: int, *, pretrained: bool = True, trains: bool = True) -> TrainState:
+        """Build the training state, see `build_all`.
+
+        Args:
+            image_size: Height and width of the images in pixels.
+            pretrained: Whether to load the weights of model.pretrained and model.finetune. Pass False if a checkpoint
+                will be loaded into the state.
+            trains: Whether backward passes will be run.
+        """
+        config = self.config if pretrained else without_pretrained(self.config)
+        return build_all(config, self.dataset, image_size, self.device, trains=trains)
+
+    def _placement(self) -> dict[str, Any]:
+        ranks = self.ranks
+        return {
+            "device": self.device,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "local_world_size": ranks.local_world_size,
+        }
+
+
 def build_all(
     config: Config,
     dataset: dict[str, Any],
-    classes: int,
     image_size: int,
     device: torch.device,
     *,
@@ -34,14 +123,13 @@ def build_all(
 ) -> TrainState:
     """Build the training state: the model, its optimizer, and, if enabled, the moving average, Lookahead and proxy.
 
-    The learning rates are scaled to the global batch size. To load a checkpoint into the result, pass
-    `without_pretrained(config)`. For evaluation only, pass `inference_config(config)` and trains=False. All ranks must
-    call this function.
+    The model has model.num_classes outputs or, if this setting is null, as many as the data set has classes. The
+    learning rates are scaled to the global batch size. For evaluation only, pass `inference_config(config)` and
+    trains=False. All ranks must call this function.
 
     Args:
         config: Config of the run. `config.seed` seeds the random initial weights.
-        dataset: Contents of dataset.json.
-        classes: Number of outputs of the model.
+        dataset: Contents of dataset.json, of which the class names, the mean and the std are used.
         image_size: Height and width of the images in pixels.
         device: Device of the model.
         trains: Whether backward passes will be run.
@@ -52,6 +140,7 @@ def build_all(
     """
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []
+    classes = model.num_classes or len(dataset["classes"])
     shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
 
     def on_device(network: nn.Module) -> nn.Module:
@@ -80,8 +169,8 @@ def build_all(
     return state
 
 
-def check_classes(config: Config, dataset: dict[str, Any]) -> int:
-    """Check model.num_classes and the configured splits against the data set, and return its number of classes.
+def check_classes(config: Config, dataset: dict[str, Any]) -> None:
+    """Check model.num_classes and the configured splits against the data set.
 
     Raises:
         UserError: model.num_classes differs from the number of classes, or a configured split does not exist or has no
@@ -100,7 +189,6 @@ def check_classes(config: Config, dataset: dict[str, Any]) -> int:
             labelled = [name for name, other in dataset["splits"].items() if other["labelled"]]
             missing = "does not exist" if entry is None else "has no labels"
             raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {labelled}")
-    return classes
 
 
 def to_device(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

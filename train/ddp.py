@@ -13,14 +13,10 @@ from typing import Any
 from configs.load import load_config, to_yaml
 from configs.utils.errors import UserError
 from configs.utils.files import path_text
-from pipelines import build_eval_loader, build_train_loader
-from pipelines.augment.mixup import check_mixing, mixing_enabled
 from pipelines.interfaces import Position
-from pipelines.storage.dataset import load_dataset
-from train.build import build_all, check_classes
+from train.build import Job
 from train.checkpoint import relaunch
 from train.checkpoint.compatibility import check_same_run, stream_info
-from train.checkpoint.finetune import without_pretrained
 from train.checkpoint.run_dir import (
     create_run_dir,
     is_explicit_checkpoint,
@@ -37,13 +33,11 @@ from train.distributed.signals import Preempted, catch_signals
 from train.engine.cpu_settings import limit_threads
 from train.engine.epoch import build_timeline
 from train.engine.evaluate import evaluate
-from train.engine.hard_samples import check_proxy
 from train.engine.metrics import RunTimer
 from train.engine.warm_up import check_image_sizes, warm_up
 from train.engine.whitening import whiten, whitening_images
 from train.evaluation import build_for_evaluation
 from train.optim.averaging import eval_weights, uses_ema
-from train.optim.factory import with_timm_defaults
 from train.optim.schedule import config_warnings
 from train.reporting.run_info import collect_run_info, dataset_info, stage_warnings, summary_line
 from train.reporting.run_log import RunLog
@@ -93,23 +87,13 @@ def main() -> int:
     if evaluates_only and resume is None:
         flag_name = "--eval" if arguments.eval else "eval.only"
         raise UserError(f"{flag_name} needs a checkpoint; give --resume PATH or --resume auto")
-    dataset = load_dataset(config.data.path)
-    classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
-    if not evaluates_only:
-        config = with_timm_defaults(config)
-        check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
-        check_mixing(config.data, config.aug.mix)
+    job = Job.load(config, ranks, trains=not evaluates_only)
+    config, dataset = job.config, job.dataset
 
     with process_group(ranks) as device, ExitStack() as stack:
-        placement: dict[str, Any] = {
-            "device": device,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "local_world_size": ranks.local_world_size,
-        }
-        val_loader = build_eval_loader(config.data, config.eval, **placement)
-        val_samples = dataset["splits"][config.data.val_split]["samples"]
+        job = job.on(device)
+        val_loader, val_samples = job.val_loader(), job.val_samples
 
         trains = not (evaluates_only or arguments.throughput)
         launcher_ids = relaunch.launcher_ids() if trains else []
@@ -127,7 +111,7 @@ def main() -> int:
                 partial(refresh_candidates, folder, candidates, is_explicit=is_explicit)
             )
         if evaluates_only:
-            state, which = build_for_evaluation(config, dataset, candidates, val_loader.image_size, device)
+            state, which = build_for_evaluation(job, candidates, val_loader.image_size)
             result = evaluate(state, val_loader, val_samples, config.eval.tta)
             if ranks.is_first:
                 print(f"{which}: {result.sentence(config.data.val_split)}")
@@ -139,11 +123,8 @@ def main() -> int:
         stream = stream_info(config, dataset, ranks.world_size * config.train.accumulation_steps)
         if content is not None and source is not None and not arguments.throughput:
             check_same_run(content, config, stream, source)
-        start = config if content is None else without_pretrained(config)
-        state = build_all(start, dataset, classes, val_loader.image_size, device)
-        train_loader = build_train_loader(
-            config.data, config.aug, seed=config.seed, accumulation_steps=config.train.accumulation_steps, **placement
-        )
+        state = job.build_state(val_loader.image_size, pretrained=content is None)
+        train_loader = job.train_loader()
         check_image_sizes(state, train_loader, val_loader.image_size)
         if arguments.throughput:
             print_throughput(config, state, train_loader, ranks)

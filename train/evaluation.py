@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from models import build_from_config
 from models.weights import copy_weights, head_layers, read_weights
-from train.build import build_all
+from train.build import Job
 from train.checkpoint import store
 from train.checkpoint.finetune import from_checkpoint, inference_config
 from train.checkpoint.restore import restore_weights
@@ -30,40 +31,36 @@ IMAGENET_STATS = (
 )
 
 
-def build_for_evaluation(
-    config: Config, dataset: dict[str, Any], candidates: Sequence[Path], image_size: int, device: torch.device
-) -> tuple[TrainState, str]:
+def build_for_evaluation(job: Job, candidates: Sequence[Path], image_size: int) -> tuple[TrainState, str]:
     """Build the model to evaluate, and return its training state and a description of its weights for messages.
 
-    Weights written by another program come without a config. For such weights, the model is built from `config`, with
-    as many outputs as their head has, and pixels are normalized as in the homework. All ranks must call this function.
+    Weights written by another program come without a config. For such weights, the model is built from the job's
+    config, with as many outputs as their head has, and pixels are normalized as in the homework. All ranks must call
+    this function.
 
     Args:
-        config: Config of the evaluation.
-        dataset: Contents of dataset.json.
+        job: Config, data set and device of the evaluation.
         candidates: Checkpoints in order of preference. The first intact one is used.
         image_size: Height and width of the images in pixels.
-        device: Device of the model.
 
     Raises:
         UserError: There is no intact checkpoint, the model cannot be built, the weights do not match the model or the
             data set, or eval.weights is "ema" but the checkpoint does not contain a moving average.
     """
+    config = job.config
     if len(candidates) == 1 and store.is_foreign(candidates[0]):
-        return _build_foreign(config, dataset, candidates[0], image_size, device), str(candidates[0])
+        return _build_foreign(job, candidates[0], image_size), str(candidates[0])
     if not candidates:
         raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
     source, content = load_newest_on_all_ranks(candidates)
-    trained = from_checkpoint(config, content, dataset["classes"], source)
-    state = build_all(trained, dataset, len(dataset["classes"]), image_size, device, trains=False)
+    trained = from_checkpoint(config, content, job.dataset["classes"], source)
+    state = replace(job, config=trained).build_state(image_size, trains=False)
     is_average = restore_weights(state, content, source, config.eval.weights)
     return state, f"{source}{' (moving average)' if is_average else ''}"
 
 
-def _build_foreign(
-    config: Config, dataset: dict[str, Any], path: Path, image_size: int, device: torch.device
-) -> TrainState:
-    weights = read_weights(path)
+def _build_foreign(job: Job, path: Path, image_size: int) -> TrainState:
+    config, dataset, weights = job.config, job.dataset, read_weights(path)
     mean, std = CIFAR10_STATS if dataset.get("source", {}).get("kind") == "cifar10" else IMAGENET_STATS
     classes = len(dataset["classes"])
     outputs = _outputs(config, weights, classes, image_size)
@@ -72,8 +69,14 @@ def _build_foreign(
             f"the weights {path} have {outputs} outputs, but the data set in {config.data.path} has {classes} classes; "
             "give the data set that they were trained on, or start a run from them with model.pretrained"
         )
-    homework_dataset = {**dataset, "mean": mean, "std": std}
-    state = build_all(inference_config(config), homework_dataset, outputs, image_size, device, trains=False)
+    settings = config.model.model_copy(update={"num_classes": outputs})
+    homework = Job(
+        inference_config(config.model_copy(update={"model": settings})),
+        {**dataset, "mean": mean, "std": std},
+        job.ranks,
+        job.device,
+    )
+    state = homework.build_state(image_size, trains=False)
     network: Any = state.network
     copy_weights(network.network, weights, (), f"the weights {path}")
     extra = f", of which the data set uses the first {classes}" if outputs > classes else ""

@@ -202,7 +202,7 @@ def test_log_names_changed_layers_and_reason(monkeypatch: pytest.MonkeyPatch) ->
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", overrides)
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
     with alone() as device:
-        training = build_all(config, dataset, 2, 32, device)
+        training = build_all(config, dataset, 32, device)
     assert [note.split(":")[0] for note in training.notes[:1]] == ["frozen"]
     assert training.notes[1].startswith("stride moved out of 2 of 20 convolutions")
     assert "corrupts memory on this CPU" in training.notes[1]
@@ -213,7 +213,7 @@ def test_evaluated_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.name=resnet18", "model.options={width: 4}"])
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
     with alone() as device:
-        changed, plain = (build_all(config, dataset, 2, 32, device, trains=trains) for trains in (True, False))
+        changed, plain = (build_all(config, dataset, 32, device, trains=trains) for trains in (True, False))
     assert any(module._forward_pre_hooks for module in changed.network.modules())
     assert not any(module._forward_pre_hooks for module in plain.network.modules())
     assert plain.notes == ()

@@ -95,7 +95,7 @@ def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
     dataset = load_dataset(data)
     facts = {key: dataset[key] for key in ("name", "classes", "mean", "std")} | {"image_size": 32}
     with alone() as device:
-        training = build_all(without_pretrained(config), dataset, 10, 32, device)
+        training = build_all(without_pretrained(config), dataset, 32, device)
         about = {"position": {"epoch": 0, "step": 0}, "config": to_yaml(config), "dataset": facts}
         store.save(path, training, training.sums, **about)
     return path

@@ -54,7 +54,7 @@ def make_checkpoint(folder: Path, data: Path, seed: int = 0, image_size: int = 3
     config, dataset = load_config(DIGITS, **settings), load_dataset(data)
     folder.mkdir(parents=True, exist_ok=True)
     with alone() as device:
-        training = build_all(config, dataset, len(dataset["classes"]), image_size, device)
+        training = build_all(config, dataset, image_size, device)
         about = {"config": to_yaml(config), "dataset": dataset_info(dataset, image_size), "stream": {}}
         position = {"epoch": 0, "step": 0}
         store.save(folder / "last.pt", training, training.sums, position=position, progress={}, **about)

@@ -68,8 +68,8 @@ def test_training_state_has_configured_parts_and_scaled_rates() -> None:
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", options)
     dataset = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
     with alone():
-        state = build_all(config, dataset, 10, 32, CPU)
-        plain = build_all(load_config(ROOT / "configs" / "digits_lenet.yaml"), dataset, 10, 32, CPU)
+        state = build_all(config, dataset, 32, CPU)
+        plain = build_all(load_config(ROOT / "configs" / "digits_lenet.yaml"), dataset, 32, CPU)
     assert state.config == scale_learning_rates(config.train, 64)
     assert {group["lr"] for group in state.optimizer.param_groups} == {2 * config.train.lr}
     assert state.ema is not None

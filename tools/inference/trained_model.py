@@ -71,7 +71,7 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_pretrained(config.model_copy(update={"train": train}))
-    state = build_all(inference_config(config), facts, len(facts["classes"]), facts["image_size"], device, trains=False)
+    state = build_all(inference_config(config), facts, facts["image_size"], device, trains=False)
     is_average = restore_weights(state, content, path, config.eval.weights)
     state.network.eval()
     position = content["position"]

@@ -18,28 +18,21 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
-from pipelines import build_train_loader
-from pipelines.augment.mixup import mixing_enabled
 from pipelines.loader.loader import Loader
-from pipelines.storage.dataset import load_dataset
 from tools.common.tables import make_folder
 from tools.perf.step_report import TRACE, flops_utilization, profile_content, write_results
 from tools.perf.step_trace import profile_steps, run_alongside
-from train.build import build_all, check_classes
-from train.checkpoint.finetune import without_pretrained
+from train.build import Job
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, process_group
-from train.engine.hard_samples import check_proxy
 from train.engine.precision import amp_dtype, uses_cuda_graph
 from train.engine.state import TrainState
 from train.throughput import measure_images_per_s
@@ -63,16 +56,15 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError(f"--steps {arguments.steps} and --seconds {arguments.seconds} must be positive and finite")
     replacements = {"data.path": arguments.data_path, "data.batch_size": arguments.batch_size}
     config = config_at(load_config(arguments.cfg, arguments.opts, **replacements), epoch=0)
-    dataset = load_dataset(config.data.path)
-    classes = check_classes(config, dataset)
     ranks = Ranks.from_environment()
-    check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
+    job = Job.load(config, ranks)
 
     with process_group(ranks) as device:
+        job = job.on(device)
         folder = arguments.out or Path("output") / f"{config.name}-profile"
         out = collectives.from_first_rank(lambda: make_folder(folder))
         captures = uses_cuda_graph(config.train, device, amp_dtype(config.train.amp, device))
-        state, loader = build_training(without_graph(config), dataset, classes, ranks, device)
+        state, loader = build_training(replace(job, config=without_graph(config)))
         amp, image_size = state.amp, loader.image_size
         rates = {"uncaptured": measure_rate(state, loader, ranks, arguments.seconds)}
         profile = None
@@ -87,14 +79,14 @@ def main(arguments: argparse.Namespace) -> int:
             run_alongside(state, loader, arguments.steps)
         del state, loader
         if captures:
-            state, loader = build_training(config, dataset, classes, ranks, device)
+            state, loader = build_training(job)
             rates["captured"] = measure_rate(state, loader, ranks, arguments.seconds)
             del state, loader
     if profile is not None:
         utilization = None
         if not config.train.proxy.model:
             rate = rates.get("captured", rates["uncaptured"]) / ranks.world_size
-            utilization = flops_utilization(config, classes, image_size, device.type, amp, rate)
+            utilization = flops_utilization(config, len(job.dataset["classes"]), image_size, device.type, amp, rate)
         write_results(profile_content(config, ranks, amp, profile, rates, utilization), out)
     return 0
 
@@ -103,24 +95,13 @@ def without_graph(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": "off"})})
 
 
-def build_training(
-    config: Config, dataset: dict[str, Any], classes: int, ranks: Ranks, device: torch.device
-) -> tuple[TrainState, Loader]:
+def build_training(job: Job) -> tuple[TrainState, Loader]:
     """Build the training state, without pretrained weights, and the loader of epoch 0.
 
     All ranks must call this function.
     """
-    loader = build_train_loader(
-        config.data,
-        config.aug,
-        seed=config.seed,
-        device=device,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        local_world_size=ranks.local_world_size,
-        accumulation_steps=config.train.accumulation_steps,
-    ).at(0)
-    return build_all(without_pretrained(config), dataset, classes, loader.image_size, device), loader
+    loader = job.train_loader().at(0)
+    return job.build_state(loader.image_size, pretrained=False), loader
 
 
 def measure_rate(state: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:

@@ -45,7 +45,8 @@ def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequenc
     """Return the config for inference with a checkpoint, see `inference_config`.
 
     Args:
-        config: Config with the data and evaluation settings. Its section `model` is replaced by the checkpoint's.
+        config: Config with the data and evaluation settings. Its section `model` is replaced by the checkpoint's, with
+            an output for each of `classes`.
         checkpoint: Contents of the checkpoint, from `store.load`.
         classes: Class names of the data set.
         path: Path of the checkpoint, for error messages.
@@ -62,6 +63,7 @@ def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequenc
         )
     require_keys(checkpoint, ("model", "config"), path)
     model = parse_config(checkpoint["config"], f"the config in {path}").model
+    model = model.model_copy(update={"num_classes": len(classes)})
     return inference_config(config.model_copy(update={"model": model}))
 
 

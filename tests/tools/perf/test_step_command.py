@@ -101,7 +101,7 @@ def test_phases_add_up_and_annotations_are_removed(
     with alone() as device:
         accumulation = config.train.accumulation_steps
         loader = build_train_loader(config.data, config.aug, device=device, accumulation_steps=accumulation)
-        training = build_all(config, load_dataset(config.data.path), 10, loader.image_size, device)
+        training = build_all(config, load_dataset(config.data.path), loader.image_size, device)
         loss, own = training.loss_and_counts, set(vars(training.scaler)) | set(vars(training.optimizer))
         found = step_trace.profile_steps(training, loader, 6, tmp_path / "trace.json.gz")
         assert training.loss_and_counts is loss
@@ -147,7 +147,7 @@ def test_gpu_phases_add_up(options: tuple[str, ...], digits_run: Run, tmp_path: 
     config = load_config("configs/digits_lenet.yaml", graph, **{"data.path": str(digits_run.data)})
     with process_group(Ranks()) as device:
         loader = build_train_loader(config.data, config.aug, device=device)
-        training = build_all(config, load_dataset(config.data.path), 10, loader.image_size, device)
+        training = build_all(config, load_dataset(config.data.path), loader.image_size, device)
         warm_up(training, loader)
         found = step_trace.profile_steps(training, loader, 6, tmp_path / "trace.json.gz")
     assert sum(found.phases.values()) == pytest.approx(found.step_ms)

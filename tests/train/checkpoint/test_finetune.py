@@ -349,8 +349,8 @@ def test_without_pretrained_builds_random_weights(data: dict[int, Path], tmp_pat
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.finetune=/nowhere", "model.drop_rate=0.1"])
     dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
     with alone() as device:
-        state = build_all(without_pretrained(config), dataset, 2, 32, device)
+        state = build_all(without_pretrained(config), dataset, 32, device)
         assert state.notes == ()
         with pytest.raises(UserError, match="/nowhere does not exist"):
-            build_all(config, dataset, 2, 32, device)
+            build_all(config, dataset, 32, device)
     assert state.network.network.drop_rate == 0.1

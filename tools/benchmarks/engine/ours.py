@@ -19,8 +19,7 @@ from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
-from train.build import build_all
-from train.checkpoint.finetune import without_pretrained
+from train.build import Job
 from train.distributed.process_group import Ranks, process_group
 from train.engine.losses import identity_mix
 from train.engine.metrics import GIB, device_memory_bytes
@@ -121,8 +120,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         images = distinct.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)  # channels last
         batch = Batch(images, distinct.labels[indices])
         del distinct, images, indices
-        classes = config.model.num_classes or len(dataset["classes"])
-        state = build_all(without_pretrained(config), dataset, classes, side, device)
+        state = Job(config, dataset, Ranks(), device).build_state(side, pretrained=False)
         if state.needs_warmup:
             warm_up_training(state, blank_batch(batch_size, side, device))
         if state.mixes:
@@ -192,10 +190,9 @@ def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, comm
 
 
 def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
-    dataset = load_dataset(config.data.path)
-    classes = config.model.num_classes or len(dataset["classes"])
-    loader = build_train_loader(config.data, config.aug, seed=config.seed, device=device).at(0)
-    state = build_all(without_pretrained(config), dataset, classes, loader.image_size, device)
+    job = Job(config, load_dataset(config.data.path), Ranks(), device)
+    loader = job.train_loader().at(0)
+    state = job.build_state(loader.image_size, pretrained=False)
     warm_up(state, loader)
     set_training_mode(state.forward)
     return state, loader

@@ -10,15 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.schema import Config, StageConfig
-from pipelines import build_train_loader
-from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine.datasets import limited_batch_size
 from tools.benchmarks.engine.interleaved import run_in_subprocess
 from tools.benchmarks.engine.measured_tables import TableSpec, WholeTable
 from tools.benchmarks.suites.datasets import load_config_on, medium_dataset, small_dataset
 from tools.benchmarks.suites.settings import Settings
-from train.build import build_all
-from train.checkpoint.finetune import without_pretrained
+from train.build import Job
 from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import train_epoch
 from train.engine.warm_up import warm_up
@@ -42,15 +39,12 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
     )
     data = config.data.model_copy(update={"stages": stages})
     train = config.train.model_copy(update={"epochs": epochs})
-    config = without_pretrained(config.model_copy(update={"data": data, "train": train}))
-    dataset = load_dataset(config.data.path)
+    job = Job.load(config.model_copy(update={"data": data, "train": train}), ranks)
     rates: dict[tuple[int, int], list[tuple[float, float]]] = {}
     with process_group(ranks) as device:
-        loader = build_train_loader(
-            data, config.aug, seed=config.seed, device=device, accumulation_steps=train.accumulation_steps
-        )
-        max_size = max(stage.image_size for stage in loader.stages)
-        state = build_all(config, dataset, len(dataset["classes"]), max_size, device)
+        job = job.on(device)
+        loader = job.train_loader()
+        state = job.build_state(max(stage.image_size for stage in loader.stages), pretrained=False)
         warm_up(state, loader)
         for epoch in range(0, epochs, 2):
             shape = (loader.image_size, loader.plan.batch_size)
