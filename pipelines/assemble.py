@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.schema import DataConfig
+from configs.schema import DataConfig, PaddingMode
 from configs.utils.errors import UserError
 from pipelines.cpu.graph import CpuGraph
 from pipelines.gpu import dali_graph
@@ -40,7 +40,7 @@ class Transforms:
     dali: Callable[[ImageSpec, PipelineConfig], Any]  # builds the DALI pipeline
     cpu: CpuGraph | None  # None if stored pixels need no transforms
     crops_and_flips: bool = False  # whether images are stored at the batch's size and only cropped and flipped
-    padding_mode: str = "constant"  # padding of crops: "constant" (black) or "reflect"
+    padding_mode: PaddingMode = PaddingMode.CONSTANT
 
 
 @dataclass(frozen=True)

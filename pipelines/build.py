@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from configs.schema import AugConfig, DataConfig, EvalConfig
+from configs.schema import AugConfig, DataConfig, EvalConfig, OnBadSample, PaddingMode
 from configs.stages import data_at, stage_starts
 from configs.utils.errors import UserError
 from pipelines import order
@@ -57,8 +57,7 @@ def build_train_loader(
     """
     aug = aug or AugConfig()
     mixup.check_mixing(data, aug.mix)
-    skips = data.on_bad_sample == "skip"
-    split = open_split(data.path, data.train_split, verify=data.verify, allow_damaged_images=skips)
+    split = open_split(data.path, data.train_split, verify=data.verify, on_bad_sample=data.on_bad_sample)
     device = _device(device)
     resident = placed_on_device(data, split, device)
     pixels = lru_cache(1)(lambda: load_resident(split, device))  # shared by all stages
@@ -130,8 +129,8 @@ def build_eval_loader(
         UserError: The split cannot be opened or changes while it is loaded, or a setting is incompatible with it.
     """
     evaluation = evaluation or EvalConfig()
-    skips = replace_bad_samples and data.on_bad_sample == "skip"
-    opened = open_split(data.path, split or data.val_split, verify=data.verify, allow_damaged_images=skips)
+    on_bad_sample = data.on_bad_sample if replace_bad_samples else OnBadSample.STOP
+    opened = open_split(data.path, split or data.val_split, verify=data.verify, on_bad_sample=on_bad_sample)
     device = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
     start, stop = order.eval_range(len(opened), rank, world_size)
@@ -178,7 +177,7 @@ def _eval_transforms(split: Split, data: DataConfig, evaluation: EvalConfig, siz
 
 def _check_sizes(aug: AugConfig, size: int) -> None:
     """Raise UserError if aug.cutout, or aug.padding with aug.padding_mode=reflect, is too large for the image size."""
-    if aug.crop == "pad" and aug.padding_mode == "reflect" and aug.padding >= size:
+    if aug.crop == "pad" and aug.padding_mode == PaddingMode.REFLECT and aug.padding >= size:
         raise UserError(
             f"aug.padding={aug.padding} is too large for aug.padding_mode=reflect on images of {size} pixels; "
             f"use at most {size - 1}"

@@ -4,9 +4,17 @@ A config is frozen, an unknown key is an error, and every field is read somewher
 `configs.load` loads a config file. `python -m configs.schema` prints all settings as a Markdown table.
 """
 
-from configs.schema.aug import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, EraseConfig, MixConfig
+from configs.schema.aug import (
+    AugConfig,
+    AutoAugmentConfig,
+    BlurConfig,
+    ColorJitterConfig,
+    EraseConfig,
+    MixConfig,
+    PaddingMode,
+)
 from configs.schema.config import Config, all_settings, settings_by_key
-from configs.schema.data import DataConfig, StageConfig
+from configs.schema.data import DataConfig, OnBadSample, StageConfig
 from configs.schema.eval import EvalConfig
 from configs.schema.log import LogConfig, WandbConfig
 from configs.schema.model import ModelConfig
@@ -29,7 +37,9 @@ __all__ = [
     "LookaheadConfig",
     "MixConfig",
     "ModelConfig",
+    "OnBadSample",
     "OptimizerConfig",
+    "PaddingMode",
     "ProxyConfig",
     "ScheduleConfig",
     "Section",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from enum import Enum
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -140,6 +141,13 @@ class MixConfig(Section):
     """First epoch without mixing; null: mix in all epochs."""
 
 
+class PaddingMode(str, Enum):
+    """Content of the padding of a crop."""
+
+    CONSTANT = "constant"  # black
+    REFLECT = "reflect"  # the image mirrored at its edge pixels, which are not repeated
+
+
 class AugConfig(Section):
     """Augmentation, in training only.
 
@@ -151,7 +159,7 @@ class AugConfig(Section):
     the padded central square (pad), or torchvision's RandomResizedCrop (random-resized)."""
     padding: int = Field(default=4, ge=0)
     """Padding in pixels on each side, for the pad crop; with padding_mode reflect, it must be less than image_size."""
-    padding_mode: Literal["constant", "reflect"] = "constant"
+    padding_mode: Annotated[PaddingMode, Field(strict=False)] = PaddingMode.CONSTANT
     """Content of the padding, for the pad crop: black (constant), or the image mirrored at its edge pixels
     (reflect)."""
     scale: Pair = (0.08, 1.0)

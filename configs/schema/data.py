@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from configs.schema.section import IsPath, Neutral, Resumable, Section, as_tuple
+
+
+class OnBadSample(str, Enum):
+    """What to do about a sample that cannot be decoded."""
+
+    STOP = "stop"
+    SKIP = "skip"
 
 
 class StageConfig(Section):
@@ -54,7 +62,7 @@ class DataConfig(Section):
     number of ranks on this machine."""
     hw_decoder_load: Resumable[float] = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder, if any; 0: none, so all GPUs use the same decoder."""
-    on_bad_sample: Resumable[Literal["stop", "skip"]] = "stop"
+    on_bad_sample: Resumable[Annotated[OnBadSample, Field(strict=False)]] = OnBadSample.STOP
     """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample with the next
     decodable one in stored order, in every epoch (skip). Evaluation always stops, since it counts every sample exactly
     once."""

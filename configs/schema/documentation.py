@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -45,6 +46,8 @@ def type_name(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ", ".join(parts)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(choice.value for choice in kind)
     if origin in (Union, UnionType):
         names = [type_name(part) for part in parts if part is not NoneType]
         return " or ".join([*names, *["null"] * (NoneType in parts)])
@@ -60,4 +63,6 @@ def _default(field: FieldInfo) -> str:
         return ""
     if field.is_required():
         return "required"
+    if isinstance(field.default, Enum):
+        return str(field.default.value)
     return field.default if isinstance(field.default, str) else json.dumps(field.default)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.schema import AugConfig
+from configs.schema import AugConfig, PaddingMode
 from pipelines.augment.ops import Programs, grey_levels
 from pipelines.cpu import batch
 from pipelines.cpu import programs as program_kernels
@@ -114,7 +114,7 @@ def train_graph(
     else:
         stages = _central(image_shape, size, size, interpolation, antialias)
     if aug.crop == "pad" or aug.flip > 0:
-        stages.append((_crop_flip(size, reflects=aug.padding_mode == "reflect"), size))
+        stages.append((_crop_flip(size, padding_mode=aug.padding_mode), size))
     if changes and not stages:
         stages.append((_crop_flip(size), size))  # unlike `batch.copy`, leaves the pixels in the cache
     return _graph(stages, changes)
@@ -224,14 +224,15 @@ def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
     return stage
 
 
-def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), reflects: bool = False) -> Stage:
+def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), padding_mode: PaddingMode = PaddingMode.CONSTANT) -> Stage:
     """Return a stage that crops and flips images that all have the same shape.
 
     Args:
         size: Height and width of the crop, pixels.
         corner: Top-left corner (y, x) of the crop if the draws have no offset, pixels.
-        reflects: Whether to fill pixels outside an image with its reflection instead of black.
+        padding_mode: How to fill pixels outside an image.
     """
+    reflects = padding_mode == PaddingMode.REFLECT
 
     def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
         count = len(out)

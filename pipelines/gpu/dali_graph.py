@@ -16,7 +16,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from configs.schema import AugConfig
+from configs.schema import AugConfig, PaddingMode
 from pipelines.augment.ops import Programs, grey_levels
 from pipelines.gpu.dali_inputs import has_choice, has_numbers
 from pipelines.gpu.dali_ops import run_programs
@@ -77,7 +77,7 @@ def train_graph(
                 images = _squashed(images, spec, size, interpolation, antialias)
             else:
                 images = _central(images, spec, size, size, interpolation, antialias)
-            if aug.crop == "pad" and aug.padding_mode == "reflect":
+            if aug.crop == "pad" and aug.padding_mode == PaddingMode.REFLECT:
                 shift = _input("shift", layout="HW")
                 images = fn.filter(images, shift if config.device_id is None else shift.gpu(), border="reflect_101")
             elif aug.crop == "pad":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.schema import AugConfig
+from configs.schema import AugConfig, PaddingMode
 from pipelines.augment.ops import GEOMETRIC, Op, Programs
 
 ROWS, COLUMNS = 3, 8  # shape of the arguments (`numbers`) of one operation
@@ -123,7 +123,7 @@ def graph_inputs(
         A dict of all inputs of the graph except `images`, keyed by name.
     """
     inputs = dict(draws)
-    if "offset" in inputs and aug.padding_mode == "reflect":
+    if "offset" in inputs and aug.padding_mode == PaddingMode.REFLECT:
         inputs["shift"] = shifts(inputs.pop("offset"), aug.padding)
     if programs is not None:
         inputs |= program_inputs(programs, inputs.pop("ops"), inputs.pop("values"), size)

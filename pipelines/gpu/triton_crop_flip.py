@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
 
+from configs.schema import PaddingMode
 from pipelines.gpu.device_inputs import DeviceInputs
 from pipelines.interfaces import SampleSource
 
@@ -79,7 +80,7 @@ def gather_crop_flip(
     shape: tuple[int, int, int],
     crops: bool,
     flips: bool,
-    padding_mode: str = "constant",
+    padding_mode: PaddingMode = PaddingMode.CONSTANT,
 ) -> torch.Tensor:
     """Gather, crop and flip images with one kernel launch on the current stream, and return `out`.
 
@@ -91,14 +92,13 @@ def gather_crop_flip(
         out: uint8 [B, S, S, 3], contiguous.
         shape: (H, W, 3) of the stored images.
         crops, flips: Whether to crop and to flip.
-        padding_mode: How to fill pixels outside the image: "constant" (black) or "reflect" (mirror the image, as in
-            torch.nn.functional.pad: edge pixels are not repeated, and the crop may extend past an edge by less than the
-            image size).
+        padding_mode: How to fill pixels outside the image. With REFLECT, the crop may extend past an edge by less than
+            the image size.
     """
     samples, size = out.shape[:2]
     grid = (samples, triton.cdiv(size * size * 3, BLOCK_BYTES))
     height, width, _ = shape
-    reflects = padding_mode == "reflect"
+    reflects = padding_mode == PaddingMode.REFLECT
     _gather_crop_flip[grid](
         pixels, draws, out, draws.stride(0), height, width, size, crops, flips, reflects, BLOCK_BYTES
     )
@@ -126,7 +126,7 @@ class TritonCropFlip(SampleSource):
         size: int,
         batch_size: int,
         slots: int,
-        padding_mode: str = "constant",
+        padding_mode: PaddingMode = PaddingMode.CONSTANT,
     ) -> None:
         self._pixels, self._shape, self._size, self._padding_mode = pixels, shape, size, padding_mode
         self._draws = DeviceInputs(slots, (DRAW_ROWS, batch_size), pixels.device)

@@ -11,7 +11,7 @@ from threading import Lock
 
 import numpy as np
 
-from configs.schema import DataConfig
+from configs.schema import DataConfig, OnBadSample
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.split import Split
@@ -131,11 +131,11 @@ class BadSamples:
 def for_training(split: Split, data: DataConfig) -> BadSamples:
     """Return a `BadSamples` that replaces samples as data.on_bad_sample and data.max_bad_samples allow."""
     advice = f", or let up to data.max_bad_samples={data.max_bad_samples} be replaced with data.on_bad_sample=skip"
-    return BadSamples(split, data.max_bad_samples if data.on_bad_sample == "skip" else 0, advice)
+    return BadSamples(split, data.max_bad_samples if data.on_bad_sample == OnBadSample.SKIP else 0, advice)
 
 
 def for_evaluation(split: Split, data: DataConfig) -> BadSamples:
     """Return a `BadSamples` that never replaces samples, since an evaluation counts every sample exactly once."""
-    skips = data.on_bad_sample == "skip"
+    skips = data.on_bad_sample == OnBadSample.SKIP
     advice = "; data.on_bad_sample=skip is for training, an evaluation needs every sample" if skips else ""
     return BadSamples(split, 0, advice)

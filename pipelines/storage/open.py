@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from configs.schema import OnBadSample
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage import hash_cache, tar_check
@@ -29,7 +30,7 @@ def open_split(
     name: str,
     *,
     verify: Literal["changed", "off"] = "changed",
-    allow_damaged_images: bool = False,
+    on_bad_sample: OnBadSample = OnBadSample.STOP,
 ) -> Split:
     """Map the shards of a split, load its index, and check both against dataset.json.
 
@@ -40,7 +41,7 @@ def open_split(
         name: Name of the split.
         verify: "changed" reads and hashes shards that have changed since their last check (see `hash_cache`). "off"
             checks only the sizes of shards.
-        allow_damaged_images: Whether to warn instead of raising if only image bytes of a JPEG shard are damaged.
+        on_bad_sample: SKIP: warn instead of raising if only image bytes of a JPEG shard are damaged.
 
     Raises:
         UserError: The data set or split does not exist, dataset.json is invalid, or a file is missing, unreadable,
@@ -91,24 +92,24 @@ def open_split(
         if contents is not None and stamp.content_key != contents[number].stamp.content_key:
             raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
         if digests[number] != expected[number]:
-            _refuse(split, number, digests[number], allow_damaged_images)
+            _refuse(split, number, digests[number], on_bad_sample)
     return split
 
 
-def _refuse(split: Split, number: int, sha256: str, allow_damaged_images: bool) -> None:
-    """Raise UserError for a damaged shard, or only warn if damaged JPEG images are allowed and nothing else is damaged.
+def _refuse(split: Split, number: int, sha256: str, on_bad_sample: OnBadSample) -> None:
+    """Raise UserError for a damaged shard, or only warn if bad samples are skipped and only JPEG images are damaged.
 
     Args:
         split: Split that contains the shard.
         number: Index of the shard in the split.
         sha256: Actual hash of the shard.
-        allow_damaged_images: See `open_split`.
+        on_bad_sample: See `open_split`.
     """
     damage = tar_check.diagnose(split, number, sha256)
     named = f"{split.files[number]} does not have the sha256 that dataset.json gives: {damage.text}"
     # Damaged pixels of an npy split cannot be detected during training.
     is_usable = damage.in_content_only and split.encoding == "jpeg"
-    if not (allow_damaged_images and is_usable):
+    if not (on_bad_sample == OnBadSample.SKIP and is_usable):
         advice = ", or train with substitutes for bad samples: data.on_bad_sample=skip" if is_usable else ""
         raise UserError(f"{named}; {RECONVERT}{advice}")
     warn(f"{named}; the samples that can be decoded are used")

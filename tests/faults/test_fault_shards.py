@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.schema import OnBadSample
 from configs.utils import warnings
 from configs.utils.errors import UserError
 from helpers.chance import chance as chance
@@ -58,7 +59,7 @@ def assert_refused(folder: Path, *names: str) -> str:
     with pytest.raises(UserError) as first:
         open_split(folder, "train")
     with pytest.raises(UserError) as second:
-        open_split(folder, "train", allow_damaged_images=True)
+        open_split(folder, "train", on_bad_sample=OnBadSample.SKIP)
     for error in (first, second):
         assert any(name in str(error.value) for name in names), error.value
         assert "\n" not in str(error.value)

@@ -14,7 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
+from configs.schema import (
+    AugConfig,
+    AutoAugmentConfig,
+    BlurConfig,
+    ColorJitterConfig,
+    DataConfig,
+    EraseConfig,
+    PaddingMode,
+)
 from helpers.backends import use_dali
 from helpers.photos import converted, photos
 from pipelines import build_train_loader
@@ -35,7 +43,7 @@ EVERYTHING = AugConfig(
 )
 AUGS = {
     "everything": EVERYTHING,
-    "reflected": EVERYTHING.model_copy(update={"crop": "pad", "padding_mode": "reflect"}),
+    "reflected": EVERYTHING.model_copy(update={"crop": "pad", "padding_mode": PaddingMode.REFLECT}),
     "padded": EVERYTHING.model_copy(update={"crop": "pad", "erase": EraseConfig(probability=0.5, fill="mean")}),
     "uncropped": EVERYTHING.model_copy(update={"crop": "none", "flip_mode": "random"}),
 }

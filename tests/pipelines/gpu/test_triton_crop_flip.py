@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import AugConfig, DataConfig
+from configs.schema import AugConfig, DataConfig, PaddingMode
 from pipelines import build_train_loader
 
 pytest.importorskip("triton")
@@ -21,13 +21,13 @@ PADDING = 4
 
 
 def reference(
-    images: np.ndarray, indices: np.ndarray, draws: dict[str, np.ndarray], size: int, padding_mode: Any
+    images: np.ndarray, indices: np.ndarray, draws: dict[str, np.ndarray], size: int, padding_mode: PaddingMode
 ) -> np.ndarray:
     """Pad, crop and flip image by image: uint8 [N, H, W, 3] to uint8 [B, size, size, 3]."""
     out = np.zeros((len(indices), size, size, 3), np.uint8)
     for number, index in enumerate(indices):
         top, left = draws["offset"][number] if "offset" in draws else (0, 0)
-        padded = np.pad(images[index], ((PADDING, PADDING), (PADDING, PADDING), (0, 0)), mode=padding_mode)
+        padded = np.pad(images[index], ((PADDING, PADDING), (PADDING, PADDING), (0, 0)), mode=padding_mode.value)
         crop = padded[PADDING + top : PADDING + top + size, PADDING + left : PADDING + left + size]
         out[number] = crop[:, ::-1] if "flip" in draws and draws["flip"][number] else crop
     return out
@@ -50,7 +50,7 @@ def compare(device: str) -> None:
     for shape, size in (((32, 32, 3), 32), ((9, 11, 3), 9), ((8, 8, 3), 6)):
         images = random.integers(0, 256, (7, *shape), dtype=np.uint8)
         pixels = torch.from_numpy(images.reshape(7, -1)).to(device)
-        for padding_mode in ("constant", "reflect"):
+        for padding_mode in PaddingMode:
             augment = TritonCropFlip(pixels, shape, size, batch_size=6, slots=2, padding_mode=padding_mode)
             for names in ((), ("flip",), ("offset",), ("offset", "flip")):
                 for slot, samples in ((0, 6), (1, 5)):  # a full batch and a smaller one
@@ -79,9 +79,9 @@ def test_kernel_equals_numpy_on_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.gpu_values
-@pytest.mark.parametrize("padding_mode", ["constant", "reflect"])
+@pytest.mark.parametrize("padding_mode", list(PaddingMode))
 @pytest.mark.parametrize("crop", ["none", "pad"])
-def test_kernel_equals_dali_and_cpu_graph(crop: Any, padding_mode: Any, npy_data: Path) -> None:
+def test_kernel_equals_dali_and_cpu_graph(crop: Any, padding_mode: PaddingMode, npy_data: Path) -> None:
     aug = AugConfig(crop=crop, padding=PADDING, padding_mode=padding_mode, flip=0.5)
 
     def batches(device: str, placement: Any) -> list[torch.Tensor]:

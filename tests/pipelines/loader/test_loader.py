@@ -465,10 +465,10 @@ def test_background_error_reaches_the_consumer(
         with pytest.raises(OSError, match="the disk is gone"):
             list(loader)
     assert set(threading.enumerate()) == before
-    state = loader.state
-    assert state["step"] <= failing
+    position = loader.position
+    assert position.step <= failing
     expected = copies(train(npy_data, 50, aug))
-    assert_same(copies(loader), expected[state["step"] :])  # the loader is still usable
+    assert_same(copies(loader), expected[position.step :])  # the loader is still usable
 
 
 def test_undecodable_image_is_named(jpeg_copy: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.schema import OnBadSample
 from configs.utils import warnings
 from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, adopt, claiming, damage
@@ -184,14 +185,14 @@ def test_only_damaged_jpeg_images_are_allowed_and_only_on_request(
         file = split.files[shard_of(split, SAMPLE)].name
         with pytest.raises(UserError, match=rf"{file} does not have the sha256 that dataset.json gives"):
             open_split(folder, "train")
-    assert len(open_split(jpeg_copy, "train", allow_damaged_images=True)) == 520
+    assert len(open_split(jpeg_copy, "train", on_bad_sample=OnBadSample.SKIP)) == 520
     assert f"{file} does not have the sha256" in capsys.readouterr().err
     with pytest.raises(UserError, match="image bytes differ; the data set is damaged"):
-        open_split(npy_copy, "train", allow_damaged_images=True)
+        open_split(npy_copy, "train", on_bad_sample=OnBadSample.SKIP)
     split = open_split(jpeg_copy, "train", verify="off")
     change(split, int(split.address[SAMPLE]) - 512, b"9")
     with pytest.raises(UserError, match="damaged tar header"):
-        open_split(jpeg_copy, "train", allow_damaged_images=True)
+        open_split(jpeg_copy, "train", on_bad_sample=OnBadSample.SKIP)
 
 
 def test_images_above_the_pixel_limit_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
