@@ -31,7 +31,7 @@ def build_pretrained(
     num_classes: int,
     *,
     image_size: int,
-    mean: list[float],
+    mean: Sequence[float],
     std: list[float],
     classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:

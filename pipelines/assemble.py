@@ -101,7 +101,7 @@ def assemble(
     else:
         gather_threads = min(MAX_COPY_THREADS, threads) if gathers_stored else threads
     buffers = _buffer_config(data, plan.batch_size * math.prod(gathered_shape), gather_threads)
-    images = ImageSpec(split.encoding, split.image_shape, backend.resident, tuple(split.dataset["mean"]))
+    images = ImageSpec(split.encoding, split.image_shape, backend.resident, split.dataset.mean)
     pipeline = PipelineConfig(device.index if on_gpu else None, plan.batch_size, threads, data.hw_decoder_load)
     stream = torch.cuda.Stream(device) if on_gpu else None
     # The allocator reuses the source's memory only after this stream has finished using the memory.

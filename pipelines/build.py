@@ -61,7 +61,7 @@ def build_train_loader(
     device = _device(device)
     resident = placed_on_device(data, split, device)
     pixels = lru_cache(1)(lambda: load_resident(split, device))  # shared by all stages
-    mean, std = tuple(split.dataset["mean"]), tuple(split.dataset["std"])
+    mean, std = split.dataset.mean, split.dataset.std
     programs = policies.build_programs(aug, mean)
     epoch_order = TrainOrder(data, split, seed)
     bad = bad_samples.for_training(split, data)

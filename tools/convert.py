@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
@@ -26,7 +25,7 @@ from configs.utils.process import handle_signals
 from pipelines.convert.encode import SUBSAMPLINGS, Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
-from pipelines.storage.dataset import MAX_PIXELS, load_dataset
+from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo, load_dataset
 from pipelines.storage.verify import verify as find_problems
 from tools.common.cli import whole_number
 
@@ -143,30 +142,29 @@ def dataset_name(args: argparse.Namespace) -> str:
     return name
 
 
-def format_summary(dataset: dict[str, Any], out: Path, seconds: float) -> str:
+def format_summary(dataset: DatasetInfo, out: Path, seconds: float) -> str:
     """Return a summary of a conversion, with a line about the data set and a line about each split.
 
     The first few quarantined samples of a split are listed below its line.
     """
     lines = []
-    splits: dict[str, dict[str, Any]] = dataset["splits"]
-    for name, split in splits.items():
-        mib = sum(shard["bytes"] for shard in split["shards"]) / MIB
-        defects, reencoded = split["quarantined"], dataset.get("reencoded", {}).get(name, {})
+    for name, split in dataset.splits.items():
+        mib = sum(shard.bytes for shard in split.shards) / MIB
+        defects, reencoded = split.quarantined, dataset.reencoded.get(name, {})
         line = (
-            f"  {name}: {split['samples']:,} samples in {_count(len(split['shards']), 'shard')}, {mib:,.1f} MiB, "
+            f"  {name}: {split.samples:,} samples in {_count(len(split.shards), 'shard')}, {mib:,.1f} MiB, "
             f"{len(defects):,} quarantined"
         )
         if reencoded:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in reencoded.items())
             line += f", {sum(reencoded.values()):,} re-encoded ({reasons})"
         lines.append(printable(line))
-        lines += [printable(f"    {defect['name']}: {defect['reason']}") for defect in defects[:MAX_SHOWN_DEFECTS]]
+        lines += [printable(f"    {defect.name}: {defect.reason}") for defect in defects[:MAX_SHOWN_DEFECTS]]
         if len(defects) > MAX_SHOWN_DEFECTS:
             lines.append(f"    … {len(defects) - MAX_SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
-    samples = sum(split["samples"] for split in splits.values())
-    classes = _count(len(dataset["classes"]), "class", "classes")
-    head = f"{out}: {samples:,} samples of {classes} as {dataset['encoding']}"
+    samples = sum(split.samples for split in dataset.splits.values())
+    classes = _count(len(dataset.classes), "class", "classes")
+    head = f"{out}: {samples:,} samples of {classes} as {dataset.encoding}"
     return "\n".join([f"{printable(head)}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
 
 
@@ -184,8 +182,8 @@ def verify(folder: Path) -> str:
         raise UserError(
             f"{folder} is damaged: {'; '.join(problems[:MAX_SHOWN_PROBLEMS])}{more}; convert the source again"
         )
-    splits = load_dataset(folder)["splits"].values()
-    samples, count = sum(split["samples"] for split in splits), sum(len(split["shards"]) for split in splits)
+    splits = load_dataset(folder).splits.values()
+    samples, count = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
     return printable(f"{folder} is intact: {samples:,} samples in {_count(count, 'shard')}")
 
 

@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
             category_column=arguments.category_column,
             fill=arguments.fill,
         )
-    for entry in images.unreadable[:MAX_SHOWN]:
-        print(f"no prediction for row {entry['row']}, {entry['name']}: {entry['reason']}", file=sys.stderr)
+    for sample in images.unreadable[:MAX_SHOWN]:
+        print(f"no prediction for row {sample.row}, {sample.name}: {sample.reason}", file=sys.stderr)
     if (hidden := len(images.unreadable) - MAX_SHOWN) > 0:
         print(f"no prediction for {hidden:,} more, all listed in {out / 'metrics.json'}", file=sys.stderr)
 

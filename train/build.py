@@ -19,7 +19,7 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.dataset import load_dataset
+from pipelines.storage.dataset import DatasetInfo, ModelDataset, load_dataset
 from train.checkpoint.finetune import load_finetune, without_pretrained
 from train.distributed.process_group import Ranks, get_world_size
 from train.engine.hard_samples import build_proxy, check_proxy
@@ -39,7 +39,7 @@ class Job:
     """
 
     config: Config
-    dataset: dict[str, Any]  # contents of dataset.json
+    dataset: DatasetInfo
     ranks: Ranks
     device: torch.device  # the CPU until `on`
 
@@ -73,8 +73,7 @@ class Job:
     @property
     def val_samples(self) -> int:
         """The number of samples in data.val_split, over all ranks."""
-        samples: int = self.dataset["splits"][self.config.data.val_split]["samples"]
-        return samples
+        return self.dataset.splits[self.config.data.val_split].samples
 
     def train_loader(self) -> TrainLoader:
         """Build the loader of data.train_split, see `pipelines.build_train_loader`."""
@@ -115,7 +114,7 @@ class Job:
 
 def build_all(
     config: Config,
-    dataset: dict[str, Any],
+    dataset: ModelDataset,
     image_size: int,
     device: torch.device,
     *,
@@ -129,7 +128,7 @@ def build_all(
 
     Args:
         config: Config of the run. `config.seed` seeds the random initial weights.
-        dataset: Contents of dataset.json, of which the class names, the mean and the std are used.
+        dataset: Class names, mean and std of the data set.
         image_size: Height and width of the images in pixels.
         device: Device of the model.
         trains: Whether backward passes will be run.
@@ -140,8 +139,8 @@ def build_all(
     """
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
     model, notes = config.model, []
-    classes = model.num_classes or len(dataset["classes"])
-    shape: dict[str, Any] = {"image_size": image_size, "mean": dataset["mean"], "std": dataset["std"]}
+    classes = model.num_classes or len(dataset.classes)
+    shape: dict[str, Any] = {"image_size": image_size, "mean": dataset.mean, "std": dataset.std}
 
     def on_device(network: nn.Module) -> nn.Module:
         return to_device(network, device, train.channels_last)
@@ -150,10 +149,10 @@ def build_all(
     if model.pretrained is False:
         network = on_device(build_from_config(model, classes, **shape))
     else:
-        pretrained, note = build_pretrained(model, classes, **shape, classes=dataset["classes"])
+        pretrained, note = build_pretrained(model, classes, **shape, classes=dataset.classes)
         network, notes = on_device(pretrained), [note]
     if model.finetune is not None:
-        notes.append(load_finetune(network, model.finetune, dataset["classes"], model))
+        notes.append(load_finetune(network, model.finetune, dataset.classes, model))
     if model.freeze:
         notes.append(freeze(network, model.freeze))
     optimizer = build_optimizer(network, train.optimizer, train.lr)
@@ -169,14 +168,14 @@ def build_all(
     return state
 
 
-def check_classes(config: Config, dataset: dict[str, Any]) -> None:
+def check_classes(config: Config, dataset: DatasetInfo) -> None:
     """Check model.num_classes and the configured splits against the data set.
 
     Raises:
         UserError: model.num_classes differs from the number of classes, or a configured split does not exist or has no
             labels.
     """
-    classes = len(dataset["classes"])
+    classes = len(dataset.classes)
     wanted = config.model.num_classes
     if wanted is not None and wanted != classes:
         raise UserError(
@@ -184,9 +183,9 @@ def check_classes(config: Config, dataset: dict[str, Any]) -> None:
             f"set it to {classes} or leave it out"
         )
     for split in (config.data.train_split, config.data.val_split):
-        entry = dataset["splits"].get(split)
-        if entry is None or not entry["labelled"]:
-            labelled = [name for name, other in dataset["splits"].items() if other["labelled"]]
+        entry = dataset.splits.get(split)
+        if entry is None or not entry.labelled:
+            labelled = [name for name, other in dataset.splits.items() if other.labelled]
             missing = "does not exist" if entry is None else "has no labels"
             raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {labelled}")
 

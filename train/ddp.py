@@ -179,7 +179,7 @@ def main() -> int:
             if state.needs_warmup:
                 log.info(f"compiled{' and captured' if state.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
             if config.log.images and done == timeline.first_step(config.train.first_epoch):
-                show_samples(log, train_loader, dataset["classes"])
+                show_samples(log, train_loader, dataset.classes)
             start_s = time.monotonic()
             trainer = Trainer(
                 config,
@@ -215,7 +215,7 @@ def main() -> int:
             log.update_summary({"command_s": clock.command_s})
             if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):
                 with eval_weights(state.ema, config.eval.weights):
-                    show_predictions(log, state, val_loader, config, dataset["classes"], step=timeline.total)
+                    show_predictions(log, state, val_loader, config, dataset.classes, step=timeline.total)
     return 0
 
 

@@ -24,10 +24,10 @@ from train.engine.state import TrainState
 
 # Means and standard deviations used by the homework, for pixel values from 0 to 1. The homework divides the pixels of
 # MediumImageNet by 256, not 255, before it subtracts ImageNet's mean.
-CIFAR10_STATS = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET_STATS = (
-    [value * 256 / 255 for value in (0.485, 0.456, 0.406)],
-    [value * 256 / 255 for value in (0.229, 0.224, 0.225)],
+    (0.485 * 256 / 255, 0.456 * 256 / 255, 0.406 * 256 / 255),
+    (0.229 * 256 / 255, 0.224 * 256 / 255, 0.225 * 256 / 255),
 )
 
 
@@ -53,7 +53,7 @@ def build_for_evaluation(job: Job, candidates: Sequence[Path], image_size: int) 
     if not candidates:
         raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
     source, content = load_newest_on_all_ranks(candidates)
-    trained = from_checkpoint(config, content, job.dataset["classes"], source)
+    trained = from_checkpoint(config, content, job.dataset.classes, source)
     state = replace(job, config=trained).build_state(image_size, trains=False)
     is_average = restore_weights(state, content, source, config.eval.weights)
     return state, f"{source}{' (moving average)' if is_average else ''}"
@@ -61,8 +61,8 @@ def build_for_evaluation(job: Job, candidates: Sequence[Path], image_size: int) 
 
 def _build_foreign(job: Job, path: Path, image_size: int) -> TrainState:
     config, dataset, weights = job.config, job.dataset, read_weights(path)
-    mean, std = CIFAR10_STATS if dataset.get("source", {}).get("kind") == "cifar10" else IMAGENET_STATS
-    classes = len(dataset["classes"])
+    mean, std = CIFAR10_STATS if dataset.source.kind == "cifar10" else IMAGENET_STATS
+    classes = len(dataset.classes)
     outputs = _outputs(config, weights, classes, image_size)
     if outputs < classes:
         raise UserError(
@@ -72,7 +72,7 @@ def _build_foreign(job: Job, path: Path, image_size: int) -> TrainState:
     settings = config.model.model_copy(update={"num_classes": outputs})
     homework = Job(
         inference_config(config.model_copy(update={"model": settings})),
-        {**dataset, "mean": mean, "std": std},
+        replace(dataset, mean=mean, std=std),
         job.ranks,
         job.device,
     )

@@ -30,7 +30,7 @@ from pipelines.convert.split_writer import WrittenSplit, write_split
 from pipelines.convert.spool import commit, sync_folder
 from pipelines.convert.worker_pool import WorkerPool
 from pipelines.storage import hash_cache, tar_format
-from pipelines.storage.dataset import FORMAT, VERSION, load_dataset
+from pipelines.storage.dataset import FORMAT, VERSION, DatasetInfo, load_dataset
 from pipelines.storage.index import sample_stride
 
 BLOCK_BYTES = 512 * 2**20  # maximum size of a block of source rows, which a worker holds in memory
@@ -39,7 +39,7 @@ RULES_VERSION = 2  # version of the encoding rules; must not change within a con
 PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate the size of a JPEG
 
 
-def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> dict[str, Any]:
+def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> DatasetInfo:
     """Convert `source` into the folder `out`, showing progress on stderr.
 
     After an interruption at any point, another call with the same arguments finishes the conversion. The result is
@@ -66,12 +66,12 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
     if (out / "dataset.json").exists():
         dataset = load_dataset(out)
-        if {key: dataset.get(key) for key in request} == request:
+        if {key: dataset.content.get(key) for key in request} == request:
             print(f"{out} already contains this data set: nothing to do", file=sys.stderr)
             shutil.rmtree(out / ".spool", ignore_errors=True)
             return dataset
         raise UserError(
-            f"{out} already contains the data set {dataset['name']!r}, converted from another source or with other "
+            f"{out} already contains the data set {dataset.name!r}, converted from another source or with other "
             "options; choose another --out or delete the folder"
         )
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
@@ -87,14 +87,15 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
             # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
             for split in sorted(layouts, key=lambda split: split == "train"):
                 written[split] = write_split(source, layouts[split], pool)
-        dataset = _describe(source, options, request, written)
-        _write_info(out, dataset, spool)
+        content = _describe(source, options, request, written)
+        _write_info(out, content, spool)
         sync_folder(out)  # all files are on disk before dataset.json names them
-        commit(out / "dataset.json", json.dumps(dataset, indent=1).encode() + b"\n", spool)
+        commit(out / "dataset.json", json.dumps(content, indent=1).encode() + b"\n", spool)
         sync_folder(out)
         shutil.rmtree(spool)
+    dataset = load_dataset(out)
     hash_cache.store_hashes(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
-    return json.loads(json.dumps(dataset))
+    return dataset
 
 
 def _describe(

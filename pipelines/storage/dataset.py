@@ -7,8 +7,9 @@ import json
 import os
 import shlex
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from configs.utils.errors import UserError, printable, readable
 
@@ -22,6 +23,10 @@ MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,5
 HDF5_SUFFIXES = (".hdf5", ".h5")
 CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of the official file names
 
+T = TypeVar("T")
+JsonObject = dict[str, Any]
+ChannelValues = tuple[float, float, float]  # one value per color channel
+
 
 def refuse_external_link(file: Path) -> None:
     """Raise UserError if a file of a data set is a link to a target outside the data set's folder."""
@@ -32,7 +37,76 @@ def refuse_external_link(file: Path) -> None:
         )
 
 
-def load_dataset(folder: str | Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of a data set, as recorded in dataset.json."""
+
+    file: str  # name in the folder of the data set
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardInfo(FileInfo):
+    samples: int
+
+
+@dataclass(frozen=True)
+class QuarantinedSample:
+    """A sample of the source that the conversion could not use."""
+
+    row: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """The entry of a split in dataset.json."""
+
+    samples: int
+    labelled: bool
+    source_rows: int  # `samples` plus the quarantined samples
+    shuffled: bool  # False: stored in the order of the source's rows, which predictions for a contest need
+    quarantined: tuple[QuarantinedSample, ...]
+    index: FileInfo
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """The source that a data set was converted from."""
+
+    kind: str
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ModelDataset:
+    """What a model needs to know about its data set. Checkpoints store this as well."""
+
+    name: str
+    classes: tuple[str, ...]
+    mean: ChannelValues  # for pixels scaled to 0..1
+    std: ChannelValues
+
+
+@dataclass(frozen=True)
+class DatasetInfo(ModelDataset):
+    """The content of dataset.json. Attributes have the names of the JSON keys; see docs/data-format.md."""
+
+    encoding: str
+    image_shape: tuple[int, int, int] | None
+    splits: dict[str, SplitInfo]
+    options: dict[str, object]  # options of the conversion
+    source: SourceInfo
+    unordered: tuple[str, ...] | None  # None in older data sets, which do not record it
+    reencoded: dict[str, dict[str, int]]  # split -> reason -> number of images; empty in npy and older data sets
+    content: JsonObject = field(repr=False)  # the JSON object, with fields unknown to this version
+
+
+def load_dataset(folder: str | Path) -> DatasetInfo:
     """Load and check dataset.json.
 
     Raises:
@@ -40,15 +114,7 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
             file outside the data set. The message says how to fix this.
     """
     path = Path(folder) / "dataset.json"
-    with readable(path):
-        if not path.parent.exists():
-            raise UserError(f"data set folder {str(folder)!r} does not exist; {convert_hint(folder)}")
-        if not path.is_file():
-            reason = "it contains no dataset.json" if path.parent.is_dir() else "it is a file, not a folder"
-            raise UserError(f"{str(folder)!r} is not a converted data set ({reason}); {convert_hint(folder)}")
-        refuse_external_link(path)
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+    content = _read(path)
     try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
@@ -56,123 +122,149 @@ def load_dataset(folder: str | Path) -> dict[str, Any]:
         if dataset["format"] != FORMAT:
             raise ValueError(f"format {_format_value(dataset['format'])}")
         if (version := dataset["version"]) == VERSION:
-            _check(dataset)
+            return parse_dataset(dataset)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged or from another program ({type(error).__name__}: {error}); "
             "convert the source with tools/convert.py first"
         ) from None
-    if version != VERSION:
-        raise UserError(
-            f"{path} has format version {_format_value(version)}, this program reads {VERSION}; "
-            "convert the source again"
-        )
-    return dataset  # type: ignore[no-any-return]
+    raise UserError(
+        f"{path} has format version {_format_value(version)}, this program reads {VERSION}; convert the source again"
+    )
 
 
-def in_source_order(dataset: dict[str, Any], split: str) -> bool:
-    """Return True if the samples of a split are stored in the order of the source's rows.
+def _read(path: Path) -> bytes:
+    """Return the content of dataset.json, at most MAX_BYTES + 1 bytes of it."""
+    folder = path.parent
+    with readable(path):
+        if not folder.exists():
+            raise UserError(f"data set folder {str(folder)!r} does not exist; {convert_hint(folder)}")
+        if not path.is_file():
+            reason = "it contains no dataset.json" if folder.is_dir() else "it is a file, not a folder"
+            raise UserError(f"{str(folder)!r} is not a converted data set ({reason}); {convert_hint(folder)}")
+        refuse_external_link(path)
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
 
-    Predictions for a contest need this order. Older data sets do not record whether a split is shuffled; in those, only
-    the train split is.
-    """
-    return not dataset["splits"][split].get("shuffled", split == "train")
 
-
-def fingerprint(dataset: dict[str, Any]) -> str:
+def fingerprint(dataset: DatasetInfo) -> str:
     """Return the sha256 of the entries that describe the samples: classes, encoding, image shape and splits.
 
     A run gets the same batches from data sets with equal fingerprints.
     """
-    content = {key: dataset[key] for key in ("classes", "encoding", "image_shape", "splits")}
+    content = {key: dataset.content[key] for key in ("classes", "encoding", "image_shape", "splits")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-_DATASET_FIELDS: dict[str, type] = {
-    "name": str,
-    "classes": list,
-    "encoding": str,
-    "mean": list,
-    "std": list,
-    "splits": dict,
-}
-_SPLIT_FIELDS: dict[str, type] = {
-    "samples": int,
-    "labelled": bool,
-    "source_rows": int,
-    "quarantined": list,
-    "index": dict,
-    "shards": list,
-}
-_FILE_FIELDS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
-
-
-def _check(dataset: dict[str, Any]) -> None:
-    """Check all entries that other modules rely on.
+def parse_dataset(content: JsonObject) -> DatasetInfo:
+    """Check the entries of dataset.json that other modules rely on.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError: An entry is missing or invalid.
     """
-    _check_fields(dataset, _DATASET_FIELDS)
-    if not all(type(name) is str for name in dataset["classes"]):
-        raise TypeError("classes are not all text")
-    for text in (dataset["name"], *dataset["classes"], *dataset["splits"]):
+    name, classes = _get(content, "name", str), _text_list(content, "classes")
+    encoding, splits = _get(content, "encoding", str), _get(content, "splits", dict)
+    for text in (name, *classes, *splits):
         if printable(text) != text:
             raise ValueError(f"{_format_value(text)} contains control characters")
-    shape = dataset["image_shape"]
-    if dataset["encoding"] not in EXTENSIONS or (dataset["encoding"] == "npy" and shape is None):
-        raise ValueError(f"encoding {_format_value(dataset['encoding'])} with image shape {_format_value(shape)}")
-    if shape is not None and not (
-        type(shape) is list
-        and all(type(side) is int for side in shape)
-        and [0 < side < MAX_SIDE for side in shape[:2]] == [True, True]
-        and shape[2:] == [3]
-    ):
-        raise ValueError(f"image_shape is {_format_value(shape)}")
-    for name in ("mean", "std"):
-        values = dataset[name]
-        if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
-            raise ValueError(f"{name} is {_format_value(values)}, not three numbers from 0 to 1")
-    if min(dataset["std"]) == 0:
+    image_shape = _image_shape(content["image_shape"])
+    if encoding not in EXTENSIONS or (encoding == "npy" and image_shape is None):
+        raise ValueError(f"encoding {_format_value(encoding)} with image shape {_format_value(content['image_shape'])}")
+    mean, std = _channel_values(content, "mean"), _channel_values(content, "std")
+    if min(std) == 0:
         raise ValueError("std is 0, but pixels are divided by it")
-    for name, split in dataset["splits"].items():
-        _check_split(name, split)
-    if not all(type(name) is str for name in dataset.get("unordered", [])):  # absent in older data sets
-        raise TypeError(f"unordered is {_format_value(dataset['unordered'])}")
-    for reasons in dataset.get("reencoded", {}).values():  # absent in npy and older data sets
-        _check_fields(reasons, dict.fromkeys(reasons, int))
-    files = [shard["file"] for split in dataset["splits"].values() for shard in (split["index"], *split["shards"])]
+    source = content.get("source", {})
+    dataset = DatasetInfo(
+        name=name,
+        classes=classes,
+        mean=mean,
+        std=std,
+        encoding=encoding,
+        image_shape=image_shape,
+        splits={split: _split(split, entry) for split, entry in splits.items()},
+        options=_get({"options": {}, **content}, "options", dict),
+        source=SourceInfo(*(str(source.get(key, "")) for key in ("kind", "name", "fingerprint"))),
+        unordered=_text_list(content, "unordered") if "unordered" in content else None,
+        reencoded={
+            split: {reason: _get(counts, reason, int) for reason in counts}
+            for split, counts in content.get("reencoded", {}).items()
+        },
+        content=content,
+    )
+    files = [file.file for split in dataset.splits.values() for file in (split.index, *split.shards)]
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
         raise ValueError(f"{_format_value(repeated[0])} is listed twice")
+    return dataset
 
 
-def _check_split(name: str, split: dict[str, Any]) -> None:
-    _check_fields(split, _SPLIT_FIELDS)
-    for shard in split["shards"]:
-        _check_fields(shard, {**_FILE_FIELDS, "samples": int})
-    _check_fields(split["index"], _FILE_FIELDS)
-    for entry in (split["index"], *split["shards"]):
-        file = entry["file"]
-        if Path(file).name != file or file in ("", "..") or "\0" in file:
-            raise ValueError(f"{_format_value(file)} is not a plain file name")
-    in_shards = sum(shard["samples"] for shard in split["shards"])
-    if in_shards != split["samples"]:
-        raise ValueError(f"split {_format_value(name)} has {split['samples']} samples, but its shards {in_shards}")
-    if split["samples"] + len(split["quarantined"]) != split["source_rows"]:
+def _image_shape(shape: object) -> tuple[int, int, int] | None:
+    if shape is None:
+        return None
+    if isinstance(shape, list) and len(shape) == 3 and all(type(side) is int for side in shape):
+        height, width, channels = shape
+        if 0 < height < MAX_SIDE and 0 < width < MAX_SIDE and channels == 3:
+            return height, width, channels
+    raise ValueError(f"image_shape is {_format_value(shape)}")
+
+
+def _channel_values(content: JsonObject, name: str) -> ChannelValues:
+    values = _get(content, name, list)
+    if len(values) != 3 or not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
+        raise ValueError(f"{name} is {_format_value(values)}, not three numbers from 0 to 1")
+    red, green, blue = values
+    return red, green, blue
+
+
+def _split(name: str, entry: JsonObject) -> SplitInfo:
+    samples, source_rows = _get(entry, "samples", int), _get(entry, "source_rows", int)
+    shards = tuple(ShardInfo(*_file(shard), _get(shard, "samples", int)) for shard in _get(entry, "shards", list))
+    in_shards = sum(shard.samples for shard in shards)
+    if in_shards != samples:
+        raise ValueError(f"split {_format_value(name)} has {samples} samples, but its shards {in_shards}")
+    quarantined = _get(entry, "quarantined", list)
+    if samples + len(quarantined) != source_rows:
         raise ValueError(
-            f"split {_format_value(name)}: {split['samples']} samples and {len(split['quarantined'])} quarantined ones "
-            f"do not add up to the {split['source_rows']} rows of the source"
+            f"split {_format_value(name)}: {samples} samples and {len(quarantined)} quarantined ones "
+            f"do not add up to the {source_rows} rows of the source"
         )
+    return SplitInfo(
+        samples=samples,
+        labelled=_get(entry, "labelled", bool),
+        source_rows=source_rows,
+        # Older data sets do not record whether a split is shuffled; in those, only the train split is.
+        shuffled=_get({"shuffled": name == "train", **entry}, "shuffled", bool),
+        quarantined=tuple(
+            QuarantinedSample(_get(sample, "row", int), _get(sample, "name", str), _get(sample, "reason", str))
+            for sample in quarantined
+        ),
+        index=FileInfo(*_file(_get(entry, "index", dict))),
+        shards=shards,
+    )
 
 
-def _check_fields(entry: dict[str, Any], fields: dict[str, type]) -> None:
-    for name, kind in fields.items():
-        value = entry[name]
-        if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
-            raise TypeError(f"{name} is {_format_value(value)}")
+def _file(entry: JsonObject) -> tuple[str, int, str]:
+    """Return the fields of a FileInfo."""
+    file = _get(entry, "file", str)
+    if Path(file).name != file or file in ("", "..") or "\0" in file:
+        raise ValueError(f"{_format_value(file)} is not a plain file name")
+    return file, _get(entry, "bytes", int), _get(entry, "sha256", str)
 
 
-def _format_value(value: Any) -> str:
+def _text_list(entry: JsonObject, name: str) -> tuple[str, ...]:
+    values = _get(entry, name, list)
+    if not all(type(value) is str for value in values):
+        raise TypeError(f"{name} are not all text" if name == "classes" else f"{name} is {_format_value(values)}")
+    return tuple(values)
+
+
+def _get(entry: JsonObject, name: str, kind: type[T]) -> T:
+    value = entry[name]
+    if type(value) is not kind or (isinstance(value, int) and not 0 <= value <= MAX_COUNT):
+        raise TypeError(f"{name} is {_format_value(value)}")
+    return value
+
+
+def _format_value(value: object) -> str:
     """Return a representation of a JSON value with at most 80 characters, for an error message."""
     if isinstance(value, int) and value.bit_length() > 200:  # converting a huge number to decimal would be slow
         return f"a number of {value.bit_length()} bits"

@@ -13,16 +13,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
+from pipelines.storage.dataset import DatasetInfo, FileInfo
 
 MAX_ENTRIES = 8  # per file; nodes of a cluster may share a home folder and have local copies of the data
 CHUNK_BYTES = 2**20
@@ -59,7 +60,7 @@ class HashedFile(NamedTuple):
     sha256: str
 
 
-def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[HashedFile]:
+def shard_hashes(folder: Path, dataset: DatasetInfo, split: str) -> list[HashedFile]:
     """Return the actual hash of each shard of a split. Files without a valid cache entry are read.
 
     A file whose cached hash differs from dataset.json is read again. One process per machine reads the files while
@@ -68,7 +69,7 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
     Raises:
         UserError: A file cannot be read, or is being changed.
     """
-    shards = dataset["splits"][split]["shards"]
+    shards = dataset.splits[split].shards
     record = HashCache(folder, dataset)
     found = record.lookup(shards)
     if None not in found:
@@ -76,8 +77,8 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
     with record.exclusive() as heartbeat:
         found = record.lookup(shards)  # another process may have read them meanwhile
         missing = [number for number, content in enumerate(found) if content is None]
-        files = [folder / shards[number]["file"] for number in missing]
-        total = sum(shards[number]["bytes"] for number in missing)
+        files = [folder / shards[number].file for number in missing]
+        total = sum(shards[number].bytes for number in missing)
         if total >= NOTE_BYTES and not sys.stderr.isatty():  # without a progress bar, announce what takes minutes
             print(
                 f"checking {total / 2**30:,.0f} GiB of split {split!r}, once for each copy of a data set; "
@@ -113,7 +114,7 @@ def shard_hashes(folder: Path, dataset: dict[str, Any], split: str) -> list[Hash
     return [content for content in found if content is not None]
 
 
-def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) -> None:
+def store_hashes(folder: Path, dataset: DatasetInfo, sha256: dict[str, str]) -> None:
     """Add the hashes of new files to the cache. `sha256` maps file names to hashes. Failures are ignored."""
     record = HashCache(folder, dataset)
     time.sleep(TIMESTAMP_TICK_NS / 1e9)
@@ -126,17 +127,17 @@ def store_hashes(folder: Path, dataset: dict[str, Any], sha256: dict[str, str]) 
 class HashCache:
     """The cache file of one data set. The cache is empty if there is no usable cache folder."""
 
-    def __init__(self, folder: Path, dataset: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, dataset: DatasetInfo) -> None:
         self._folder = folder
-        self._names = {shard["file"] for split in dataset["splits"].values() for shard in split["shards"]}
+        self._names = {shard.file for split in dataset.splits.values() for shard in split.shards}
         self._new: dict[str, HashedFile] = {}
         self._path: Path | None = None
         with suppress(OSError, RuntimeError):  # no home folder, or the data set was removed
             name = os.fsencode(folder.resolve())
             self._path = cache_folder() / f"{folder.resolve().name}-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
-    def lookup(self, shards: list[dict[str, Any]]) -> list[HashedFile | None]:
-        """Return the cached hash of each shard. `shards` are entries of dataset.json.
+    def lookup(self, shards: Sequence[FileInfo]) -> list[HashedFile | None]:
+        """Return the cached hash of each shard. `shards` are the entries in dataset.json.
 
         The result is None for a shard that is not cached, has changed since it was hashed, or has a cached hash that
         differs from dataset.json.
@@ -145,9 +146,9 @@ class HashCache:
         found: list[HashedFile | None] = []
         for shard in shards:
             content = None
-            if entries := known.get(shard["file"]):
+            if entries := known.get(shard.file):
                 with suppress(OSError):
-                    content = HashedFile(FileStamp.from_stat((self._folder / shard["file"]).stat()), shard["sha256"])
+                    content = HashedFile(FileStamp.from_stat((self._folder / shard.file).stat()), shard.sha256)
             found.append(content if content in (entries or ()) else None)
         return found
 

@@ -7,14 +7,14 @@ import io
 import math
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from configs.utils.errors import UserError, readable
 from pipelines.storage import tar_format
-from pipelines.storage.dataset import MAX_SIDE, RECONVERT, refuse_external_link
+from pipelines.storage.dataset import MAX_SIDE, RECONVERT, DatasetInfo, ShardInfo, refuse_external_link
 
 INDEX_COLUMNS = {
     "shard": np.int32,
@@ -50,21 +50,21 @@ def check_size(file: Path, expected: int) -> None:
         raise UserError(f"{file} has {size:,} bytes, but dataset.json says {expected:,} (truncated?); {RECONVERT}")
 
 
-def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np.ndarray]:
+def load_index(folder: Path, dataset: DatasetInfo, name: str) -> dict[str, np.ndarray]:
     """Load the columns of a split's index, each [samples], and check them against dataset.json.
 
     Raises:
         UserError: The index is missing, unreadable, damaged, empty, inconsistent with dataset.json, or a link to a file
             outside the data set.
     """
-    entry = dataset["splits"][name]
-    file, samples = folder / entry["index"]["file"], entry["samples"]
-    check_size(file, entry["index"]["bytes"])
-    if entry["index"]["bytes"] > 64 * samples + 2**16:
-        raise UserError(f"{file} has {entry['index']['bytes']:,} bytes, too many for {samples} samples; {RECONVERT}")
+    split, classes = dataset.splits[name], len(dataset.classes)
+    file, samples = folder / split.index.file, split.samples
+    check_size(file, split.index.bytes)
+    if split.index.bytes > 64 * samples + 2**16:
+        raise UserError(f"{file} has {split.index.bytes:,} bytes, too many for {samples} samples; {RECONVERT}")
     with readable(file):
         content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != split.index.sha256:
         raise UserError(f"{file} does not have the sha256 that dataset.json gives; {RECONVERT}")
     try:
         index = _columns(content)
@@ -75,14 +75,14 @@ def load_index(folder: Path, dataset: dict[str, Any], name: str) -> dict[str, np
         raise UserError(f"{file} has {lengths} rows, but dataset.json says {samples}; {RECONVERT}")
     if samples == 0:
         raise UserError(f"{file} lists no samples; {RECONVERT}")
-    _check_offsets(file, index, entry)
-    if entry["labelled"] and not 0 <= index["label"].min() <= index["label"].max() < len(dataset["classes"]):
+    _check_offsets(file, index, split.shards)
+    if split.labelled and not 0 <= index["label"].min() <= index["label"].max() < classes:
         raise UserError(
             f"{file} has labels from {index['label'].min()} to {index['label'].max()}, "
-            f"but dataset.json names {len(dataset['classes'])} classes; {RECONVERT}"
+            f"but dataset.json names {classes} classes; {RECONVERT}"
         )
-    if dataset["encoding"] == "npy":
-        _check_stride(file, index, dataset["image_shape"], entry["labelled"], len(dataset["classes"]))
+    if dataset.encoding == "npy" and dataset.image_shape is not None:
+        _check_stride(file, index, dataset.image_shape, split.labelled, classes)
     return index
 
 
@@ -111,12 +111,12 @@ def _columns(content: bytes) -> dict[str, np.ndarray]:
     return index
 
 
-def _check_offsets(file: Path, index: dict[str, np.ndarray], entry: dict[str, Any]) -> None:
-    shards, expected = entry["shards"], [shard["samples"] for shard in entry["shards"]]
+def _check_offsets(file: Path, index: dict[str, np.ndarray], shards: Sequence[ShardInfo]) -> None:
+    expected = [shard.samples for shard in shards]
     in_range = index["shard"].min() >= 0 and index["shard"].max() < len(shards)
     if not in_range or np.bincount(index["shard"], minlength=len(shards)).tolist() != expected:
         raise UserError(f"{file} and dataset.json disagree about the number of samples per shard; {RECONVERT}")
-    sizes = np.array([shard["bytes"] for shard in shards], np.int64)[index["shard"]]
+    sizes = np.array([shard.bytes for shard in shards], np.int64)[index["shard"]]
     bad = (index["offset"] < tar_format.BLOCK) | (index["size"] < 0) | (index["offset"] > sizes - index["size"])
     if bad.any():
         raise UserError(f"{file} places sample {int(np.argmax(bad))} outside of its shard; {RECONVERT}")
@@ -127,11 +127,13 @@ def _check_offsets(file: Path, index: dict[str, np.ndarray], entry: dict[str, An
             )
 
 
-def _check_stride(file: Path, index: dict[str, np.ndarray], shape: list[int], labelled: bool, classes: int) -> None:
-    size = len(tar_format.npy_header(tuple(shape))) + math.prod(shape)
+def _check_stride(
+    file: Path, index: dict[str, np.ndarray], shape: tuple[int, int, int], labelled: bool, classes: int
+) -> None:
+    size = len(tar_format.npy_header(shape)) + math.prod(shape)
     stride = sample_stride(size, labelled, classes)
     if (index["size"] != size).any() or ((index["offset"] - tar_format.BLOCK) % stride).any():
         raise UserError(
-            f"{file} does not place images of the shape {shape} that dataset.json gives "
+            f"{file} does not place images of the shape {list(shape)} that dataset.json gives "
             f"at the constant stride of npy shards; {RECONVERT}"
         )

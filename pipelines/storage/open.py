@@ -50,27 +50,27 @@ def open_split(
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
-    if name not in dataset["splits"]:
-        raise UserError(f"{str(folder)!r} has no split {name!r}; it has {', '.join(dataset['splits'])}")
-    entry = dataset["splits"][name]
-    files = tuple(folder / shard["file"] for shard in entry["shards"])
-    for file, shard in zip(files, entry["shards"], strict=True):
-        check_size(file, shard["bytes"])
+    if name not in dataset.splits:
+        raise UserError(f"{str(folder)!r} has no split {name!r}; it has {', '.join(dataset.splits)}")
+    entry = dataset.splits[name]
+    files = tuple(folder / shard.file for shard in entry.shards)
+    for file, shard in zip(files, entry.shards, strict=True):
+        check_size(file, shard.bytes)
     index = load_index(folder, dataset, name)
     unit = mmap.PAGESIZE
-    if dataset["encoding"] == "npy":
-        stride = sample_stride(int(index["size"][0]), entry["labelled"], len(dataset["classes"]))
+    if dataset.encoding == "npy":
+        stride = sample_stride(int(index["size"][0]), entry.labelled, len(dataset.classes))
         unit = int(np.lcm(stride, unit))
-    sizes = np.array([shard["bytes"] for shard in entry["shards"]], np.int64)
+    sizes = np.array([shard.bytes for shard in entry.shards], np.int64)
     slot = -(-int(sizes.max()) // unit) * unit
     contents = hash_cache.shard_hashes(folder, dataset, name) if verify == "changed" else None
     content, fault_address, stamps = map_files(files, sizes.tolist(), slot)
-    expected = [shard["sha256"] for shard in entry["shards"]]
+    expected = [shard.sha256 for shard in entry.shards]
     digests = expected if contents is None else [found.sha256 for found in contents]
     split = Split(
         dataset=dataset,
         name=name,
-        labels=index["label"].astype(np.int64) if entry["labelled"] else None,
+        labels=index["label"].astype(np.int64) if entry.labelled else None,
         shard=index["shard"],
         files=files,
         heights=index["height"],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipelines.storage import tar_format
+from pipelines.storage.dataset import DatasetInfo, SplitInfo
 from pipelines.storage.index import sample_stride
 from pipelines.storage.memory_map import advise
 from pipelines.storage.monitor import ShardMonitor
@@ -18,7 +18,7 @@ from pipelines.storage.monitor import ShardMonitor
 class Split:
     """One opened split. Arrays [samples] are in stored order. Image bytes are mapped, not copied into the process."""
 
-    dataset: dict[str, Any]  # content of dataset.json
+    dataset: DatasetInfo
     name: str
     labels: np.ndarray | None  # int64 [samples], or None for a split without labels
     shard: np.ndarray  # int32 [samples]: position in `files` of the sample's shard
@@ -35,18 +35,22 @@ class Split:
         return len(self.address)
 
     @property
+    def info(self) -> SplitInfo:
+        """The split's entry in dataset.json."""
+        return self.dataset.splits[self.name]
+
+    @property
     def encoding(self) -> str:
-        return self.dataset["encoding"]
+        return self.dataset.encoding
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.dataset["classes"])
+        return self.dataset.classes
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         """Shape (height, width, 3) of all images of the data set, or None if the images differ in shape."""
-        shape = self.dataset["image_shape"]
-        return tuple(shape) if shape else None
+        return self.dataset.image_shape
 
     def image_bytes(self, sample: int) -> np.ndarray:
         """Return the stored bytes of an image, including the .npy header if there is one: uint8 [bytes]."""
@@ -97,7 +101,7 @@ class Split:
         `shards` are indices into `files`, and `advice` is a constant such as mmap.MADV_WILLNEED.
         """
         for shard in shards.tolist():
-            size = self.dataset["splits"][self.name]["shards"][shard]["bytes"]
+            size = self.info.shards[shard].bytes
             advise(self.content, shard * self.slot_bytes, size, advice)
 
     def describe(self, sample: int) -> str:

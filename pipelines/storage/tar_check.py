@@ -38,11 +38,10 @@ def diagnose(split: Split, number: int, sha256: str) -> Damage:
         number: Index of the shard in the split.
         sha256: Actual hash of the shard.
     """
-    entries = split.dataset["splits"][split.name]["shards"]
-    for name, other in split.dataset["splits"].items():
-        for entry in other["shards"]:
-            if entry["sha256"] == sha256 and entry is not entries[number]:
-                return Damage(f"it has the content of {entry['file']} of split {name!r}", False)
+    for name, other in split.dataset.splits.items():
+        for shard in other.shards:
+            if shard.sha256 == sha256 and shard is not split.info.shards[number]:
+                return Damage(f"it has the content of {shard.file} of split {name!r}", False)
     chosen = np.flatnonzero(split.shard == number)
     if problem := layout_error(split, number, chosen):
         return Damage(problem, False)
@@ -69,7 +68,7 @@ def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
         A description of the first difference found, or None if there is none.
     """
     start_byte = number * split.slot_bytes
-    content = split.content[start_byte : start_byte + split.dataset["splits"][split.name]["shards"][number]["bytes"]]
+    content = split.content[start_byte : start_byte + split.info.shards[number].bytes]
     width = len(tar_format.label_text(0, len(split.classes)))
     label_bytes = 0 if split.labels is None else tar_format.BLOCK + tar_format.padded(width)
     sizes = split.size[chosen].astype(np.int64)
@@ -141,7 +140,7 @@ def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | Non
     """
     digits = keys - np.uint8(ord("0"))
     rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
-    wrong = (digits > 9).any(axis=1) | (rows >= split.dataset["splits"][split.name]["source_rows"])
+    wrong = (digits > 9).any(axis=1) | (rows >= split.info.source_rows)
     wrong[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
     if wrong.any():
         sample = int(samples[np.argmax(wrong)])

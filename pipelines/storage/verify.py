@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from configs.utils.errors import UserError
 from pipelines.storage import hash_cache, tar_check, tar_format
-from pipelines.storage.dataset import EXTENSIONS, MAX_BYTES, RECONVERT, load_dataset
+from pipelines.storage.dataset import EXTENSIONS, MAX_BYTES, RECONVERT, DatasetInfo, ShardInfo, load_dataset
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 
@@ -25,62 +25,63 @@ def verify(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     dataset = load_dataset(folder)
-    total = sum(shard["bytes"] for split in dataset["splits"].values() for shard in split["shards"])
+    total = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
     problems: list[str] = []
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
-        for name, entry in dataset["splits"].items():
-            problems += _verify_split(folder, dataset, name, entry, bar)
+        for name in dataset.splits:
+            problems += _verify_split(folder, dataset, name, bar)
     return problems + _verify_info(folder, dataset)
 
 
-def _verify_split(folder: Path, dataset: dict[str, Any], name: str, entry: dict[str, Any], bar: tqdm) -> list[str]:
-    found, problems = _hash_shards(folder, entry["shards"], bar)
+def _verify_split(folder: Path, dataset: DatasetInfo, name: str, bar: tqdm) -> list[str]:
+    shards = dataset.splits[name].shards
+    found, problems = _hash_shards(folder, shards, bar)
     record = hash_cache.HashCache(folder, dataset)
-    for content, shard in zip(found, entry["shards"], strict=True):
+    for content, shard in zip(found, shards, strict=True):
         if content is not None:
-            record.add(shard["file"], content)
+            record.add(shard.file, content)
     record.save()
     try:
         split = open_split(folder, name, verify="off")
     except UserError as error:
         return problems or [str(error).removesuffix(f"; {RECONVERT}")]
-    for number, (content, shard) in enumerate(zip(found, entry["shards"], strict=True)):
+    for number, (content, shard) in enumerate(zip(found, shards, strict=True)):
         if content is None:  # already reported
             continue
-        if content.sha256 == shard["sha256"]:
+        if content.sha256 == shard.sha256:
             problem = _members_error(split, number)
         else:
             text = tar_check.diagnose(split, number, content.sha256).text
-            problem = f"{shard['file']} does not have the sha256 that dataset.json gives: {text}"
+            problem = f"{shard.file} does not have the sha256 that dataset.json gives: {text}"
         problems += [problem] if problem else []
     return problems
 
 
 def _hash_shards(
-    folder: Path, entries: list[dict[str, Any]], bar: tqdm
+    folder: Path, shards: Sequence[ShardInfo], bar: tqdm
 ) -> tuple[list[hash_cache.HashedFile | None], list[str]]:
-    """Hash the shards listed in `entries`.
+    """Hash shards.
 
     Returns:
         A tuple (hashes, problems). `hashes` holds the hash of each shard, or None if its file is missing, unreadable or
         of the wrong size. `problems` holds a sentence about each such file.
     """
-    found: list[hash_cache.HashedFile | None] = [None] * len(entries)
+    found: list[hash_cache.HashedFile | None] = [None] * len(shards)
     problems = {}
-    for number, entry in enumerate(entries):
-        file = folder / entry["file"]
+    for number, shard in enumerate(shards):
+        file = folder / shard.file
         try:
             if not file.is_file():
                 problems[number] = f"{file.name} is missing"
-            elif (size := file.stat().st_size) != entry["bytes"]:
-                problems[number] = f"{file.name} has {size:,} bytes, but dataset.json says {entry['bytes']:,}"
+            elif (size := file.stat().st_size) != shard.bytes:
+                problems[number] = f"{file.name} has {size:,} bytes, but dataset.json says {shard.bytes:,}"
         except OSError as error:
             problems[number] = f"{file.name} {_reason(error)}"
-    sized = [number for number in range(len(entries)) if number not in problems]
-    for place, content in hash_cache.hash_files([folder / entries[number]["file"] for number in sized], bar):
+    sized = [number for number in range(len(shards)) if number not in problems]
+    for place, content in hash_cache.hash_files([folder / shards[number].file for number in sized], bar):
         number = sized[place]
         if isinstance(content, OSError):
-            problems[number] = f"{entries[number]['file']} {_reason(content)}"
+            problems[number] = f"{shards[number].file} {_reason(content)}"
         else:
             found[number] = content
     return found, [problems[number] for number in sorted(problems)]
@@ -131,7 +132,7 @@ def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
     return "".join([f"{tar_format.INDEX_VERSION} {len(chosen)}\n", *lines])
 
 
-def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:
+def _verify_info(folder: Path, dataset: DatasetInfo) -> list[str]:
     try:
         splits = json.loads(_read_start(folder / "_info.json", MAX_BYTES))["splits"]
         lengths = {name: split["shard_lengths"] for name, split in splits.items()}
@@ -139,5 +140,5 @@ def _verify_info(folder: Path, dataset: dict[str, Any]) -> list[str]:
         return [f"_info.json {_reason(error)}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"_info.json cannot be read ({error})"]
-    expected = {name: [s["samples"] for s in entry["shards"]] for name, entry in dataset["splits"].items()}
+    expected = {name: [shard.samples for shard in split.shards] for name, split in dataset.splits.items()}
     return [] if lengths == expected else ["_info.json disagrees with dataset.json"]

@@ -325,7 +325,7 @@ def read_data(folder: Path, files: Files) -> Callable[[Files], None]:
         for name, content in {**files, **changed}.items():
             (folder / name).write_bytes(content)
         verify(folder)
-        for name in load_dataset(folder)["splits"]:
+        for name in load_dataset(folder).splits:
             split = open_split(folder, name)
             for sample in range(len(split)):
                 begin = int(split.address[sample])

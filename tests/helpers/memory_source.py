@@ -22,6 +22,7 @@ from pipelines.convert import writer
 from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
+from pipelines.storage.dataset import DatasetInfo
 
 CLASSES = tuple(f"class {number}" for number in range(12))  # two digits in a .cls member
 SIDE = 32
@@ -94,10 +95,8 @@ def tiny_source(encoding: str) -> Source:
     return memory_source(train=train, val=val, test=test)
 
 
-def write(
-    source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any
-) -> dict[str, Any]:
-    """Convert a source with shards of 1 MiB; return the content of dataset.json."""
+def write(source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any) -> DatasetInfo:
+    """Convert a source with shards of 1 MiB."""
     chosen = Encoding(encoding) if isinstance(encoding, str) else encoding  # type: ignore[arg-type]
     return write_dataset(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
 

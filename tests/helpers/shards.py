@@ -10,7 +10,7 @@ from tools import convert
 
 def shards_of(folder: Path) -> list[Path]:
     """Return the shards of the train split."""
-    return [folder / shard["file"] for shard in load_dataset(folder)["splits"]["train"]["shards"]]
+    return [folder / shard.file for shard in load_dataset(folder).splits["train"].shards]
 
 
 def converted_digits(folder: Path, encoding: str) -> Path:

@@ -192,9 +192,9 @@ def test_conversion_counts_reencoded_files(tmp_path: Path) -> None:
         "PNG": 2,
         "JPEG of 4 components": 1,
     }
-    assert dataset["reencoded"] == {"train": train, "val": {}}
-    assert list(dataset["reencoded"]["train"]) == list(train)  # most frequent first
-    assert json.loads((out / "dataset.json").read_text())["reencoded"] == dataset["reencoded"]
+    assert dataset.reencoded == {"train": train, "val": {}}
+    assert list(dataset.reencoded["train"]) == list(train)  # most frequent first
+    assert json.loads((out / "dataset.json").read_text())["reencoded"] == dataset.reencoded
     text = convert.format_summary(dataset, out, 1.0)
     assert "19 samples" in text
     assert "1 quarantined, 9 re-encoded (4 JPEG with bytes between segments, 2 JPEG with RGB components" in text
@@ -202,7 +202,7 @@ def test_conversion_counts_reencoded_files(tmp_path: Path) -> None:
     kept = {*KEPT.values()}
     split = open_split(out, "train")
     assert sum(split.image_bytes(sample).tobytes() in kept for sample in range(19)) == len(kept)
-    assert "reencoded" not in write(memory_source(train=MemoryRows([PIXELS])), tmp_path / "npy")
+    assert "reencoded" not in write(memory_source(train=MemoryRows([PIXELS])), tmp_path / "npy").content
 
 
 def test_verify_reports_jpeg_unsupported_by_some_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

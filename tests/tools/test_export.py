@@ -93,7 +93,8 @@ def write_checkpoint(path: Path, data: Path, **settings: Any) -> Path:
     """Write a checkpoint of a randomly initialized model for the classes of `data`."""
     config = load_config(DIGITS, **{"data.path": str(data), **settings})
     dataset = load_dataset(data)
-    facts = {key: dataset[key] for key in ("name", "classes", "mean", "std")} | {"image_size": 32}
+    facts = {"name": dataset.name, "image_size": 32}
+    facts |= {key: list(getattr(dataset, key)) for key in ("classes", "mean", "std")}
     with alone() as device:
         training = build_all(without_pretrained(config), dataset, 32, device)
         about = {"position": {"epoch": 0, "step": 0}, "config": to_yaml(config), "dataset": facts}
@@ -162,7 +163,7 @@ def test_config_json_has_preprocessing_and_classes(lenet_export: Result, digits_
     assert config["label_names"] == list("0123456789")
     recipe, dataset = config["pretrained_cfg"], load_dataset(digits_run.data)
     for key in ("mean", "std"):
-        assert torch.equal(torch.tensor(recipe[key]), torch.tensor(dataset[key]))
+        assert torch.equal(torch.tensor(recipe[key]), torch.tensor(getattr(dataset, key)))
     assert recipe["input_size"] == [3, 32, 32]
     assert (recipe["interpolation"], recipe["crop_pct"]) == ("bilinear", 1.0)
     assert (recipe["first_conv"], recipe["classifier"]) == ("conv1", "fc3")

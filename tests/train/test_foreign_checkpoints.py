@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from helpers.training import alone, make_state
 from models import build_model
 from models.weights import copy_weights, read_weights
 from pipelines import build_eval_loader
-from pipelines.storage.dataset import load_dataset
+from pipelines.storage.dataset import SourceInfo, load_dataset
 from tools.inference.trained_model import load_trained_model
 from train.checkpoint.finetune import load_finetune
 from train.checkpoint.store import is_foreign, load, load_newest, save
@@ -83,7 +84,7 @@ def test_homework_checkpoint_evaluates_like_its_network(
 ) -> None:
     network = lenet_of_200().eval()
     path = homework_checkpoint(tmp_path / "ckpt_best.pth", network)
-    as_cifar = {**load_dataset(str(npy_data)), "source": {"kind": "cifar10"}}
+    as_cifar = replace(load_dataset(str(npy_data)), source=SourceInfo("cifar10", "", ""))
     monkeypatch.setattr("train.build.load_dataset", lambda _: as_cifar)
     code, out, err = call("--cfg", write(), "--data-path", npy_data, "--eval", "--resume", path)
     assert code == 0, err

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from configs.utils.errors import UserError
 from pipelines.convert.encode import Encoding
 from pipelines.convert.source import Options, Source
 from pipelines.convert.writer import write_dataset
-from pipelines.storage.dataset import in_source_order, load_dataset
+from pipelines.storage.dataset import QuarantinedSample, load_dataset
 from pipelines.storage.open import open_split
 from tools.inference.trained_model import TrainedModel, check_same_classes
 from tools.sources.imagefolder import open_image_files
@@ -38,7 +37,7 @@ class ImageSet:
     rows: np.ndarray  # int64 [N]: rows in the source, from 0
     source_rows: int  # N plus the images that could not be read
     in_source_order: bool
-    unreadable: list[dict[str, Any]]  # row, name, reason
+    unreadable: tuple[QuarantinedSample, ...]
     files: tuple[str, ...] | None  # for pictures, the path of each source row, relative to their folder
     is_sorted_by_name: bool = False  # rows are files sorted by name; whether their numbers ascend is not recorded
     is_unordered: bool = False  # rows are numbered files whose numbers do not ascend
@@ -64,7 +63,7 @@ def find_picture_folder(name: str, data: Path) -> Path | None:
     """
     folder = Path(name)
     try:
-        splits = list(load_dataset(data)["splits"])
+        splits = list(load_dataset(data).splits)
     except UserError as error:
         if not folder.is_dir():
             raise UserError(f"{error}, or give it with --data-path") from None
@@ -74,7 +73,7 @@ def find_picture_folder(name: str, data: Path) -> Path | None:
     if (folder / "dataset.json").is_file():
         raise UserError(
             f"{folder} is a converted data set, not a folder of pictures; give --data-path {folder} and one of its "
-            f"splits as --split ({', '.join(load_dataset(folder)['splits'])})"
+            f"splits as --split ({', '.join(load_dataset(folder).splits)})"
         )
     if not folder.is_dir():
         raise UserError(
@@ -169,20 +168,17 @@ def load_split(
                 f"split {name!r} of {folder} and of {folders[0]} contain different images, so their predictions cannot "
                 "be averaged; give one data set for all checkpoints with --data-path"
             )
-    entry, source = first.dataset["splits"][name], first.dataset.get("source")
     return ImageSet(
         split=name,
         folders=tuple(folders),
         labels=first.labels,
         rows=rows[folders[0]],
-        source_rows=entry["source_rows"],
-        in_source_order=in_source_order(first.dataset, name),
-        unreadable=entry["quarantined"],
+        source_rows=first.info.source_rows,
+        in_source_order=not first.info.shuffled,
+        unreadable=first.info.quarantined,
         files=files,
-        is_unordered=name in first.dataset.get("unordered", ()),
-        is_sorted_by_name="unordered" not in first.dataset
-        and isinstance(source, dict)
-        and source.get("kind") == "imagefolder",
+        is_unordered=name in (first.dataset.unordered or ()),
+        is_sorted_by_name=first.dataset.unordered is None and first.dataset.source.kind == "imagefolder",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +92,5 @@ def build_metrics(
         "samples": len(images),
         "tta": ", ".join(dict.fromkeys(one["tta"] for one in checkpoints)),
         "checkpoints": checkpoints,
-        "unreadable": images.unreadable,
+        "unreadable": [asdict(sample) for sample in images.unreadable],
     }

@@ -70,7 +70,7 @@ def build_form(
     if fill is not None and not 0 <= fill < classes:
         raise UserError(f"--fill={fill} is not a class number; use 0..{classes - 1}")
     if images.unreadable and fill is None:
-        named = [f"row {entry['row']} ({entry['name']}: {entry['reason']})" for entry in images.unreadable[:MAX_SHOWN]]
+        named = [f"row {sample.row} ({sample.name}: {sample.reason})" for sample in images.unreadable[:MAX_SHOWN]]
         more = f" and {len(images.unreadable) - MAX_SHOWN} more" if len(images.unreadable) > MAX_SHOWN else ""
         raise UserError(
             f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no prediction: "
@@ -168,7 +168,7 @@ def _check_rows(images: ImageSet) -> None:
             f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "
             "split, such as test"
         )
-    unreadable = np.array([entry["row"] for entry in images.unreadable], np.int64)
+    unreadable = np.array([sample.row for sample in images.unreadable], np.int64)
     rows = np.sort(np.concatenate([images.rows, unreadable]))
     if not np.array_equal(rows, np.arange(images.source_rows)) or (np.diff(images.rows) <= 0).any():
         raise UserError(

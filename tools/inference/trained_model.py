@@ -11,6 +11,7 @@ import torch
 from configs.load import parse_config
 from configs.schema import Config, DataConfig
 from configs.utils.errors import UserError
+from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import inference_config, without_pretrained
@@ -68,10 +69,11 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
         )
     require_keys(content, ("model", "config", "position"), path)
     _check_dataset(facts, path)
+    dataset = ModelDataset(facts["name"], tuple(facts["classes"]), tuple(facts["mean"]), tuple(facts["std"]))
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_pretrained(config.model_copy(update={"train": train}))
-    state = build_all(inference_config(config), facts, facts["image_size"], device, trains=False)
+    state = build_all(inference_config(config), dataset, facts["image_size"], device, trains=False)
     is_average = restore_weights(state, content, path, config.eval.weights)
     state.network.eval()
     position = content["position"]
@@ -79,8 +81,8 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
         path=path,
         is_ema=is_average,
         config=config,
-        name=facts["name"],
-        classes=tuple(facts["classes"]),
+        name=dataset.name,
+        classes=dataset.classes,
         image_size=facts["image_size"],
         state=state,
         epochs=position["epoch"],

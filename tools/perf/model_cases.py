@@ -93,9 +93,11 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
     if path.suffix in CONFIG_SUFFIXES:
         config = load_config(path)
         if Path(config.data.path).is_dir():
-            facts = load_dataset(config.data.path)
-            shape = facts["image_shape"]
-            facts = {"classes": facts["classes"], "image_size": shape[0] if shape else None}
+            dataset = load_dataset(config.data.path)
+            facts = {
+                "classes": dataset.classes,
+                "image_size": dataset.image_shape[0] if dataset.image_shape else None,
+            }
     else:
         path, content = store.load_newest(find_checkpoints(path))
         require_keys(content, ("config",), path)

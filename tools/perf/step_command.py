@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
         utilization = None
         if not config.train.proxy.model:
             rate = rates.get("captured", rates["uncaptured"]) / ranks.world_size
-            utilization = flops_utilization(config, len(job.dataset["classes"]), image_size, device.type, amp, rate)
+            utilization = flops_utilization(config, len(job.dataset.classes), image_size, device.type, amp, rate)
         write_results(profile_content(config, ranks, amp, profile, rates, utilization), out)
     return 0
 

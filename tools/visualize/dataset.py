@@ -34,13 +34,13 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
         UserError: The data set cannot be read, no split has labels, or a file cannot be written.
     """
     dataset = load_dataset(path)
-    splits = {name: open_split(path, name) for name in dataset["splits"]}
+    splits = {name: open_split(path, name) for name in dataset.splits}
     counts = {name: class_counts(split) for name, split in splits.items() if split.labels is not None}
     if not counts:
         raise UserError(f"no split of {path} has labels ({', '.join(splits)}); there are no classes to show")
-    classes = tuple(dataset["classes"])
-    folder = make_folder(out or Path("output") / "show" / dataset["name"])
-    title = f"{dataset['name']}: {len(classes)} classes"
+    classes = dataset.classes
+    folder = make_folder(out or Path("output") / "show" / dataset.name)
+    title = f"{dataset.name}: {len(classes)} classes"
     figures.save(figures.class_counts(counts, classes, title), folder / "class-counts.png")
     rows = [
         {"label": label, "class": name, **{f"{split} samples": int(each[label]) for split, each in counts.items()}}
@@ -63,7 +63,7 @@ def show_dataset(path: str, ranks: Ranks, count: int, seed: int, out: Path | Non
         for sample, label in zip(samples.tolist(), labels[samples].tolist(), strict=True)
     ]
     write_csv(folder / "examples.csv", rows)
-    print(f"{title}, stored as {dataset['encoding']}")
+    print(f"{title}, stored as {dataset.encoding}")
     print(markdown([split_row(split, counts.get(name)) for name, split in splits.items()]))
     print(f"plots and their data are in {folder}")
 

@@ -62,8 +62,8 @@ def show_predictions(
     random_title = f"{title}: random samples"
     draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, classes, random_title)
     if not evaluations:
-        splits = load_dataset(path)["splits"]
-        labelled = ", ".join(name for name, entry in splits.items() if entry["labelled"]) or "none"
+        splits = load_dataset(path).splits
+        labelled = ", ".join(name for name, entry in splits.items() if entry.labelled) or "none"
         print(
             f"split {split!r} of {path} has no labels, so there are no mistakes and no scores to show; splits with "
             f"labels: {labelled}\nwrote {folder / 'predictions.png'} and .csv"

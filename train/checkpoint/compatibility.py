@@ -12,7 +12,7 @@ from configs.schema import Config, DataConfig, Effect, settings_by_key
 from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.stages import data_at
 from configs.utils.errors import UserError
-from pipelines.storage.dataset import fingerprint
+from pipelines.storage.dataset import DatasetInfo, fingerprint
 from train.checkpoint.state import require_keys
 
 StreamInfo = TypedDict(
@@ -20,7 +20,7 @@ StreamInfo = TypedDict(
 )  # the "stream" entry of a checkpoint
 
 
-def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> StreamInfo:
+def stream_info(config: Config, dataset: DatasetInfo, passes: int) -> StreamInfo:
     """Return the "stream" entry of a checkpoint: global batch size, data set fingerprint and data set details.
 
     Args:
@@ -35,15 +35,20 @@ def stream_info(config: Config, dataset: dict[str, Any], passes: int) -> StreamI
     }
 
 
-def _dataset_details(dataset: dict[str, Any]) -> dict[str, object]:
+def _dataset_details(dataset: DatasetInfo) -> dict[str, object]:
     """Return the data set properties that error messages use to explain why two fingerprints differ."""
-    details: dict[str, object] = {key: dataset[key] for key in ("name", "encoding", "image_shape")}
-    details |= {"number of classes": len(dataset["classes"]), "classes by name": _digest(dataset["classes"])}
-    for name, split in dataset["splits"].items():
+    details: dict[str, object] = {
+        "name": dataset.name,
+        "encoding": dataset.encoding,
+        "image_shape": dataset.image_shape and list(dataset.image_shape),
+        "number of classes": len(dataset.classes),
+        "classes by name": _digest(dataset.classes),
+    }
+    for name, split in dataset.splits.items():
         details |= {
-            f"samples of split {name}": split["samples"],
-            f"shards of split {name}": len(split["shards"]),
-            f"shard list of split {name}": _digest(split["shards"]),
+            f"samples of split {name}": split.samples,
+            f"shards of split {name}": len(split.shards),
+            f"shard list of split {name}": _digest([vars(shard) for shard in split.shards]),
         }
     return details
 

@@ -10,6 +10,7 @@ import torch
 
 from configs.schema import Config
 from pipelines.loader.train_loader import TrainLoader
+from pipelines.storage.dataset import DatasetInfo
 from train.distributed.process_group import Ranks
 from train.engine.state import TrainState
 from train.optim.schedule import lr_factor
@@ -21,7 +22,7 @@ def global_batch(config: Config, world_size: int) -> int:
 
 
 def collect_run_info(
-    config: Config, dataset: dict[str, Any], state: TrainState, loader: TrainLoader, ranks: Ranks
+    config: Config, dataset: DatasetInfo, state: TrainState, loader: TrainLoader, ranks: Ranks
 ) -> dict[str, Any]:
     """Return properties of a run that depend on its config, data set and machine.
 
@@ -40,12 +41,12 @@ def collect_run_info(
         f"from epoch {stage.epoch}": [loader.at(stage.epoch).image_size, loader.at(stage.epoch).plan.batch_size]
         for stage in config.data.stages
     }
-    splits = dataset["splits"]
+    splits = dataset.splits
     return {
-        "dataset": dataset["name"],
-        "classes": len(dataset["classes"]),
-        "train_samples": splits[config.data.train_split]["samples"],
-        "val_samples": splits[config.data.val_split]["samples"],
+        "dataset": dataset.name,
+        "classes": len(dataset.classes),
+        "train_samples": splits[config.data.train_split].samples,
+        "val_samples": splits[config.data.val_split].samples,
         "image_size": first.image_size,
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "world_size": ranks.world_size,
@@ -60,11 +61,15 @@ def collect_run_info(
     }
 
 
-def dataset_info(dataset: dict[str, Any], image_size: int) -> dict[str, Any]:
+def dataset_info(dataset: DatasetInfo, image_size: int) -> dict[str, Any]:
     """Return the "dataset" entry of a checkpoint. With it, the model can be used without its data set."""
     return {
-        **{key: dataset[key] for key in ("name", "classes", "mean", "std", "image_shape")},
-        "conversion": dataset.get("options", {}).get("encoding"),  # to store other images in the same way
+        "name": dataset.name,
+        "classes": list(dataset.classes),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "image_shape": dataset.image_shape and list(dataset.image_shape),
+        "conversion": dataset.options.get("encoding"),  # to store other images in the same way
         "image_size": image_size,
     }
 

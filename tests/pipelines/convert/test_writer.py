@@ -184,11 +184,11 @@ def test_unusable_samples_are_quarantined_counted_and_listed(encoding: Encoding,
     out = tmp_path / "out"
     dataset = write(memory_source(train=MemoryRows(files), val=MemoryRows(files, labelled=False)), out, encoding)
     for split in ("train", "val"):
-        entry = dataset["splits"][split]
-        assert (entry["samples"], entry["source_rows"]) == (4, 10)
-        assert [defect["row"] for defect in entry["quarantined"]] == BAD
-        assert [defect["name"] for defect in entry["quarantined"]] == [f"row[{row}]" for row in BAD]
-        reasons = [defect["reason"] for defect in entry["quarantined"]]
+        entry = dataset.splits[split]
+        assert (entry.samples, entry.source_rows) == (4, 10)
+        assert [defect.row for defect in entry.quarantined] == BAD
+        assert [defect.name for defect in entry.quarantined] == [f"row[{row}]" for row in BAD]
+        reasons = [defect.reason for defect in entry.quarantined]
         assert reasons[0] == "empty file"
         assert "truncated" in reasons[2]
         assert "65535 x 65535" in reasons[3]
@@ -217,11 +217,11 @@ def test_split_without_usable_images_is_an_error(tmp_path: Path) -> None:
 
 def test_shard_with_only_quarantined_samples_is_valid(tmp_path: Path) -> None:
     good = [marked_image(row) for row in range(230)]
-    first = next(iter(write(memory_source(val=MemoryRows([*good])), tmp_path / "whole")["splits"]["val"]["shards"]))
-    lost = first["samples"]
+    first = next(iter(write(memory_source(val=MemoryRows([*good])), tmp_path / "whole").splits["val"].shards))
+    lost = first.samples
     files: list[np.ndarray | bytes] = [b""] * lost + [*good[lost:]]
     dataset = write(memory_source(val=MemoryRows(files)), tmp_path / "out")
-    assert dataset["splits"]["val"]["shards"][0]["samples"] == 0
+    assert dataset.splits["val"].shards[0].samples == 0
     np.testing.assert_array_equal(pixels_of(open_split(tmp_path / "out", "val")), good[lost:])
     assert verify(tmp_path / "out") == []
 
@@ -392,7 +392,7 @@ def test_a_second_identical_call_reads_and_writes_nothing(npy_copy: Path) -> Non
     source = memory_source(train=Unreadable(700), val=Unreadable(107), test=Unreadable(41, labelled=False))
     before = state()
     dataset = write(source, npy_copy)
-    assert dataset["splits"]["train"]["samples"] == 700
+    assert dataset.splits["train"].samples == 700
     assert state() == before
 
 
@@ -435,13 +435,13 @@ def test_mean_and_std_are_those_of_the_train_pixels(tmp_path: Path) -> None:
     dark = MemoryRows([np.zeros((32, 32, 3), np.uint8)])
     dataset = write(memory_source(train=MemoryRows([*images]), val=dark), tmp_path / "out")
     pixels = np.stack(images).reshape(-1, 3) / 255
-    np.testing.assert_allclose(dataset["mean"], pixels.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(dataset["std"], pixels.std(axis=0), atol=1e-6)
+    np.testing.assert_allclose(dataset.mean, pixels.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(dataset.std, pixels.std(axis=0), atol=1e-6)
 
 
 def test_constant_channel_has_a_nonzero_std(tmp_path: Path) -> None:
     dataset = write(memory_source(train=MemoryRows([np.full((8, 8, 3), 7, np.uint8)])), tmp_path / "out")
-    assert dataset["std"] == pytest.approx([1 / 255] * 3, abs=1e-6)
+    assert dataset.std == pytest.approx([1 / 255] * 3, abs=1e-6)
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,11 +466,11 @@ def test_source_with_too_few_rows_is_an_error(tmp_path: Path) -> None:
 def test_recorded_reason_of_a_defect_is_reproducible(tmp_path: Path) -> None:
     files: list[np.ndarray | bytes] = [b"no image at all", jpeg_file(0), jpeg_file(1)[:200]]
     first, second = (
-        write(memory_source(val=MemoryRows(list(files))), tmp_path / name, "jpeg")["splits"]["val"]["quarantined"]
+        write(memory_source(val=MemoryRows(list(files))), tmp_path / name, "jpeg").splits["val"].quarantined
         for name in ("first", "second")
     )
     assert first == second
-    assert [defect["row"] for defect in first] == [0, 2]
+    assert [defect.row for defect in first] == [0, 2]
 
 
 def test_scans_after_the_image_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_padding_and_cutout_beyond_image_are_user_errors(aug: AugConfig, message
 
 def test_cutout_paints_only_its_square(square: Path) -> None:
     ours, stored, indices = trained_on(train(square, AugConfig(flip=0, cutout=20)), square)
-    mean = [round(255 * share) for share in load_dataset(square)["mean"]]
+    mean = [round(255 * share) for share in load_dataset(square).mean]
     corners = geometry.cutout_corners(indices, SEED, EPOCH, 96, 20)
     for image, source, (top, left) in zip(ours, stored, corners, strict=True):
         expected = source.copy()

@@ -50,7 +50,7 @@ def record_of(folder: Path) -> Path:
 
 
 def names_of(folder: Path, split: str = "train") -> list[str]:
-    return [shard["file"] for shard in load_dataset(folder)["splits"][split]["shards"]]
+    return [shard.file for shard in load_dataset(folder).splits[split].shards]
 
 
 def test_shards_are_read_by_the_first_start_only(npy_copy: Path, read: list[str]) -> None:
@@ -78,7 +78,7 @@ def test_shards_of_an_interrupted_conversion_are_read(tmp_path: Path, read: list
         if left := sorted(file.name for file in (tmp_path / "out").glob("tiny-train-*.tar")):
             break
     written = write(tiny_source("npy"), tmp_path / "out")
-    assert len(left) < len(written["splits"]["train"]["shards"])
+    assert len(left) < len(written.splits["train"].shards)
     open_split(tmp_path / "out", "train")
     assert sorted(read) == left[: len(read)]
     assert len(read) in (len(left), len(left) - 1)  # the last may lack its table, and was written again

@@ -215,8 +215,8 @@ def test_folder_without_a_data_set_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["shard", "index"])
 def test_external_link_is_refused_and_internal_link_accepted(what: str, npy_copy: Path, tmp_path: Path) -> None:
-    entry = load_dataset(npy_copy)["splits"]["train"]
-    file = npy_copy / (entry["shards"][0] if what == "shard" else entry["index"])["file"]
+    entry = load_dataset(npy_copy).splits["train"]
+    file = npy_copy / (entry.shards[0] if what == "shard" else entry.index).file
     elsewhere, within = tmp_path / "elsewhere", npy_copy / "within"
     elsewhere.write_bytes(file.read_bytes())
     file.rename(within)

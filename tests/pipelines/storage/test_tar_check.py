@@ -141,8 +141,8 @@ def test_bytes_after_the_last_sample_are_reported(encoding: str, request: pytest
 
 def test_swapped_shards_are_reported(npy_copy: Path) -> None:
     split = open_split(npy_copy, "train")
-    shards = split.dataset["splits"]["train"]["shards"]
-    found = tar_check.diagnose(split, 1, shards[2]["sha256"])
+    shards = split.info.shards
+    found = tar_check.diagnose(split, 1, shards[2].sha256)
     assert found == ("it has the content of tiny-train-000002.tar of split 'train'", False)
 
 

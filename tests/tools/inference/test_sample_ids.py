@@ -96,7 +96,7 @@ def test_converted_folder_records_unordered_splits(tmp_path: Path) -> None:
         out = tmp_path / f"{names} converted"
         convert.main(["imagefolder", "--source", str(tmp_path / names), "--out", str(out), "--name", "x"])
         dataset = load_dataset(out)
-        assert dataset["unordered"] == (["test"] if names == "1 2 10" else [])
+        assert dataset.unordered == (("test",) if names == "1 2 10" else ())
 
 
 def test_pictures_are_matched_by_path_name_stem_or_number() -> None:

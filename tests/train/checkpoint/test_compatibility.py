@@ -17,7 +17,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import Config, Effect, all_settings, effect, is_section, settings_by_key
 from configs.utils.errors import UserError
 from helpers.training import DIGITS
-from pipelines.storage.dataset import fingerprint
+from pipelines.storage.dataset import DatasetInfo, fingerprint, parse_dataset
 from train.checkpoint.compatibility import StreamInfo, check_same_run, stream_info
 from train.optim.factory import with_timm_defaults
 
@@ -41,13 +41,16 @@ def config_of(*options: str) -> Config:
     return load_config(DIGITS, options)
 
 
-def data_set_of(shards: int = 1, samples: int = 40, name: str = "digits", label: str = "ten") -> dict[str, Any]:
-    """Return a dataset.json whose train split has `shards` shards."""
+def data_set_of(shards: int = 1, samples: int = 40, name: str = "digits", label: str = "ten") -> DatasetInfo:
+    """Return a data set whose train split has `shards` shards."""
     files = [
         {"file": f"{number}.tar", "samples": samples // shards, "bytes": 9, "sha256": label} for number in range(shards)
     ]
-    split = {"samples": samples, "shards": files}
-    return {"name": name, "classes": [label], "encoding": "npy", "image_shape": [8, 8, 3], "splits": {"train": split}}
+    index = {"file": "train.index.npz", "bytes": 9, "sha256": label}
+    split = {"samples": samples, "labelled": True, "source_rows": samples, "quarantined": [], "index": index}
+    content = {"name": name, "classes": [label], "encoding": "npy", "image_shape": [8, 8, 3]}
+    stats = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    return parse_dataset({**content, **stats, "splits": {"train": {**split, "shards": files}}})
 
 
 def checkpoint_of(config: Config, stream: StreamInfo) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def test_changed_setting_is_refused_with_both_values(options: list[str], differe
         (data_set_of(name="mnist", shards=2), ['data set: name: "digits" then, "mnist" now', "data set: shards of "]),
     ],
 )
-def test_changed_data_set_is_refused_with_its_differences(now: dict[str, Any], differences: list[str]) -> None:
+def test_changed_data_set_is_refused_with_its_differences(now: DatasetInfo, differences: list[str]) -> None:
     config, then = config_of(), data_set_of()
     content = checkpoint_of(config, stream_info(config, then, 1))
     with pytest.raises(UserError, match=r"since settings differ \(data set: ") as error:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -77,13 +76,14 @@ def make_variant(
     """
     if (out / "dataset.json").is_file():
         return out
-    dataset: dict[str, Any] = load_dataset(folder)
-    samples = samples or dataset["splits"][SPLIT]["samples"]
+    dataset = load_dataset(folder)
+    samples = samples or dataset.splits[SPLIT].samples
     rows = RepeatedRows(folder, samples)
-    source = Source("benchmark", dataset["name"], tuple(dataset["classes"]), fingerprint(dataset), {SPLIT: rows})
+    source = Source("benchmark", dataset.name, dataset.classes, fingerprint(dataset), {SPLIT: rows})
     cores = len(os.sched_getaffinity(0))
-    side = size or dataset["image_shape"][0]
+    assert dataset.image_shape is not None  # always in npy
+    side = size or dataset.image_shape[0]
     shard_mib = max(1, min(512, samples * side * side * 3 // 2**20 // cores // (5 if encoding == "jpeg" else 1)))
     pixels = Encoding(name=encoding, quality=QUALITY, size=size)  # type: ignore[arg-type]
-    write_dataset(source, out, Options(pixels, shard_mib=shard_mib), cores, dataset["name"])
+    write_dataset(source, out, Options(pixels, shard_mib=shard_mib), cores, dataset.name)
     return out

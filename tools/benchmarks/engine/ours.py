@@ -15,7 +15,7 @@ from pipelines import build_train_loader
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
-from pipelines.storage.dataset import load_dataset
+from pipelines.storage.dataset import DatasetInfo, SourceInfo, load_dataset
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
@@ -131,8 +131,8 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         yield {RESIDENT: Workload(steps, images_per_step, memory, prefetches=False)}
 
 
-def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return up to DISTINCT_IMAGES images from the train loader of `config`, and the content of dataset.json."""
+def _images(config: Config, device: torch.device) -> tuple[Batch, DatasetInfo]:
+    """Return up to DISTINCT_IMAGES images from the train loader of `config`, and their data set."""
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
@@ -144,8 +144,8 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]
     return Batch(images, labels), load_dataset(config.data.path)
 
 
-def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]:
-    """Return random images with random labels, and a matching stand-in for the content of dataset.json."""
+def _noise(config: Config, device: torch.device) -> tuple[Batch, DatasetInfo]:
+    """Return random images with random labels, and a matching stand-in for their data set."""
     count, side, classes = (
         min(config.data.batch_size, READ_BATCH_SIZE),
         config.data.image_size,
@@ -154,7 +154,20 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, dict[str, Any]]
     assert side is not None
     assert classes is not None
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    dataset = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "classes": range(classes)}
+    dataset = DatasetInfo(
+        name="noise",
+        classes=tuple(map(str, range(classes))),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        encoding="npy",
+        image_shape=(side, side, 3),
+        splits={},
+        options={},
+        source=SourceInfo("noise", "", ""),
+        unordered=(),
+        reencoded={},
+        content={},
+    )
     return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 

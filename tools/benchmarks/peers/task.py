@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from configs.schema import AugConfig
+from pipelines.storage.dataset import ChannelValues
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 from tools.benchmarks.engine.datasets import QUALITY, SPLIT, make_variant
@@ -60,9 +61,9 @@ class PeerTask:
         return np.zeros(len(self.split), np.int64) if self.split.labels is None else self.split.labels
 
     @property
-    def stats(self) -> tuple[list[float], list[float]]:
+    def stats(self) -> tuple[ChannelValues, ChannelValues]:
         """Mean and standard deviation of each color channel, for pixels scaled to the range 0 to 1."""
-        return self.split.dataset["mean"], self.split.dataset["std"]
+        return self.split.dataset.mean, self.split.dataset.std
 
     def pil_image(self, index: int) -> Image.Image:
         return pil_image(self.split, index)

@@ -195,7 +195,7 @@ def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], li
     deadline = settings.deadline
     if deadline is not None and settings.part_s is not None:
         deadline -= (1 - BATCH_SIZES_SHARE) * settings.part_s
-    flops = roofline.training_flops(config.model, len(load_dataset(config.data.path)["classes"]), 224)
+    flops = roofline.training_flops(config.model, len(load_dataset(config.data.path).classes), 224)
     for trial in search_fastest(config, settings.seconds, settings.rounds, deadline):
         trials.append(trial)
         row: Row = {

@@ -214,7 +214,7 @@ def write_reference_data(data: Path, split: str, path: Path) -> None:
     opened = open_split(data, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     images = torch.from_numpy(datasets.read_pixels(opened).copy())
-    content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.dataset["classes"])}
+    content = {"images": images, "labels": torch.from_numpy(opened.labels), "classes": list(opened.classes)}
     atomic_write(path, lambda file: torch.save(content, file))
 
 

@@ -50,7 +50,7 @@ def training_table(
         for name, peer in peers.available(peers.LOOPS, task.encoding).items():
             candidates.append(Candidate(name, training_loops.training, (peer, task, config)))
             rows.append({"device": device, "batch_size": batch_size})
-    classes = config.model.num_classes or len(load_dataset(config.data.path)["classes"])
+    classes = config.model.num_classes or len(load_dataset(config.data.path).classes)
 
     @cache  # called after every round
     def training_flops() -> float:
