@@ -8,7 +8,6 @@ Fields of a run:
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.results import Entry
-from tools.common.tables import write_text
+from tools.common import tables
 
 Run = dict[str, Any]
 
@@ -43,7 +42,7 @@ def new_run(environment: dict[str, Any], missing: list[str]) -> Run:
 
 def write_json(run: Run, path: Path) -> None:
     """Write a run to a JSON file atomically."""
-    write_text(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    tables.write_json(path, run, indent=1, ensure_ascii=False)
 
 
 class RunFile:

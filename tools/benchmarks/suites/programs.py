@@ -31,7 +31,7 @@ from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed_row, skipped_row
 from tools.runs.records import summarize_metrics, training_time_s
-from train.reporting.metrics_file import counted_accuracy, read_metrics
+from train.reporting.metrics_file import MetricsLine, counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # time between two reads of a program's output
@@ -248,7 +248,7 @@ def train_to_accuracy(
         yield program.row(name, accuracy_fields(read_metrics(output / name), target), target=target)
 
 
-def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> Row:
+def accuracy_fields(metrics: list[MetricsLine], target: float) -> Row:
     """Return the best accuracy, rates and memory of a run so far, and the training time until `target` was reached.
 
     The time is None if the target has not been reached. The result is empty before the end of the first epoch.
