@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from tools.benchmarks.engine import results, run_file
+from tools.benchmarks.engine import results
 from tools.benchmarks.engine.markdown import headline, parts_table, run_markdown, text_table
+from tools.benchmarks.engine.results import Entry, Row
+from tools.benchmarks.engine.run_file import Run, write_json
 from tools.common.tables import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +27,6 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HOW_TO_READ = """All rows of a table took turns in short rounds, each in a separate process; a figure is the median
 round. *ours / this* is our figure divided by the row's, *of resident* the row's divided by ours on one resident batch,
 and *share* the row's divided by the tightest bound, which was measured in the same run."""
-Run = dict[str, Any]
-Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +67,7 @@ def write(run: Run, folder: Path) -> list[Path]:
         UserError: A file cannot be written, or README.md or another run in docs/benchmarks is invalid.
     """
     path = folder / f"{slug(run)}.json"
-    run_file.write_json(run, path)
+    write_json(run, path)
     with _file_errors():
         written = [path, *document(run, folder)]
         readme = folder / "README.md"
@@ -93,18 +92,18 @@ def load_runs(folder: Path) -> dict[str, Run]:
     Raises:
         UserError: A file is not JSON, or a run was written by a different version.
     """
-    runs = {}
+    runs: dict[str, Run] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            run: Run = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it or measure again") from None
-        if isinstance(content, dict) and content.get("format") == results.FORMAT:
-            if content.get("version") != results.VERSION:
-                raise UserError(
-                    f"{path} has version {content.get('version')}, this program writes {results.VERSION}; measure again"
-                )
-            runs[path.stem] = content
+        if not isinstance(run, dict) or run.get("format") != results.FORMAT:
+            continue
+        version = run.get("version")
+        if version != results.VERSION:
+            raise UserError(f"{path} has version {version}, this program writes {results.VERSION}; measure again")
+        runs[path.stem] = run
     return runs
 
 
@@ -192,15 +191,15 @@ def _training_summary(run: Run) -> str:
     return text_table(header, rows) if rows else ""
 
 
-def _measured(group: dict[str, Any]) -> list[Row]:
+def _measured(group: Entry) -> list[Row]:
     return [row for row in group["rows"] if row["ours"] and "images_per_s" in row]
 
 
-def _peers(groups: list[dict[str, Any]]) -> list[str]:
+def _peers(groups: list[Entry]) -> list[str]:
     return list(dict.fromkeys(row["name"] for group in groups for row in group["rows"] if "ratio" in row))
 
 
-def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
+def _ratios(group: Entry, peers: list[str], shown: bool) -> list[str]:
     """Return one cell per peer with the ratio of this project's rate to the peer's. Cells without a ratio are empty.
 
     The ratios apply only to this project's first row in the group. For other rows, pass shown=False, which leaves all
@@ -210,7 +209,7 @@ def _ratios(group: dict[str, Any], peers: list[str], shown: bool) -> list[str]:
     return [ratios.get(peer, "") for peer in peers]
 
 
-def _title(group: dict[str, Any], row: Row) -> str:
+def _title(group: Entry, row: Row) -> str:
     """Return the title of the row's table, followed by the row's variant in parentheses if there is one.
 
     The variant is the row's name after its first comma, without "end to end".

@@ -133,7 +133,7 @@ def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
     loading = [
         row("Model Zhu", 2e6, True, encoding="npy", **bound),
         row("FFCV", 1e6, encoding="npy", ratio=2.0),
-        results.failed_row("webdataset", "OSError: no | space") | {"ours": False},
+        results.new_row("webdataset", ours=False, error="OSError: no | space"),
     ]
     training = [
         row("Model Zhu, resident batch", 6000.0, True, share=0.1, bound=bound["bound"], binds="the step"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tools.benchmarks import single_stage
 from tools.benchmarks.engine import ours, process_memory, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement, measure, run_in_subprocess
-from tools.benchmarks.engine.measured_tables import InterleavedTable, RowTable, WholeTable
+from tools.benchmarks.engine.measured_tables import Case, InterleavedTable, RowTable
 from tools.benchmarks.peers import PeerTask
 from tools.benchmarks.suites import cpu, gpu, programs, progressive, suite
 from tools.benchmarks.suites.datasets import check_free_space, image_dataset
@@ -37,7 +38,6 @@ from tools.benchmarks.suites.settings import Settings
 from tools.benchmarks.suites.suite import Part
 from tools.perf import batch_size_search
 from tools.perf.batch_size_search import Trial
-from train.reporting.metrics_file import MetricsLine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,16 +99,16 @@ def test_titles_name_every_augmentation() -> None:
 def test_peers_are_compared_with_crop_and_flip_only(digits: Path, tmp_path: Path) -> None:
     more = ["aug.auto=rand-m9-mstd0.5-inc1", "aug.mix.mixup=0.2", "aug.cutout=3", "aug.crop=pad", "aug.padding=2"]
     arguments = ["peers", "--cfg", "configs/digits_lenet.yaml", "--data-path", str(digits), "--opts", *more]
-    reading, loading, training = single_stage.stage_tables(benchmark.parse_arguments(arguments), "cpu", tmp_path)
+    reading, loading, training = single_stage.stage_tables(benchmark.parse_arguments(arguments), settings_in(tmp_path))
     expected = AugConfig(crop="pad", padding=2, flip=0.0)
     assert reading.stage == "reading"
     assert loading.title.endswith("pad and crop")
-    assert training.candidates[0].arguments[0].aug == expected
+    assert training.cases[0].candidate.arguments[0].aug == expected
     sources = [
         argument
         for group in (loading, training)
-        for candidate in group.candidates
-        for argument in candidate.arguments
+        for case in group.cases
+        for argument in case.candidate.arguments
         if isinstance(argument, PeerTask)
     ]
     assert len(sources) >= 4
@@ -191,7 +191,7 @@ def test_unbuildable_table_is_a_failed_row(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
 
     def broken() -> Iterator[InterleavedTable]:
-        yield InterleavedTable("good", "loading", [Candidate("ours", fixtures.steady)], [{"ours": True}])
+        yield InterleavedTable("good", "loading", [Case(Candidate("ours", fixtures.steady), {"ours": True})])
         raise OSError("no space left")
 
     record = empty_record()
@@ -249,8 +249,7 @@ def test_every_gpu_part_can_be_built(digits: Path, tmp_path: Path, monkeypatch: 
             titles.append((part.name, one.title))
             assert one.stage in part.stages, one.title
             if isinstance(one, InterleavedTable):
-                assert len(one.candidates) == len(one.rows) >= 1, one.title
-                assert len({candidate.name for candidate in one.candidates}) == len(one.candidates), one.title
+                assert len({case.candidate.name for case in one.cases}) == len(one.cases) >= 1, one.title
             elif one.stage in ("ramp", "profile"):
                 assert not results.failure_lines([one.run({roofline.ARITHMETIC: 1e12}, 0.01, 1, None)])
     assert len(set(titles)) == len(titles)
@@ -286,7 +285,7 @@ def test_resnet50_is_profiled_without_measured_batch_size(digits: Path, tmp_path
     _, profile, training = gpu.resnet50(settings)  # the first table is not run, as with --only
     assert (profile.stage, training.stage) == ("profile", "training")
     assert isinstance(training, InterleavedTable)
-    assert training.candidates[0].arguments[0].data.batch_size == 8  # 64 samples in 8 batches
+    assert training.cases[0].candidate.arguments[0].data.batch_size == 8  # 64 samples in 8 batches
 
 
 def test_free_space_is_needed_for_missing_data_sets_only(tmp_path: Path) -> None:
@@ -453,7 +452,7 @@ def test_failure_is_reported_although_earlier_table_is_kept(tmp_path: Path) -> N
     rows = (
         results.skipped_row("x", results.RUNNING),
         results.skipped_row("x", results.RUNNING),
-        results.failed_row("x", "crash"),
+        results.new_row("x", error="crash"),
     )
     suite.run_parts([part_of(table_of("a", *rows))], settings_in(tmp_path), second)
     assert titles_and_values(file) == [("a", 1)]
@@ -478,13 +477,12 @@ def test_call_ended_by_the_deadline_is_not_a_failure(tmp_path: Path) -> None:
         yield value(1)
         run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
 
-    def whole() -> results.Entry:
-        run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
-        raise AssertionError
+    def whole(found: roofline.Limits) -> Iterator[results.Row]:
+        yield from run_in_subprocess(time.sleep, 60, deadline=time.monotonic())
 
     for part in (
         part_of(RowTable("a", "dali", ("value",), rows)),
-        Part("one", ("stages",), lambda _: iter([WholeTable("a", "stages", whole)]), needs_limits=False),
+        Part("one", ("stages",), lambda _: iter([RowTable("a", "stages", None, whole)]), needs_limits=False),
     ):
         record = empty_record()
         suite.run_parts([part], settings_in(tmp_path), record)
@@ -495,7 +493,7 @@ def test_call_ended_by_the_deadline_is_not_a_failure(tmp_path: Path) -> None:
 
 def test_table_is_kept_after_every_round(tmp_path: Path) -> None:
     kept: list[int] = []
-    group = InterleavedTable("a", "loading", [Candidate("ours", fixtures.steady)], [{"ours": True}])
+    group = InterleavedTable("a", "loading", [Case(Candidate("ours", fixtures.steady), {"ours": True})])
     group.run({}, 0.02, 3, None, lambda entry: kept.append(len(entry["rows"])))
     assert kept == [1, 1, 1]
 
@@ -609,10 +607,11 @@ def test_program_is_read_while_running_and_stopped_at_deadline(tmp_path: Path) -
 
 
 def test_reference_runs_on_the_same_pixels_if_present(digits: Path, tmp_path: Path) -> None:
-    (missing,) = programs.reference(None, digits, 2, tmp_path, {}, None)
+    settings = settings_in(tmp_path, small=digits, seeds=2)
+    (missing,) = programs.reference(settings, None)
     assert not missing["error"]
     assert "--reference FOLDER" in missing["note"]
-    (missing,) = programs.reference(tmp_path, digits, 2, tmp_path, {}, None)
+    (missing,) = programs.reference(replace(settings, reference=tmp_path), None)
     assert "does not exist" in missing["note"]
     (tmp_path / programs.REFERENCE).write_text(
         "import torch, time\n"
@@ -623,14 +622,15 @@ def test_reference_runs_on_the_same_pixels_if_present(digits: Path, tmp_path: Pa
         "    print('|          |  eval  |     0.9  |   0.93  |   0.94  |     2.5  |')\n"
         "    time.sleep(0.2)\n"
     )
-    *_, row = programs.reference(tmp_path, digits, 2, tmp_path / "out", {"time_s_mean": 2.0}, None)
+    settings = replace(settings, reference=tmp_path, data=tmp_path / "out")
+    *_, row = programs.reference(settings, 2.0)
     assert (row["runs"], row["top1_mean"], row["time_s_mean"], row["ratio"]) == (2, 0.94, 2.5, 1.25)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["reference"]  # no file in a set named cifar10
 
 
 def test_run_reports_best_accuracy_and_time_to_target() -> None:
     lines = [
-        MetricsLine({"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0})
+        {"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
         for n, top1 in enumerate((0.5, None, 0.8, 0.7))
     ]
     found = programs.accuracy_fields(lines, 0.75)

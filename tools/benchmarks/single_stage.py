@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,14 +18,18 @@ from configs.stages import config_at
 from configs.utils.errors import UserError
 from pipelines.storage.open import open_split
 from tools.benchmarks import peers
-from tools.benchmarks.engine import results, roofline, run_file
-from tools.benchmarks.engine.candidate import Candidate
-from tools.benchmarks.engine.interleaved import measure
-from tools.benchmarks.engine.measured_tables import InterleavedTable
+from tools.benchmarks.engine import results
+from tools.benchmarks.engine.measured_tables import TableSpec
+from tools.benchmarks.engine.ours import Variants
 from tools.benchmarks.engine.results import Entry
-from tools.benchmarks.suites import progressive, scale
+from tools.benchmarks.engine.roofline import limits_from_rows
+from tools.benchmarks.engine.run_file import Run, new_run
+from tools.benchmarks.suites import progressive
 from tools.benchmarks.suites.augmentations import augmentation_table
 from tools.benchmarks.suites.loading import crop_and_flip, loading_table
+from tools.benchmarks.suites.scale import scale_table
+from tools.benchmarks.suites.settings import Settings
+from tools.benchmarks.suites.suite import measure_limits
 from tools.benchmarks.suites.training import training_table
 from train.distributed.process_group import Ranks
 
@@ -34,64 +38,63 @@ DEFAULT_BATCH_SIZE = 512  # batch size without a config
 DEFAULT_SIDE = 224  # height and width to assume if stored images vary in size
 
 
-def measure_stage(arguments: argparse.Namespace, scratch: Path) -> run_file.Run:
+def measure_stage(arguments: argparse.Namespace, scratch: Path) -> Run:
     """Measure the tables of `arguments.stage` and return them as a run.
 
     Raises:
         UserError: An argument is missing, the config or the data set is invalid, or the config given to `stages` has
             fewer than two elements in data.stages.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
+    settings = Settings(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        scratch=scratch,
+        data=scratch,
+        seconds=arguments.seconds,
+        rounds=arguments.rounds,
+        workers=getattr(arguments, "workers", 1),
+    )
+    entries: list[Entry] = []
     if arguments.stage == "stages":
         config = _config(arguments)
         if len(config.data.stages) < 2:
             raise UserError(f"data.stages of {arguments.cfg} has fewer than two stages; there is no change to measure")
-        entry = progressive.measure_stage_changes(config, Ranks(), arguments.rounds)
-        return _run([entry], [], start)
-    if arguments.stage == "scale":
-        return _run([scale.measure_scale(scratch, arguments.seconds)], [], start)
-    tables = [] if arguments.stage == "limits" else stage_tables(arguments, device, scratch)
-    candidate = Candidate("limits", roofline.limit_workloads, (device, scratch))
-    measurements = measure([candidate], arguments.seconds, min(3, arguments.rounds))
-    limits = roofline.limits_from(measurements)
-    entries: list[Entry] = []
-    if arguments.stage == "limits":
-        entries.append({"title": "Limits of the machine", "stage": "limits", "rows": roofline.limit_rows(measurements)})
-    entries += [table.run(limits, arguments.seconds, arguments.rounds, None) for table in tables]
-    return _run(entries, peers.all_missing() if arguments.stage == "peers" else [], start)
+        rows = progressive.measure_stage_changes(config, Ranks(), settings.rounds)
+        entries.append({"title": progressive.title(config), "stage": "stages", "rows": rows})
+    elif arguments.stage == "limits":
+        entries.append(measure_limits(settings))
+    else:
+        tables = stage_tables(arguments, settings)
+        limits = {} if arguments.stage == "scale" else limits_from_rows(measure_limits(settings)["rows"])
+        entries += [table.run(limits, settings.seconds, settings.rounds, None) for table in tables]
+    run = new_run(results.environment(), peers.all_missing() if arguments.stage == "peers" else [])
+    return {**run, "groups": entries, "duration_s": round(time.monotonic() - start, 1)}
 
 
-def _run(entries: list[Entry], missing: list[str], start: float) -> run_file.Run:
-    run = run_file.new_run(results.environment(), missing)
-    return run | {"groups": entries, "duration_s": round(time.monotonic() - start, 1)}
-
-
-def stage_tables(arguments: argparse.Namespace, device: str, scratch: Path) -> list[InterleavedTable]:
-    """Return the tables to measure. `arguments.stage` is loader, model, train, peers or augment.
+def stage_tables(arguments: argparse.Namespace, settings: Settings) -> list[TableSpec]:
+    """Return the tables to measure. `arguments.stage` is scale, loader, model, train, peers or augment.
 
     Raises:
         UserError: An argument is missing, or the config or the data set is invalid.
     """
+    if arguments.stage == "scale":
+        return [scale_table(settings.scratch, settings.seconds)]
     config = _config(arguments)
     folder, batch_size = Path(config.data.path), config.data.batch_size
     if arguments.stage == "augment":
-        table = augmentation_table(
-            folder, batch_size=batch_size, device=device, scratch=scratch, workers=arguments.workers
-        )
-        return [table]
-    beside: dict[str, Any] = {}
-    if arguments.stage == "peers":
-        beside = {"scratch": scratch, "workers": arguments.workers}
+        return [augmentation_table(settings, folder, batch_size=batch_size, with_peer=True)]
+    with_peers = arguments.stage == "peers"
+    if with_peers:
         config = config.model_copy(update={"aug": crop_and_flip(config.aug)})
-    tables = []
+    tables: list[TableSpec] = []
     if arguments.stage in ("loader", "peers"):
         size = config.data.image_size or _stored_side(config.data)
-        common = {"size": size, "batch_size": batch_size, "data": config.data, "device": device, **beside}
-        tables += [loading_table(folder, aug, **common) for aug in (None, config.aug)]
-    if arguments.stage in ("model", "train") or (arguments.stage == "peers" and arguments.cfg):
-        variants: dict[str, dict[str, Any]] = {} if arguments.stage == "model" else {"end to end": {}}
-        tables.append(training_table(config.name or config.model.name, config, variants, device=device, **beside))
+        build = partial(loading_table, settings, folder, size=size, batch_size=batch_size, data=config.data)
+        tables += [build(aug, with_peers=with_peers) for aug in (None, config.aug)]
+    if arguments.stage in ("model", "train") or (with_peers and arguments.cfg):
+        variants: Variants = {} if arguments.stage == "model" else {"end to end": {}}
+        name = config.name or config.model.name
+        tables.append(training_table(settings, name, config, variants, with_peers=with_peers))
     return tables
 
 

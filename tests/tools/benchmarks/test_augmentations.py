@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.benchmarks import settings_in
 from tools.benchmarks.engine import markdown
 from tools.benchmarks.engine.interleaved import Measurement
 from tools.benchmarks.engine.measured_tables import InterleavedTable
@@ -20,7 +21,8 @@ BATCH, SIDE = 16, 24
 
 
 def made(folder: Path, scratch: Path | None) -> InterleavedTable:
-    return augmentations.augmentation_table(folder, batch_size=BATCH, device="cpu", scratch=scratch, workers=0)
+    settings = settings_in(scratch or folder, workers=0)
+    return augmentations.augmentation_table(settings, folder, batch_size=BATCH, with_peer=scratch is not None)
 
 
 @pytest.mark.parametrize("encoding", ["npy", "jpeg"])
@@ -31,9 +33,11 @@ def test_every_candidate_yields_batches_of_one_shape(
     group = made({"npy": npy_data, "jpeg": jpeg_data}[encoding], tmp_path)
     size = {"npy": 32, "jpeg": SIDE}[encoding]
     assert group.details["image_size"] == size
-    assert sum(facts["ours"] for facts in group.rows) == len(KINDS)
-    assert sum(not facts["ours"] for facts in group.rows) == len(KINDS) - 2  # all but timm's RandAugment and cutout
-    for candidate in group.candidates:
+    assert sum(case.fields["ours"] for case in group.cases) == len(KINDS)
+    assert (
+        sum(not case.fields["ours"] for case in group.cases) == len(KINDS) - 2
+    )  # all but timm's RandAugment and cutout
+    for candidate in (case.candidate for case in group.cases):
         with candidate.build(*candidate.arguments) as workloads:
             images = next(workloads[""].items)[0]
         assert tuple(images.shape) == (BATCH, 3, size, size), candidate.name
@@ -41,13 +45,13 @@ def test_every_candidate_yields_batches_of_one_shape(
 
 
 def test_peers_need_a_scratch_folder(npy_data: Path) -> None:
-    assert all(facts["ours"] for facts in made(npy_data, None).rows)
+    assert all(case.fields["ours"] for case in made(npy_data, None).cases)
 
 
 def measured(group: InterleavedTable, rates: dict[str, float | str]) -> list[dict[str, Any]]:
     """Return the rows of candidates with these rates or errors."""
     measurements = []
-    for candidate in group.candidates:
+    for candidate in (case.candidate for case in group.cases):
         reached = rates.get(candidate.name, 1000.0)
         failed = isinstance(reached, str)
         measurements.append(

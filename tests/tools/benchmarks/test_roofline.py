@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import ModelConfig
+from helpers.benchmarks import settings_in
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import roofline
 from tools.benchmarks.engine.candidate import Candidate
@@ -24,9 +25,9 @@ def test_every_limit_of_a_cpu_is_positive(tmp_path: Path, monkeypatch: pytest.Mo
     assert all("value" in row for row in roofline.limit_rows(measurements))
 
 
-def test_reading_is_slower_than_one_copy(npy_data: Path) -> None:
+def test_reading_is_slower_than_one_copy(npy_data: Path, tmp_path: Path) -> None:
     size = open_split(npy_data, "train").image_shape
-    group = loading_table(npy_data, None, size=(size or (0,))[0], batch_size=128, device="cpu")
+    group = loading_table(settings_in(tmp_path), npy_data, None, size=(size or (0,))[0], batch_size=128)
     ours, *bounds = group.run({}, 0.1, 3, None)["rows"]
     fastest = max(row["images_per_s"] for row in bounds)
     assert 0 < ours["share"] <= 1.2

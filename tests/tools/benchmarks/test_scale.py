@@ -19,7 +19,7 @@ def test_sparse_data_set_opens_and_takes_no_space(tmp_path: Path) -> None:
 
 
 def test_every_size_reports_cost_memory_and_first_batch(tmp_path: Path) -> None:
-    group = scale.measure_scale(tmp_path, 0.02, sizes=(10_000, 20_000), side=8)
+    group = scale.scale_table(tmp_path, 0.02, sizes=(10_000, 20_000), side=8).run({}, 0.01, 1, None)
     assert [row["samples"] for row in group["rows"]] == [10_000, 20_000]
     for row in group["rows"]:
         assert row["error"] is None

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,9 +27,9 @@ class Workload:
         prefetches: Whether the iterator prepares items between rounds. If so, each round starts with one untimed item.
     """
 
-    items: Iterator[Any]
+    items: Iterator[object]
     units_per_item: float
-    details: Callable[[], dict[str, Any]] = dict
+    details: Callable[[], Mapping[str, object]] = dict
     prefetches: bool = True
 
 
@@ -46,7 +46,7 @@ class Candidate:
 
     name: str
     build: Callable[..., AbstractContextManager[dict[str, Workload]]]
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[object, ...] = ()
     monitor: Callable[[int], str | None] | None = None
 
 
@@ -120,7 +120,7 @@ def _time_round(workload: Workload, count: int) -> float:
     return _time_items(workload.items, count)
 
 
-def _time_items(items: Iterator[Any], count: int) -> float:
+def _time_items(items: Iterator[object], count: int) -> float:
     """Return the time in seconds to take `count` items, including their pending work on the GPU.
 
     Raises:

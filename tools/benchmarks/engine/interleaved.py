@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
@@ -47,7 +47,7 @@ class Measurement:
     candidate: str
     workload: str
     rates: list[float] = field(default_factory=list)  # units/s, one per round
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
     error: str | None = None
 
     @property

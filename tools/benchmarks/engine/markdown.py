@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from tools.benchmarks.engine.results import Entry, Row
+from tools.benchmarks.engine.run_file import Run
 from tools.common import tables
 from tools.common.tables import aligned_table
 
-COLUMNS = (
-    "name",
-    "device",
-    "placement",
-    "batch",
-    "images/s",
-    "of resident",
-    "ours / this",
-    "share",
-    "of the bound",
-    "tensors, GiB",
-    "device, GiB",
-    "loader, GiB",
-    "what binds",
+# columns of the tables of a stage: the header, the field and its format
+Columns = tuple[tuple[str, str, str], ...]
+RATES: Columns = (
+    ("name", "name", ""),
+    ("device", "device", ""),
+    ("placement", "placement", ""),
+    ("batch", "batch_size", ""),
+    ("images/s", "rate", ""),
+    ("of resident", "of_resident", ".3f"),
+    ("ours / this", "ratio", ".2f"),
+    ("share", "share", ".0%"),
+    ("of the bound", "bound", ""),
+    ("tensors, GiB", "memory_gib", ".3g"),
+    ("device, GiB", "device_memory_gib", ".3g"),
+    ("loader, GiB", "loader_memory_gib", ".3g"),
+    ("what binds", "remark", ""),
 )
-MEMORY_FIELDS = ("memory_gib", "device_memory_gib", "loader_memory_gib")  # of COLUMNS[9:12]
-RIGHT_ALIGNED = ("batch", "images/s", "of resident", "ours / this", "share", *COLUMNS[9:12])
-SCALE_HEADER = ("samples", "µs/sample", "loader", "order", "draws", "open to first batch, s", "memory, MiB")
-SCALE_FIELDS = ("total_us", "loader_us", "order_us", "draws_us", "first_batch_s", "memory_mib")
-AUGMENTATIONS_HEADER = (
-    "augmentation",
-    "ours, images/s",
-    "of flip alone",
-    "torchvision v2 + DataLoader",
-    "ours / this",
+LEFT_ALIGNED = ("name", "device", "placement", "of the bound", "what binds")  # of RATES
+LIMITS: Columns = (("limit", "name", ""), ("measured", "measured", ""))
+SCALE: Columns = (
+    ("samples", "name", ""),
+    ("µs/sample", "total_us", ".3g"),
+    ("loader", "loader_us", ".3g"),
+    ("order", "order_us", ".3g"),
+    ("draws", "draws_us", ".3g"),
+    ("open to first batch, s", "first_batch_s", ".3g"),
+    ("memory, MiB", "memory_mib", ".3g"),
 )
-STAGES_HEADER = ("stage", "images/s after a change", "of the next epoch", "ratio", "changes")
+AUGMENTATIONS: Columns = (
+    ("augmentation", "kind", ""),
+    ("ours, images/s", "ours", ""),
+    ("of flip alone", "of_plain", ".2f"),
+    ("torchvision v2 + DataLoader", "peer", ""),
+    ("ours / this", "ratio", ".1f"),
+)
+STAGES: Columns = (
+    ("stage", "name", ""),
+    ("images/s after a change", "after_change", ",.0f"),
+    ("of the next epoch", "images_per_s", ",.0f"),
+    ("ratio", "ratio", ".3f"),
+    ("changes", "changes", ""),
+)
 
 
-def run_markdown(run: dict[str, Any]) -> str:
+def run_markdown(run: Run) -> str:
     """Return all tables of a run, followed by the names of peers that are not installed and the headline."""
     return tables_markdown(run["groups"], run)
 
 
-def tables_markdown(entries: Sequence[Entry], run: dict[str, Any]) -> str:
+def tables_markdown(entries: Sequence[Entry], run: Run) -> str:
     """Return `entries` as tables, followed by the names of peers that are not installed and the run's headline."""
     text = [table_markdown(entry) for entry in entries]
     if run["missing_peers"]:
@@ -57,7 +72,7 @@ def table_markdown(entry: Entry) -> str:
     return "\n\n".join([f"### {entry['title']}", table(entry), *_notes(entry)])
 
 
-def headline(run: dict[str, Any]) -> str:
+def headline(run: Run) -> str:
     """Return a sentence with the machine, the versions and the date."""
     machine = run["environment"]
     cores = f"{machine['cores']} cores"
@@ -68,7 +83,7 @@ def headline(run: dict[str, Any]) -> str:
     return f"{machine['device']}{memory}, {cores}, Python {machine['python']}, {versions}, {machine['date']}."
 
 
-def parts_table(run: dict[str, Any]) -> str:
+def parts_table(run: Run) -> str:
     """Return a table with the date, duration, completeness and command of each part of a run.
 
     Versions of a part are listed only if they differ from those in the headline.
@@ -76,7 +91,7 @@ def parts_table(run: dict[str, Any]) -> str:
     common = run["environment"]["versions"].items()
     rows = []
     for name, part in run["parts"].items():
-        row = {"part": name, "date": part["date"], "minutes": round(part["duration_s"] / 60, 1)}
+        row: dict[str, object] = {"part": name, "date": part["date"], "minutes": round(part["duration_s"] / 60, 1)}
         row |= {"complete": part["is_complete"], "command": part["command"]}
         if others := [" ".join(version) for version in part["versions"].items() if version not in common]:
             row["versions that differ"] = ", ".join(others)
@@ -88,31 +103,42 @@ def table(entry: Entry) -> str:
     """Return the rows of an entry as a table. The columns are those listed in the entry, or else those of its stage."""
     rows = entry["rows"]
     if "columns" in entry:
-        return _columns_table(entry)
+        return _columns_table(rows, entry["columns"])
     if entry["stage"] == "limits":
-        return text_table(("limit", "measured"), [(row["name"], _limit(row)) for row in rows])
+        return text_table(*_cells(LIMITS, [{**row, "measured": _limit(row)} for row in rows]))
     if entry["stage"] == "stages":
-        return text_table(STAGES_HEADER, [_stage_cells(row) for row in rows])
+        return text_table(*_cells(STAGES, rows))
     if entry["stage"] == "augment":
         return _augmentations_table(rows)
     if entry["stage"] == "scale":
-        return text_table(SCALE_HEADER, [_scale_cells(row) for row in rows])
+        return text_table(*_cells(SCALE, rows))
     return _rates_table(rows)
 
 
-def text_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def _cells(columns: Columns, rows: Sequence[Mapping[str, object]]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the cells of a table. Cells of missing fields show the error of the row, if any."""
+    return [header for header, *_ in columns], [
+        [
+            format(row[field], form) if row.get(field) is not None else str(row.get("error") or "")
+            for _, field, form in columns
+        ]
+        for row in rows
+    ]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table of strings. All columns except the first are right-aligned."""
     return aligned_table(header, rows, right=range(1, len(header)))
 
 
-def _columns_table(entry: Entry) -> str:
-    """Return a table of the row names, the columns listed in the entry, and remarks. Empty columns are left out."""
-    rows = []
-    for row in entry["rows"]:
+def _columns_table(rows: list[Row], columns: Sequence[str]) -> str:
+    """Return a table of the row names, the columns, and remarks. Empty columns are left out."""
+    lines: list[dict[str, object]] = []
+    for row in rows:
         remark = f"failed: {row['error']}" if row["error"] else row.get("note", "")
-        rows.append({"": row["name"], **{name: row.get(name) for name in entry["columns"]}, "remark": remark})
-    unused = {name for name in (*entry["columns"], "remark") if all(row[name] in (None, "") for row in rows)}
-    return tables.markdown([{shown(key): value for key, value in row.items() if key not in unused} for row in rows])
+        lines.append({"": row["name"], **{name: row.get(name) for name in columns}, "remark": remark})
+    used = ["", *(name for name in (*columns, "remark") if any(line[name] not in (None, "") for line in lines))]
+    return tables.markdown([{shown(name): line[name] for name in used} for line in lines])
 
 
 def shown(name: str) -> str:
@@ -125,36 +151,15 @@ def _limit(row: Row) -> str:
     return f"{row['value']:,.3g} {row['unit']}" if "value" in row else row["error"] or row.get("note", "")
 
 
-def _stage_cells(row: Row) -> tuple[str, ...]:
-    return (
-        row["name"],
-        f"{row['after_change']:,.0f}",
-        f"{row['images_per_s']:,.0f}",
-        f"{row['ratio']:.3f}",
-        str(row["changes"]),
-    )
-
-
-def _scale_cells(row: Row) -> tuple[str, ...]:
-    return (row["name"], *(f"{row[name]:.3g}" if name in row else (row["error"] or "") for name in SCALE_FIELDS))
-
-
 def _augmentations_table(rows: list[Row]) -> str:
     """Return a table that compares our rate to the peer's, with one line per kind of augmentation."""
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows if "kind" in row):
         cells = {row["ours"]: row for row in rows if row.get("kind") == kind}
-        ours, peer = cells.get(True, {}), cells.get(False, {})
-        lines.append(
-            (
-                kind,
-                _rate(ours),
-                f"{ours['of_plain']:.2f}" if "of_plain" in ours else "",
-                _rate(peer),
-                f"{peer['ratio']:.1f}" if "ratio" in peer else "",
-            )
-        )
-    return text_table(AUGMENTATIONS_HEADER, lines)
+        ours, peer = cells.get(True, Row()), cells.get(False, Row())
+        line = {"kind": kind, "of_plain": ours.get("of_plain"), "ratio": peer.get("ratio")}
+        lines.append({**line, "ours": _rate(ours), "peer": _rate(peer)})
+    return text_table(*_cells(AUGMENTATIONS, lines))
 
 
 def _rate(row: Row) -> str:
@@ -164,27 +169,17 @@ def _rate(row: Row) -> str:
 
 def _rates_table(rows: list[Row]) -> str:
     """Return a table of images/s, bounds and ratios, without empty columns."""
-    lines = [COLUMNS, *(_rate_cells(row) for row in rows)]
-    used = [number for number in range(len(COLUMNS)) if any(line[number] for line in lines[1:])]
-    header, *cells = [[line[number] for number in used] for line in lines]
-    return aligned_table(header, cells, right=[header.index(name) for name in RIGHT_ALIGNED if name in header])
-
-
-def _rate_cells(row: Row) -> tuple[str, ...]:
-    bound = row.get("bound")
-    error = row["error"]
-    return (
-        row["name"],
-        row.get("device", ""),
-        row.get("placement", ""),
-        str(row.get("batch_size", "")),
-        f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ("failed" if error else ""),
-        f"{row['of_resident']:.3f}" if "of_resident" in row else "",
-        f"{row['ratio']:.2f}" if "ratio" in row else "",
-        f"{row['share']:.0%}" if "share" in row else "",
-        f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else "",
-        *(f"{row[name]:.3g}" if name in row else "" for name in MEMORY_FIELDS),
-        error or row.get("note") or row.get("binds", ""),
+    lines = []
+    for row in rows:
+        bound = row.get("bound")
+        shown_bound = f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else ""
+        remark = row["error"] or row.get("note") or row.get("binds", "")
+        lines.append({**row, "error": None, "rate": _rate(row), "bound": shown_bound, "remark": remark})
+    header, cells = _cells(RATES, lines)
+    used = [number for number in range(len(header)) if any(line[number] for line in cells)]
+    right = [place for place, number in enumerate(used) if header[number] not in LEFT_ALIGNED]
+    return aligned_table(
+        [header[number] for number in used], [[line[number] for number in used] for line in cells], right=right
     )
 
 

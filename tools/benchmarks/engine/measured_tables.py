@@ -1,14 +1,14 @@
-"""Tables measured from candidates that take turns, by a generator of rows, or by one function."""
+"""Tables measured from candidates that take turns, or by a generator of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from tools.benchmarks.engine.candidate import Candidate, error_text
 from tools.benchmarks.engine.interleaved import Measurement, measure
-from tools.benchmarks.engine.results import Entry, Row, failed_row, measurement_row, skipped_row
+from tools.benchmarks.engine.results import Entry, Row, measurement_row, new_row, skipped_row
 from tools.benchmarks.engine.roofline import Limits
 
 Keep = Callable[[Entry], None]
@@ -22,7 +22,7 @@ class TableSpec(Protocol):
     """A table that can be measured.
 
     `run` measures the table and returns it. An InterleavedTable runs `rounds` rounds of about `seconds` seconds each.
-    Only the first may start after `deadline`, a time.monotonic() value. Other tables ignore these arguments.
+    Only the first may start after `deadline`, a time.monotonic() value. A RowTable ignores these arguments.
     InterleavedTable calls `keep` with the unfinished table after each round, and RowTable after each row.
     """
 
@@ -39,45 +39,39 @@ class RowTable:
     """Table whose rows are measured one by one. A row replaces an earlier row of the same name.
 
     Args:
-        columns: Fields to show.
+        columns: Fields to show, or None to show the columns of the stage.
         rows: Called with the machine limits. Measures and yields the rows.
         details: Additional fields for the entry.
     """
 
     title: str
     stage: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] | None
     rows: Callable[[Limits], Iterator[Row]]
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Entry = field(default_factory=Entry)
 
     def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
+        head: Entry = {"title": self.title, "stage": self.stage, **self.details}
+        if self.columns is not None:
+            head["columns"] = self.columns
         rows: dict[str, Row] = {}
-
-        def entry() -> Entry:
-            head = {"title": self.title, "stage": self.stage, "columns": self.columns}
-            return head | self.details | {"rows": [*rows.values()]}
-
         try:
             for row in self.rows(limits):
                 rows[row["name"]] = row
-                keep(entry())
+                keep({**head, "rows": [*rows.values()]})
         except TimeoutError:
             rows[self.title] = skipped_row(self.title)
         except Exception as error:  # keep the rows measured so far
-            rows[self.title] = failed_row(self.title, error_text(error))
-        return entry()
+            rows[self.title] = new_row(self.title, error=error_text(error))
+        return {**head, "rows": [*rows.values()]}
 
 
-@dataclass
-class WholeTable:
-    """Table that is measured by one function. `keep` is not called."""
+@dataclass(frozen=True)
+class Case:
+    """A candidate, and the fields to set in its rows, such as `ours`."""
 
-    title: str  # also the name of the row that is shown if there is no time to measure the table
-    stage: str
-    measure: Callable[[], Entry]
-
-    def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
-        return self.measure()
+    candidate: Candidate
+    fields: Row
 
 
 @dataclass
@@ -85,8 +79,6 @@ class InterleavedTable:
     """Table of candidates that take turns.
 
     Args:
-        candidates: Programs to measure.
-        rows: For each candidate in `candidates`, the fields to set in its rows, such as `ours`.
         details: Additional fields for the entry.
         add_bounds: Called after each round with the measured rows and the machine limits. Adds bounds and ratios to the
             rows.
@@ -94,23 +86,23 @@ class InterleavedTable:
 
     title: str
     stage: str  # reading, loading, decoding, training or augment
-    candidates: list[Candidate]
-    rows: list[dict[str, Any]]
-    details: dict[str, Any] = field(default_factory=dict)
+    cases: list[Case]
+    details: Entry = field(default_factory=Entry)
     add_bounds: Callable[[list[Row], Limits], None] = lambda rows, limits: None
 
     def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
         def after_round(measurements: list[Measurement]) -> None:
             keep(self.entry(measurements, limits))
 
-        return self.entry(measure(self.candidates, seconds, rounds, deadline, after_round=after_round), limits)
+        candidates = [case.candidate for case in self.cases]
+        return self.entry(measure(candidates, seconds, rounds, deadline, after_round=after_round), limits)
 
     def entry(self, measurements: list[Measurement], limits: Limits) -> Entry:
         """Return the table with a row for each measurement."""
-        fields = {candidate.name: row for candidate, row in zip(self.candidates, self.rows, strict=True)}
+        fields = {case.candidate.name: case.fields for case in self.cases}
         rows = [measurement_row(measurement, **fields[measurement.candidate]) for measurement in measurements]
         try:
             self.add_bounds(rows, limits)
         except Exception as error:  # keep the rates without their bounds
-            rows.append(failed_row("bounds", f"{type(error).__name__}: {error}"))
+            rows.append(new_row("bounds", error=f"{type(error).__name__}: {error}"))
         return {"title": self.title, "stage": self.stage, **self.details, "rows": rows}

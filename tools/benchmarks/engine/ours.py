@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -32,13 +31,14 @@ OURS = "Model Zhu"  # name of our candidates
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)  # no augmentation
 WARM_ITEMS = 4  # items after which memory usage is stable
+Variants = Mapping[str, Mapping[str, object]]  # overrides of config section `data` by name of the workload
 DISTINCT_IMAGES = 2048  # maximum number of distinct images in a resident batch; a larger batch repeats them
 READ_BATCH_SIZE = 256  # batch size for reading the distinct images
 
 
 @contextmanager
 def loading(
-    data: DataConfig, aug: AugConfig, device: str, variants: dict[str, dict[str, Any]] | None = None
+    data: DataConfig, aug: AugConfig, device: str, variants: Variants | None = None
 ) -> Iterator[dict[str, Workload]]:
     """Build workloads that iterate over the train loader alone.
 
@@ -54,8 +54,8 @@ def loading(
             unchanged.
     """
 
-    def workload(changes: dict[str, Any]) -> Workload:
-        details: dict[str, Any] = {}
+    def workload(changes: Mapping[str, object]) -> Workload:
+        details: dict[str, object] = {}
 
         def batches() -> Iterator[Batch]:
             torch_device = torch.device(device)
@@ -72,7 +72,7 @@ def loading(
 
 
 @contextmanager
-def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[dict[str, Workload]]:
+def training(config: Config, variants: Variants) -> Iterator[dict[str, Workload]]:
     """Build one workload that trains on a single resident batch, plus one end-to-end training workload per variant.
 
     All workloads share one network and optimizer, so that they differ only in the loader.
@@ -87,7 +87,7 @@ def training(config: Config, variants: dict[str, dict[str, Any]]) -> Iterator[di
         loader.position = Position(0)
         batch_size = config.data.batch_size
         precision = str(state.amp or torch.float32).removeprefix("torch.")
-        common: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+        common: dict[str, object] = {"batch_size": batch_size, "precision": precision}
         details = dict(common)
         steps = _with_memory(_steps(state, itertools.repeat(resident_batch)), device, details)
         workloads = {RESIDENT: Workload(steps, batch_size * config.train.accumulation_steps, lambda: details)}
@@ -171,7 +171,7 @@ def _noise(config: Config, device: torch.device) -> tuple[Batch, DatasetInfo]:
     return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 
-def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, Any]) -> Iterator[None]:
+def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, object]) -> Iterator[None]:
     """Yield the items. On a GPU, add the memory usage to `details` at item WARM_ITEMS.
 
     The usage includes earlier workloads in this process.
@@ -182,7 +182,9 @@ def _with_memory(items: Iterator[None], device: torch.device, details: dict[str,
         yield item
 
 
-def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, common: dict[str, Any]) -> Workload:
+def _end_to_end(
+    config: Config, changes: Mapping[str, object], state: TrainState, common: dict[str, object]
+) -> Workload:
     """Return a workload of end-to-end training.
 
     The loader is built when the first item is taken, so that a failure affects only this workload.
@@ -195,7 +197,7 @@ def _end_to_end(config: Config, changes: dict[str, Any], state: TrainState, comm
         loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=state.device).at(0))
         yield from _steps(state, endless_batches(loaders[0]))
 
-    def details() -> dict[str, Any]:
+    def details() -> dict[str, object]:
         return fields | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
 
     images_per_step = config.data.batch_size * config.train.accumulation_steps

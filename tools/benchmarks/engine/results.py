@@ -1,20 +1,4 @@
-"""Rows of measurements with their bounds and ratios.
-
-Rows are plain dicts that are written to a JSON file and read again. Their fields:
-    name
-    ours: True for rows of this project
-    device, placement, encoding, batch_size
-    error: text if the measurement failed, or None
-    note: reason why a row that did not fail has no figures or incomplete figures
-    images_per_s, lowest, highest: median, minimum and maximum per-round rate
-    ratio: in rows of peers, our rate divided by the peer's
-    bound: {name, images_per_s} of the tightest bound
-    share: rate divided by the bound
-    binds: what limits the rate
-    memory_gib, device_memory_gib: on a GPU; see `train.engine.metrics.memory_usage`
-    of_resident: in training, the rate divided by that of the resident batch
-    training_gflop, precision: in training, GFLOP per image and dtype
-"""
+"""Tables and rows of a benchmark run with their bounds and ratios. They are written to a JSON file and read again."""
 
 from __future__ import annotations
 
@@ -24,15 +8,77 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
 from train.reporting.run_info import device_name, processor_name
 
-Row = dict[str, Any]
-Entry = dict[str, Any]  # table of a run: title, stage, rows and additional fields
+
+class Bound(TypedDict):
+    """Upper bound on a rate."""
+
+    name: str
+    images_per_s: float
+
+
+class Row(TypedDict, total=False):
+    """Row of a table. Every row has `name`, `ours` and `error`.
+
+    Rows of tables with `columns` have further fields, which are only shown.
+    """
+
+    name: str
+    ours: bool  # True for rows of this project
+    error: str | None  # text if the measurement failed
+    note: str  # reason why a row that did not fail has no figures or incomplete figures
+    device: str
+    placement: str
+    encoding: str
+    batch_size: int
+    kind: str  # of augmentation
+    images_per_s: float  # median per-round rate
+    lowest: float  # minimum per-round rate
+    highest: float  # maximum per-round rate
+    ratio: float  # in rows of peers, our rate divided by the peer's
+    bound: Bound  # the tightest bound
+    share: float  # rate divided by the bound
+    binds: str  # what limits the rate
+    of_resident: float  # in training, the rate divided by that of the resident batch
+    of_plain: float  # rate with an augmentation divided by the rate without it
+    training_gflop: float  # in training, per image
+    value: float  # of a machine limit, in `unit`
+    unit: str
+    time_s_mean: float  # of the runs of a speedrun
+
+
+class Entry(TypedDict, total=False):
+    """Table of a run. Every table has a title, a stage and rows."""
+
+    part: str
+    title: str
+    stage: str
+    columns: tuple[str, ...]  # fields to show, or missing to show the columns of the stage
+    note: str
+    image_size: int
+    encoding: str
+    model: str
+    rows: list[Row]
+
+
+class Environment(TypedDict, total=False):
+    """Machine and date of a run."""
+
+    device: str
+    processor: str
+    cores: int
+    gpu_memory_gib: int
+    python: str
+    date: str
+    versions: dict[str, str]
+
+
 FORMAT, VERSION = "model-zhu-benchmarks", 1
 NOT_MEASURED = "not measured"  # start of the notes of rows without final figures
 RUNNING = f"{NOT_MEASURED} to its end: the run was cut off"  # note of a row while its program runs
@@ -50,42 +96,47 @@ PACKAGES = {  # packages whose versions are recorded
 }
 
 
-def measurement_row(measurement: Measurement, *, ours: bool = False, **fields: Any) -> Row:
-    """Return the row of one workload.
+def new_row(name: str, **fields: object) -> Row:
+    """Return a row of this project without an error, unless `fields` say otherwise."""
+    row: Any = {"name": name, "ours": True, "error": None, **fields}
+    return row
+
+
+def measurement_row(measurement: Measurement, **fields: object) -> Row:
+    """Return the row of one workload, which is not a row of this project unless `fields` say otherwise.
 
     Running out of time is not an error. If time ran out before the first round, or if the details could not be fetched,
     the row has a note.
     """
     name = ", ".join(filter(None, (measurement.candidate, measurement.workload)))
-    result: Row = {"name": name, "ours": ours, **fields, **measurement.details, "error": measurement.error}
-    if measurement.error in (None, OUT_OF_TIME):
-        result["error"] = None
-        if measurement.rates:
-            result |= rate_fields(measurement.rates)
-            reason = result.pop("details_error", None)
-            if reason is not None and measurement.error is None:  # at the deadline, `measure` ends the process
-                result["note"] = f"without details: {reason}"
-        else:
-            result["note"] = OUT_OF_TIME
-    return result
+    fields = {"ours": False, **fields, **measurement.details}
+    if measurement.error not in (None, OUT_OF_TIME):
+        return new_row(name, **fields, error=measurement.error)
+    if not measurement.rates:
+        return new_row(name, **fields, note=OUT_OF_TIME)
+    reason = fields.pop("details_error", None)
+    if reason is not None and measurement.error is None:  # at the deadline, `measure` ends the process
+        fields["note"] = f"without details: {reason}"
+    return new_row(name, **fields, **rate_fields(measurement.rates))
 
 
-def rate_fields(rounds: list[float]) -> Row:
+def rate_fields(rounds: list[float]) -> dict[str, float]:
     """Return row fields with the median, minimum and maximum per-round rate, in images/s."""
     rates = {"images_per_s": median(rounds), "lowest": min(rounds), "highest": max(rounds)}
-    return {name: float(f"{rate:.5g}") for name, rate in rates.items()}
+    return {name: rounded(rate, 5) for name, rate in rates.items()}
 
 
-def failed_row(name: str, error: str, **fields: Any) -> Row:
-    return {"name": name, "ours": True, "error": error, **fields}
+def rounded(value: float, digits: int) -> float:
+    """Round to a number of significant digits."""
+    return float(f"{value:.{digits}g}")
 
 
-def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: Any) -> Row:
+def skipped_row(name: str, note: str = OUT_OF_TIME, **fields: object) -> Row:
     """Return a row without figures for something that was not measured and did not fail.
 
     `note` is the reason, such as a lack of time or a missing peer.
     """
-    return {"name": name, "ours": True, "error": None, "note": note, **fields}
+    return new_row(name, note=note, **fields)
 
 
 def is_measured(row: Row) -> bool:
@@ -106,7 +157,7 @@ def add_ratios(rows: list[Row]) -> None:
     ours = next((row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row), None)
     for other in rows:
         if ours and not other["ours"] and "images_per_s" in other:
-            other["ratio"] = float(f"{ours / other['images_per_s']:.3g}")
+            other["ratio"] = rounded(ours / other["images_per_s"], 3)
 
 
 def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
@@ -120,23 +171,28 @@ def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:
     bounds = {name: rate for name, rate in bounds.items() if rate > 0}
     if "images_per_s" not in row or not bounds:
         return
-    name = min(bounds, key=lambda name: bounds[name])
-    share = row["images_per_s"] / bounds[name]
-    row["bound"] = {"name": name, "images_per_s": float(f"{bounds[name]:.5g}")}
-    row["share"] = float(f"{share:.3g}")
+    rate, name = min((rate, name) for name, rate in bounds.items())
+    share = row["images_per_s"] / rate
+    row["bound"] = {"name": name, "images_per_s": rounded(rate, 5)}
+    row["share"] = rounded(share, 3)
     row["binds"] = name if share >= BINDS_FROM else otherwise
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Return the device, processor, number of cores, GPU memory, versions and today's date."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result: dict[str, Any] = {"device": device_name(device), "processor": processor_name()}
-    result["cores"] = len(os.sched_getaffinity(0))
-    if torch.cuda.is_available():
-        result["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
-    result |= {"python": platform.python_version(), "date": date.today().isoformat()}
     versions = {name: _version(package) for name, package in PACKAGES.items()}
-    return result | {"versions": {name: found for name, found in versions.items() if found}}
+    found: Environment = {
+        "device": device_name(device),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        "versions": {name: version for name, version in versions.items() if version},
+    }
+    if torch.cuda.is_available():
+        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from models import build_from_config
 from pipelines.cpu import batch
 from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
-from tools.benchmarks.engine.results import Row, skipped_row
+from tools.benchmarks.engine.results import Row, new_row, rounded, skipped_row
 from tools.common.model_costs import count_costs
 
 MEMORY = "memory copy"
@@ -170,11 +169,7 @@ def _disk_reads(file: Path) -> Iterator[int]:
 
 def limits_from(measurements: list[Measurement]) -> Limits:
     """Return the median rate of each limit that was measured without an error, in bytes/s or FLOP/s."""
-    return {
-        measurement.workload: measurement.rate
-        for measurement in measurements
-        if measurement.error is None and measurement.rates
-    }
+    return limits_from_rows(limit_rows(measurements))
 
 
 def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
@@ -183,8 +178,11 @@ def training_flops(model: ModelConfig, classes: int, image_size: int) -> float:
     A multiply-add counts as 2 FLOPs.
     """
     network = build_from_config(model, classes, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    shape: dict[str, Any] = {"batch_size": 2, "image_size": image_size, "device": torch.device("cpu"), "amp": None}
-    return count_costs(network, TrainConfig(), **shape).training_flops / 2  # batch norm needs two samples
+    # batch norm needs two samples
+    costs = count_costs(
+        network, TrainConfig(), batch_size=2, image_size=image_size, device=torch.device("cpu"), amp=None
+    )
+    return costs.training_flops / 2
 
 
 def loading_bounds(limits: Limits, *, placement: str, device: str, stored_bytes: float, output_bytes: float) -> Limits:
@@ -217,12 +215,14 @@ def limit_rows(measurements: list[Measurement]) -> list[Row]:
     """Return a row per limit, with its value in GB/s or TFLOP/s."""
     rows = []
     for measurement in measurements:
-        unit = UNITS.get(measurement.workload, "")
-        name, error = measurement.workload or measurement.candidate, measurement.error
-        row: Row = skipped_row(name) if error == OUT_OF_TIME else {"name": name, "ours": False, "error": error}
-        if error is None and measurement.rates:
-            row["value"] = float(f"{measurement.rate / UNIT_SIZES[unit]:.4g}")
-        rows.append(row | {"ours": False, "unit": unit})
+        name, unit = measurement.workload or measurement.candidate, UNITS.get(measurement.workload, "")
+        if measurement.error == OUT_OF_TIME:
+            row = skipped_row(name, ours=False, unit=unit)
+        else:
+            row = new_row(name, ours=False, error=measurement.error, unit=unit)
+        if measurement.error is None and measurement.rates:
+            row["value"] = rounded(measurement.rate / UNIT_SIZES[unit], 4)
+        rows.append(row)
     return rows
 
 

@@ -1,32 +1,48 @@
-"""JSON files of a benchmark run. They are replaced whenever a table changes, so that a killed run keeps its rows.
-
-Fields of a run:
-    format, version, command, environment, duration_s, missing_peers
-    parts: {name: {command, date, versions, duration_s, is_complete}}
-    groups: tables, each with the name of its part; see `results` for the fields of a row
-"""
+"""JSON files of a benchmark run. They are replaced whenever a table changes, so that a killed run keeps its rows."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tools.benchmarks.engine import results
-from tools.benchmarks.engine.results import Entry
-from tools.common import tables
+from tools.benchmarks.engine.results import Entry, Environment
+from tools.common.tables import write_text
 
-Run = dict[str, Any]
+
+class Part(TypedDict):
+    """How and when a part of a run was measured."""
+
+    command: str
+    date: str
+    versions: dict[str, str]
+    duration_s: float
+    is_complete: bool
+
+
+class Run(TypedDict):
+    """Content of a JSON file."""
+
+    format: str
+    version: int
+    command: str
+    duration_s: float
+    environment: Environment
+    missing_peers: list[str]
+    parts: dict[str, Part]
+    groups: list[Entry]
 
 
 def command() -> str:
     return " ".join(["python", *sys.argv])
 
 
-def new_run(environment: dict[str, Any], missing: list[str]) -> Run:
+def new_run(environment: Environment, missing: list[str]) -> Run:
     """Return a run without parts or tables."""
     return {
         "format": results.FORMAT,
@@ -42,7 +58,7 @@ def new_run(environment: dict[str, Any], missing: list[str]) -> Run:
 
 def write_json(run: Run, path: Path) -> None:
     """Write a run to a JSON file atomically."""
-    tables.write_json(path, run, indent=1, ensure_ascii=False)
+    write_text(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
 
 
 class RunFile:
@@ -57,7 +73,6 @@ class RunFile:
     def __init__(self, run: Run, files: Sequence[Path], earlier: Run | None = None) -> None:
         self.run, self._files = run, files
         self._added: dict[tuple[str, str], Entry] = {}  # tables added by this run, by part and title
-        self._in_place: set[tuple[str, str]] = set()  # keys of added tables that are in `run`
         if earlier is not None:
             run["parts"], run["groups"] = dict(earlier.get("parts", {})), list(earlier["groups"])
 
@@ -67,11 +82,15 @@ class RunFile:
 
         The part is incomplete unless `complete` is called in the context.
         """
-        start = time.monotonic()
-        environment = self.run["environment"]
-        info = {"command": command(), "date": environment["date"], "versions": environment["versions"]}
-        self.run["parts"][name] = info | {"duration_s": 0.0, "is_complete": False}
+        start, environment = time.monotonic(), self.run["environment"]
         self._part = name
+        self.run["parts"][name] = {
+            "command": command(),
+            "date": environment["date"],
+            "versions": environment["versions"],
+            "duration_s": 0.0,
+            "is_complete": False,
+        }
         yield
         self.run["parts"][name]["duration_s"] = round(time.monotonic() - start, 1)
         self.run["duration_s"] = round(sum(part["duration_s"] for part in self.run["parts"].values()), 1)
@@ -82,9 +101,8 @@ class RunFile:
 
         Tables of the part that come from an earlier run and were not added again are removed.
         """
-        groups = self.run["groups"]
         self.run["groups"] = [
-            group for group in groups if group.get("part") != self._part or _key(group) in self._added
+            group for group in self.run["groups"] if group.get("part") != self._part or _key(group) in self._added
         ]
         self.run["parts"][self._part]["is_complete"] = True
 
@@ -95,11 +113,11 @@ class RunFile:
         """
         entry = {"part": self._part, **entry}
         groups, key = self.run["groups"], _key(entry)
-        self._added[key] = entry
         place = next((index for index, group in enumerate(groups) if _key(group) == key), len(groups))
-        if place == len(groups) or key in self._in_place or any(map(results.is_measured, entry["rows"])):
+        present = groups[place] if place < len(groups) else None
+        if present is self._added.get(key) or any(map(results.is_measured, entry["rows"])):
             groups[place : place + 1] = [entry]
-            self._in_place.add(key)
+        self._added[key] = entry
         self._write()
 
     def added_tables(self) -> list[Entry]:

@@ -13,11 +13,12 @@ from tools.benchmarks import peers
 from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.engine.measured_tables import InterleavedTable
+from tools.benchmarks.engine.measured_tables import Case, InterleavedTable
 from tools.benchmarks.engine.ours import OURS
-from tools.benchmarks.engine.results import Row
+from tools.benchmarks.engine.results import Row, rounded
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask
+from tools.benchmarks.suites.settings import Settings
 
 PEER = "torchvision v2 + DataLoader"
 SIDE = 224  # output size if stored images vary in size
@@ -43,46 +44,33 @@ KINDS = {
 
 
 def augmentation_table(
-    folder: Path,
-    *,
-    batch_size: int,
-    device: str,
-    scratch: Path | None = None,
-    workers: int = 1,
-    placement: str = "auto",
+    settings: Settings, folder: Path, *, batch_size: int, with_peer: bool, placement: str = "auto"
 ) -> InterleavedTable:
     """Return a table of our loader's rate with each augmentation in KINDS.
 
     The image size is the stored one, or SIDE if stored images vary in size.
 
     Args:
+        settings: Settings of the benchmark.
         folder: Converted data set.
         batch_size: Batch size of all candidates.
-        device: "cpu" or "cuda".
-        scratch: Folder for the peer's files, or None to measure only our loader. The peer, torchvision, is measured
-            only with the KINDS that it supports.
-        workers: Worker processes of the peer.
+        with_peer: Whether to also measure the peer, torchvision, with the KINDS that it supports.
         placement: data.placement of our loader.
     """
-    stored = open_split(folder, SPLIT)
+    stored, device = open_split(folder, SPLIT), settings.device
     size = min(stored.image_shape[:2]) if stored.image_shape else SIDE
-    peer = peers.available(peers.LOADERS, stored.encoding).get(PEER)
-    candidates: list[Candidate] = []
-    rows: list[Row] = []
-
-    def add(kind: str, candidate: Candidate, *, is_ours: bool) -> None:
-        candidates.append(candidate)
-        rows.append({"kind": kind, "device": device, "batch_size": batch_size, "ours": is_ours})
-
+    peer = peers.available(peers.LOADERS, stored.encoding).get(PEER) if with_peer else None
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=size, placement=placement)  # type: ignore[arg-type]
+    cases = []
     for kind, aug in KINDS.items():
-        add(kind, Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), is_ours=True)
-        if scratch is not None and peer is not None and _torchvision_has(aug):
-            task = PeerTask(folder, scratch, batch_size, workers, size, aug, device)
-            add(kind, Candidate(f"{PEER}, {kind}", peers.loading, (peer, task)), is_ours=False)
+        fields: Row = {"kind": kind, "device": device, "batch_size": batch_size, "ours": True}
+        cases.append(Case(Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), fields))
+        if peer is not None and _torchvision_has(aug):
+            task = PeerTask(folder, settings.scratch, batch_size, settings.workers, size, aug, device)
+            candidate = Candidate(f"{PEER}, {kind}", peers.loading, (peer, task))
+            cases.append(Case(candidate, {**fields, "ours": False}))
     title = f"augmentations at {size}x{size}, {'raw' if stored.encoding == 'npy' else 'JPEG'}"
-    details = {"image_size": size, "encoding": stored.encoding}
-    return InterleavedTable(title, "augment", candidates, rows, details, _add_ratios)
+    return InterleavedTable(title, "augment", cases, {"image_size": size, "encoding": stored.encoding}, _add_ratios)
 
 
 def _torchvision_has(aug: AugConfig) -> bool:
@@ -95,12 +83,11 @@ def _add_ratios(rows: list[Row], limits: Limits) -> None:
     `of_plain` is the rate divided by our rate for flips alone. `ratio` is our rate with the same augmentation divided
     by the peer's.
     """
-    del limits
     rates = {row["kind"]: row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row}
     for row in rows:
         if "images_per_s" not in row or row["kind"] not in rates or PLAIN not in rates:
             continue
         if row["ours"]:
-            row["of_plain"] = float(f"{row['images_per_s'] / rates[PLAIN]:.4g}")
+            row["of_plain"] = rounded(row["images_per_s"] / rates[PLAIN], 4)
         else:
-            row["ratio"] = float(f"{rates[row['kind']] / row['images_per_s']:.4g}")
+            row["ratio"] = rounded(rates[row["kind"]] / row["images_per_s"], 4)

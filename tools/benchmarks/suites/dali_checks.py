@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Literal
 
 import torch
 from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
 from configs.schema import AugConfig, DataConfig
 from pipelines import build_train_loader
-from tools.benchmarks.engine import ours, results
+from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.candidate import Candidate, Workload
 from tools.benchmarks.engine.datasets import limited_batch_size
 from tools.benchmarks.engine.interleaved import measure, run_in_subprocess
-from tools.benchmarks.engine.results import Row
-from tools.benchmarks.engine.roofline import Limits
+from tools.benchmarks.engine.results import Row, measurement_row, new_row, rounded, skipped_row
 from tools.benchmarks.suites.datasets import image_dataset
 from tools.benchmarks.suites.loading import PAD_CROP, RESIZED_CROP
 from tools.benchmarks.suites.settings import Settings, is_out_of_time
@@ -28,6 +27,14 @@ SIDE = 224
 BATCHES = 4  # number of batches that are fed cyclically
 HOLD_CYCLES = 2**32  # clock cycles for which a stream is kept busy, about 2 s
 FOLLOWING_BATCHES = 8  # number of batches taken while the stream is busy
+MEMORY_CASES: tuple[tuple[int, str, Literal["auto", "host", "device"]], ...] = (  # side, encoding and placement
+    (224, "npy", "host"),
+    (224, "jpeg", "auto"),
+    (96, "npy", "host"),
+    (96, "npy", "device"),
+    (96, "jpeg", "auto"),
+    (32, "npy", "device"),
+)
 
 
 @contextmanager
@@ -74,17 +81,14 @@ def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _copy_pipeline(batch_size: int) -> Pipeline:
     """Build a pipeline that only copies its input to the GPU."""
-    options: dict[str, Any] = {"batch_size": batch_size, "num_threads": 1, "device_id": 0, "exec_dynamic": True}
-
-    def define() -> Any:
-        return fn.external_source(name="images", layout="HWC", no_copy=True).gpu()  # type: ignore[union-attr]
-
-    pipeline = pipeline_def(prefetch_queue_depth=1, **options)(define)()
+    pipeline = Pipeline(batch_size, num_threads=1, device_id=0, exec_dynamic=True, prefetch_queue_depth=1)
+    with pipeline:
+        pipeline.set_outputs(fn.external_source(name="images", layout="HWC", no_copy=True).gpu())  # type: ignore[union-attr]
     pipeline.build()
     return pipeline
 
 
-def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
+def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, object]:
     """Test whether DALI keeps a batch's memory until a CUDA stream has read it, even after Python has released it.
 
     The stream is kept busy before it reads the batch. In the meantime, more batches are taken on another stream.
@@ -117,48 +121,34 @@ def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, Any]:
     return {"equal": equal, "held": held, "reused": address in addresses, "batches": len(addresses)}
 
 
-def output_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
+def output_rows(settings: Settings) -> Iterator[Row]:
     """Run `output_survives` on raw pixels and on JPEG, and yield a row for each encoding."""
-    del limits
     for encoding in ("npy", "jpeg"):
         folder = image_dataset(settings, 96, encoding)
         data = DataConfig(path=str(folder), batch_size=limited_batch_size(folder, 256), image_size=96, placement="host")
         result = run_in_subprocess(output_survives, data, RESIZED_CROP, deadline=settings.deadline)
-        yield {"name": f"96x96, {encoding}", "ours": True, "error": None, **result}
+        yield new_row(f"96x96, {encoding}", **result)
 
 
-def transfer_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
+def transfer_rows(settings: Settings) -> Iterator[Row]:
     """Measure `transfers` and yield a row per workload, in GB/s."""
-    del limits
-    batch_size = 256 if settings.samples is None else 16
-    measurements = measure(
-        [Candidate("", transfers, (batch_size,))], settings.seconds, settings.rounds, settings.deadline
-    )
-    for measurement in measurements:
-        row = results.measurement_row(measurement, ours=True)
-        yield row | ({"gb_per_s": float(f"{measurement.rate / 1e9:.4g}")} if measurement.rates else {})
+    candidate = Candidate("", transfers, (256 if settings.samples is None else 16,))
+    for measurement in measure([candidate], settings.seconds, settings.rounds, settings.deadline):
+        rate = {"gb_per_s": rounded(measurement.rate / 1e9, 4)} if measurement.rates else {}
+        yield measurement_row(measurement, ours=True, **rate)
 
 
-def memory_rows(settings: Settings, limits: Limits) -> Iterator[Row]:
+def memory_rows(settings: Settings) -> Iterator[Row]:
     """Measure how much GPU memory several loaders use, one at a time, and yield a row for each."""
-    del limits
-    cases = [
-        (224, "npy", "host"),
-        (224, "jpeg", "auto"),
-        (96, "npy", "host"),
-        (96, "npy", "device"),
-        (96, "jpeg", "auto"),
-        (32, "npy", "device"),
-    ]
-    for side, encoding, placement in cases:
+    for side, encoding, placement in MEMORY_CASES:
         name = f"{side}x{side} {encoding}, {placement}"
         if is_out_of_time(settings):
-            yield results.skipped_row(name)
+            yield skipped_row(name)
             continue
         folder = image_dataset(settings, side, encoding)
         batch_size = limited_batch_size(folder, 1024)
-        data = DataConfig(path=str(folder), batch_size=batch_size, image_size=side, placement=placement)  # type: ignore[arg-type]
+        data = DataConfig(path=str(folder), batch_size=batch_size, image_size=side, placement=placement)
         candidate = Candidate(name, ours.loading, (data, PAD_CROP if side == 32 else RESIZED_CROP, "cuda"))
         (measurement,) = measure([candidate], settings.seconds, 1, settings.deadline)
         batch_gib = round(batch_size * side * side * 3 / 2**30, 4)
-        yield results.measurement_row(measurement, ours=True, batch_size=batch_size, batch_gib=batch_gib)
+        yield measurement_row(measurement, ours=True, batch_size=batch_size, batch_gib=batch_gib)

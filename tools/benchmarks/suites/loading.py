@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from configs.schema import AugConfig, DataConfig
 from pipelines.storage.open import open_split
@@ -12,11 +13,12 @@ from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.engine.measured_tables import InterleavedTable
+from tools.benchmarks.engine.measured_tables import Case, InterleavedTable
 from tools.benchmarks.engine.ours import OURS
-from tools.benchmarks.engine.results import Row, add_bound, add_ratios
+from tools.benchmarks.engine.results import Entry, Row, add_bound, add_ratios
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask
+from tools.benchmarks.suites.settings import Settings
 
 PAD_CROP = AugConfig(crop="pad", padding=4, flip=0.5)
 RESIZED_CROP = AugConfig(crop="random-resized", scale=(0.25, 1.0), flip=0.5)
@@ -27,103 +29,89 @@ AUGMENTED = {"cpu": "the cores' work on every image", "cuda": "the work of the g
 
 
 def loading_table(
+    settings: Settings,
     folder: Path,
     aug: AugConfig | None,
     *,
     size: int,
     batch_size: int,
-    device: str,
-    scratch: Path | None = None,
-    workers: int = 1,
+    with_peers: bool = False,
     data: DataConfig | None = None,
     placements: tuple[str, ...] = ("host", "device"),
 ) -> InterleavedTable:
-    """Return a table of our loader, the copies that bound its rate and, if `scratch` is given, the peers.
+    """Return a table of our loader, the copies that bound its rate and, with `with_peers`, the peers.
 
     Args:
+        settings: Settings of the benchmark.
         folder: Converted data set.
         aug: Augmentation, or None to measure reading alone.
         size: Image size after augmentation, in pixels. Ignored if `aug` is None.
         batch_size: Batch size of all candidates.
-        device: "cpu" or "cuda".
-        scratch: Folder for files of the peers, or None to leave out the peers.
-        workers: Worker processes of the peers.
+        with_peers: Whether to measure the peers.
         data: Config section `data` for our loader. The other arguments take precedence.
         placements: Placements of raw pixels to measure on a GPU. If "host" is one of them, copying a batch from pinned
             memory is measured as well.
     """
-    split = open_split(folder, SPLIT)
-    encoding, is_raw, on_gpu = split.encoding, split.encoding == "npy", device == "cuda"
-    stored_side = int(split.heights[0])
+    split, device = open_split(folder, SPLIT), settings.device
+    is_raw, stored_side = split.encoding == "npy", int(split.heights[0])
     side = stored_side if aug is None else size
-    output_bytes = side * side * 3
     common: Row = {"device": device, "batch_size": batch_size}
-    candidates: list[Candidate] = []
-    rows: list[Row] = []
-
-    def add(candidate: Candidate, **fields: Any) -> None:
-        candidates.append(candidate)
-        rows.append(common | fields)
-
-    for placement in placements if on_gpu and is_raw else ("auto",):
-        changes = {"path": str(folder), "batch_size": batch_size, "image_size": side, "placement": placement}
+    loader: Row = {**common, "encoding": split.encoding}
+    cases = []
+    for placement in placements if device == "cuda" and is_raw else ("",):
+        changes = {"path": str(folder), "batch_size": batch_size, "image_size": side, "placement": placement or "auto"}
         config = (data or DataConfig(path=str(folder))).model_copy(update=changes)
-        shown = placement if on_gpu and is_raw else ""
-        name = f"{OURS}, {shown}" if shown else OURS
+        name = f"{OURS}, {placement}" if placement else OURS
         candidate = Candidate(name, ours.loading, (config, aug or ours.PLAIN, device))
-        add(candidate, ours=True, placement=shown, encoding=encoding)
-    if scratch is not None:
-        task = PeerTask(folder, scratch, batch_size, workers, side, aug, device)
-        for name, peer in peers.available(peers.LOADERS, encoding).items():
-            add(Candidate(name, peers.loading, (peer, task)), encoding=encoding)
-    if is_raw and not on_gpu:
-        add(Candidate(ONE_COPY, roofline.one_copy, (batch_size * output_bytes, batch_size)))
-    if is_raw and on_gpu and "host" in placements:
-        batch_bytes = batch_size * int(split.size[0])
-        add(Candidate(PINNED_COPY, roofline.pinned_copy, (batch_bytes, batch_size)))
-
-    stored_bytes = float(split.size.mean())
+        cases.append(Case(candidate, {**loader, "ours": True, "placement": placement}))
+    if with_peers:
+        task = PeerTask(folder, settings.scratch, batch_size, settings.workers, side, aug, device)
+        for name, peer in peers.available(peers.LOADERS, split.encoding).items():
+            cases.append(Case(Candidate(name, peers.loading, (peer, task)), loader))
+    if is_raw and device != "cuda":
+        cases.append(Case(Candidate(ONE_COPY, roofline.one_copy, (batch_size * side * side * 3, batch_size)), common))
+    if is_raw and device == "cuda" and "host" in placements:
+        copy = Candidate(PINNED_COPY, roofline.pinned_copy, (batch_size * int(split.size[0]), batch_size))
+        cases.append(Case(copy, common))
+    sides = f"{stored_side}x{stored_side}" if side == stored_side else f"{stored_side} to {side}"
+    title = f"{sides} {'raw' if is_raw else 'JPEG'}, {'reading alone' if aug is None else describe(aug)}"
     otherwise = "latency of scattered samples" if aug is None and is_raw else AUGMENTED[device]
-    bounds = _LoadingBounds(device, stored_bytes, float(output_bytes), stored_bytes * len(split), otherwise)
-    sides = f"{stored_side}x{stored_side}" if size == stored_side or aug is None else f"{stored_side} to {size}"
-    work = "reading alone" if aug is None else describe(aug)
-    title = f"{sides} {'raw' if is_raw else 'JPEG'}, {work}"
-    details = {"image_size": stored_side if aug is None else size, "encoding": encoding}
-    return InterleavedTable(title, "reading" if aug is None else "loading", candidates, rows, details, bounds.add)
+    bounds = partial(_add_bounds, split.size, side * side * 3, otherwise)
+    stage, details = "reading" if aug is None else "loading", Entry(image_size=side, encoding=split.encoding)
+    return InterleavedTable(title, stage, cases, details, bounds)
 
 
-@dataclass(frozen=True)
-class _LoadingBounds:
-    """Adds throughput bounds in images/s to the loader rows of one table."""
+def _add_bounds(stored: np.ndarray, output_bytes: int, otherwise: str, rows: list[Row], limits: Limits) -> None:
+    """Add bounds in images/s to the rows of loaders, and `ratio` (our rate divided by theirs) to the rows of peers.
 
-    device: str
-    stored_bytes: float  # of one image
-    output_bytes: float  # of one image
-    split_bytes: float
-    otherwise: str  # limiting factor of a loader that is far below its bound
-
-    def add(self, rows: list[Row], limits: Limits) -> None:
-        """Add the bounds to the rows of loaders, and `ratio` (our rate divided by theirs) to the rows of peers."""
-        copy, pinned = (
-            max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(name)), default=0.0)
-            for name in (ONE_COPY, PINNED_COPY)
+    Args:
+        stored: Bytes of each stored image, int [samples].
+        output_bytes: Bytes of one image in a batch.
+        otherwise: Limiting factor of a loader that is far below its bound.
+        rows: Rows to modify.
+        limits: Machine limits.
+    """
+    copy, pinned = (
+        max((row.get("images_per_s", 0.0) for row in rows if row["name"].startswith(name)), default=0.0)
+        for name in (ONE_COPY, PINNED_COPY)
+    )
+    loaders = [row for row in rows if "encoding" in row]
+    stored_bytes = float(stored.mean())
+    for row in loaders:
+        bounds = roofline.loading_bounds(
+            limits,
+            placement=row.get("placement", ""),
+            device=row["device"],
+            stored_bytes=stored_bytes,
+            output_bytes=output_bytes,
         )
-        loaders = [row for row in rows if "encoding" in row]
-        for row in loaders:
-            bounds = roofline.loading_bounds(
-                limits,
-                placement=row.get("placement", ""),
-                device=self.device,
-                stored_bytes=self.stored_bytes,
-                output_bytes=self.output_bytes,
-            )
-            if copy:  # measured alternately with the loaders and at the same batch size
-                bounds = {ONE_COPY.removeprefix(BOUND): copy}
-            elif pinned and roofline.PINNED in bounds:
-                bounds[roofline.PINNED] = pinned
-            bounds |= roofline.disk_bound(limits, self.stored_bytes, self.split_bytes)
-            add_bound(row, bounds, self.otherwise)
-        add_ratios(loaders)
+        if copy:  # measured alternately with the loaders and at the same batch size
+            bounds = {ONE_COPY.removeprefix(BOUND): copy}
+        elif pinned and roofline.PINNED in bounds:
+            bounds[roofline.PINNED] = pinned
+        bounds |= roofline.disk_bound(limits, stored_bytes, float(stored.sum()))
+        add_bound(row, bounds, otherwise)
+    add_ratios(loaders)
 
 
 def describe(aug: AugConfig) -> str:

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,11 @@ from configs.utils.process import die_with_parent
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
-from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, failed_row, skipped_row
+from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, new_row, rounded, skipped_row
+from tools.benchmarks.suites.datasets import small_dataset
+from tools.benchmarks.suites.settings import Settings
 from tools.runs.records import summarize_metrics, training_time_s
-from train.reporting.metrics_file import MetricsLine, counted_accuracy, read_metrics
+from train.reporting.metrics_file import counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # time between two reads of a program's output
@@ -77,7 +79,6 @@ class Program:
 
         Yield every POLL_S seconds and once after the end. Closing the generator stops the program.
         """
-
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -120,18 +121,21 @@ class Program:
         last_line = text.splitlines()[-1].strip() if text else ""
         return f"exit code {code}: {last_line}"[:300]
 
-    def row(self, name: str, figures: Row, **fields: Any) -> Row:
+    def row(self, name: str, figures: Mapping[str, object], **fields: object) -> Row:
         """Return a row with the figures so far.
 
         If the program has not ended successfully, the row has an error or a note with the reason.
         """
+        fields |= figures
         if self.error is not None:
-            return failed_row(name, self.error, **fields) | figures
+            return new_row(name, **fields, error=self.error)
         if self.is_late:
-            return skipped_row(name, STOPPED if figures else OUT_OF_TIME, **fields) | figures
-        if self._process.poll() is None:
-            return skipped_row(name, RUNNING, **fields) | figures
-        return {"name": name, "ours": True, "error": None, **fields, **figures}
+            return skipped_row(name, STOPPED if figures else OUT_OF_TIME, **fields)
+        return skipped_row(name, RUNNING, **fields) if self._process.poll() is None else new_row(name, **fields)
+
+    def rows(self, name: str, read_figures: Callable[[], Mapping[str, object]], **fields: object) -> Iterator[Row]:
+        """Run the program, and yield rows with the figures so far."""
+        return (self.row(name, read_figures(), **fields) for _ in self.run())
 
 
 def _command(script: str, *arguments: object) -> list[str]:
@@ -142,64 +146,62 @@ def _config_path(name: str) -> Path:
     return ROOT / "configs" / f"{name}.yaml"
 
 
-def speedrun(name: str, data: Path, seeds: int, scratch: Path, deadline: float | None) -> Iterator[Row]:
+def speedrun(settings: Settings, name: str) -> Iterator[Row]:
     """Run tools/speedrun.py on a config and yield rows with the results so far.
 
     Once the program has written its JSON file, each row contains the file's content as `result`.
     """
-    output = scratch / f"{name}.json"
-    options = ("--cfg", _config_path(name), "--data-path", data, "--runs", seeds, "--json", output)
-    command = _command("tools/speedrun.py", *options)
-    program = Program(command, scratch / f"{name}.log", deadline)
-    for _ in program.run():
-        figures: Row = {}
-        with suppress(OSError):
-            result = json.loads(output.read_text(encoding="utf-8"))
-            figures = {"runs": len(result["runs"]), "result": result}
-            figures |= {key: float(f"{result[key]:.5g}") for key in SPEEDRUN_FIGURES if key in result}
-        yield program.row(name, figures)
+    output = settings.scratch / f"{name}.json"
+    options = ("--cfg", _config_path(name), "--data-path", small_dataset(settings))
+    command = _command("tools/speedrun.py", *options, "--runs", settings.seeds, "--json", output)
+
+    def figures() -> dict[str, object]:
+        if not output.exists():
+            return {}
+        result = json.loads(output.read_text(encoding="utf-8"))
+        return {
+            "runs": len(result["runs"]),
+            "result": result,
+            **{key: rounded(result[key], 5) for key in SPEEDRUN_FIGURES if key in result},
+        }
+
+    return Program(command, settings.scratch / f"{name}.log", settings.deadline).rows(name, figures)
 
 
-def reference(
-    checkout: Path | None, data: Path, seeds: int, folder: Path, ours: Row, deadline: float | None
-) -> Iterator[Row]:
-    """Run the published airbench94_muon.py on the images of `data` and yield rows with the results so far.
+def reference(settings: Settings, our_time_s: float | None) -> Iterator[Row]:
+    """Run the published airbench94_muon.py on our CIFAR-10 and yield rows with the results so far.
 
-    The script is stopped after `seeds` runs.
+    The script is stopped after `settings.seeds` runs, not counting its warm-up. The log and the images in the script's
+    format are written to `settings.data`/reference. If `settings.reference` is None or lacks the script, only a skipped
+    row is yielded.
 
     Args:
-        checkout: Folder of a cifar10-airbench checkout. If it is None or lacks the script, only a skipped row is
-            yielded.
-        data: Converted CIFAR-10.
-        seeds: Number of runs, not counting the script's warm-up.
-        folder: The log and the images in the script's format are written to its subfolder "reference".
-        ours: Row of this project's speedrun. `ratio` is the script's mean time divided by the mean time in this row.
-        deadline: Deadline as a time.monotonic() value, or None for no deadline.
+        settings: Settings of the benchmark.
+        our_time_s: Mean time of this project's speedrun. `ratio` is the script's mean time divided by it.
     """
-    folder = folder / "reference"
-    script = None if checkout is None else checkout.resolve() / REFERENCE
+    script = settings.reference and settings.reference.resolve() / REFERENCE
     if script is None or not script.is_file():
         where = "--reference FOLDER" if script is None else f"{script}, which does not exist,"
-        yield skipped_row(
-            REFERENCE, f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench", ours=False
-        )
+        note = f"not measured: needs {where} of github.com/KellerJordan/cifar10-airbench"
+        yield skipped_row(REFERENCE, note, ours=False)
         return
+    folder = settings.data / "reference"
     for split, name in (("train", "train"), ("val", "test")):
-        write_reference_data(data, split, folder / "cifar10" / f"{name}.pt")
+        write_reference_data(small_dataset(settings), split, folder / "cifar10" / f"{name}.pt")
     log = folder / "reference.log"
-    program = Program([sys.executable, "-u", str(script)], log, deadline, folder)
+    program = Program([sys.executable, "-u", str(script)], log, settings.deadline, folder)
     for _ in program.run():
-        runs = reference_runs(log.read_text(encoding="utf-8", errors="replace"))[:seeds]
-        figures: Row = {}
+        runs = reference_runs(log.read_text(encoding="utf-8", errors="replace"))[: settings.seeds]
+        figures: dict[str, object] = {}
         if runs:
             for key, values in zip(("top1", "time_s"), zip(*runs, strict=True), strict=True):
-                figures[f"{key}_mean"] = float(f"{statistics.fmean(values):.5g}")
-                figures[f"{key}_std"] = float(f"{statistics.stdev(values) if len(values) > 1 else 0.0:.5g}")
+                figures[f"{key}_mean"] = rounded(statistics.fmean(values), 5)
+                figures[f"{key}_std"] = rounded(statistics.stdev(values) if len(values) > 1 else 0.0, 5)
             figures["runs"] = len(runs)
-            if ours.get("time_s_mean"):
-                figures["ratio"] = float(f"{figures['time_s_mean'] / ours['time_s_mean']:.3g}")
-        if len(runs) == seeds:  # the script itself would continue to 200 runs
-            yield {"name": REFERENCE, "ours": False, "error": None, **figures}
+            if our_time_s:
+                figures["ratio"] = rounded(statistics.fmean(time_s for _, time_s in runs) / our_time_s, 3)
+        if len(runs) == settings.seeds:  # the script itself would continue to 200 runs
+            yield new_row(REFERENCE, **figures, ours=False)
             return
         yield program.row(REFERENCE, figures, ours=False)
 
@@ -232,23 +234,21 @@ def reference_runs(text: str) -> list[tuple[float, float]]:
     return runs[1:]
 
 
-def train_to_accuracy(
-    name: str, target: float, data: Path, scratch: Path, deadline: float | None, epochs: int | None = None
-) -> Iterator[Row]:
+def train_to_accuracy(settings: Settings, name: str, target: float) -> Iterator[Row]:
     """Train config `name` with train/ddp.py and yield rows with the results so far (see `accuracy_fields`).
 
-    Training continues past the target, until the last epoch or the deadline. If `epochs` is given, it replaces
+    Training continues past the target, until the last epoch or the deadline. If `settings.epochs` is given, it replaces
     train.epochs, and warmup is disabled.
     """
-    output = scratch / "accuracy"
-    command = _command("train/ddp.py", "--cfg", _config_path(name), "--data-path", data, "--output", output)
-    command += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
-    program = Program(command, scratch / f"{name}.log", deadline)
-    for _ in program.run():
-        yield program.row(name, accuracy_fields(read_metrics(output / name), target), target=target)
+    output, epochs = settings.scratch / "accuracy", settings.epochs
+    options = ("--cfg", _config_path(name), "--data-path", small_dataset(settings), "--output", output)
+    shorter = [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
+    command = _command("train/ddp.py", *options, *shorter)
+    program = Program(command, settings.scratch / f"{name}.log", settings.deadline)
+    return program.rows(name, lambda: accuracy_fields(read_metrics(output / name), target), target=target)
 
 
-def accuracy_fields(metrics: list[MetricsLine], target: float) -> Row:
+def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> dict[str, object]:
     """Return the best accuracy, rates and memory of a run so far, and the training time until `target` was reached.
 
     The time is None if the target has not been reached. The result is empty before the end of the first epoch.
@@ -259,7 +259,7 @@ def accuracy_fields(metrics: list[MetricsLine], target: float) -> Row:
     time_s = found["training_time_s"]
     accuracies = [counted_accuracy(line, "auto") for line in metrics]
     first = next((number for number, top1 in enumerate(accuracies, 1) if top1 is not None and top1 >= target), None)
-    figures: Row = {
+    figures = {
         "top1": found["best_val_top1"],
         "epochs": len(metrics),
         "epochs_per_s": len(metrics) / time_s if time_s else None,
@@ -268,20 +268,20 @@ def accuracy_fields(metrics: list[MetricsLine], target: float) -> Row:
         "target_reached_s": training_time_s(metrics[:first]) if first is not None else None,
     }
     figures |= {key: metrics[-1][key] for key in ("memory_gib", "device_memory_gib") if key in metrics[-1]}
-    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in figures.items()}
+    return {key: rounded(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
 
 
-def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int, seconds: float) -> Iterator[Row]:
+def profile(settings: Settings, config: Config, steps: int) -> Iterator[Row]:
     """Run tools/benchmark.py profile on a config and yield rows with its results after it ends.
 
     The phases of the step come first, then the whole step without a CUDA graph and, if the config uses one, with it. If
     the program writes no results, a single row gives the reason.
     """
-    out, file = scratch / "profile", scratch / "profile.yaml"
+    out, file = settings.scratch / "profile", settings.scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
-    options = ("--cfg", file, "--steps", steps, "--seconds", seconds, "--out", out)
+    options = ("--cfg", file, "--steps", steps, "--seconds", 3 * settings.seconds, "--out", out)
     command = _command("tools/benchmark.py", "profile", *options)
-    program = Program(command, scratch / "profile.log", deadline)
+    program = Program(command, settings.scratch / "profile.log", settings.deadline)
     for _ in program.run():
         pass
     if not (out / "profile.json").exists():
@@ -289,11 +289,10 @@ def profile(config: Config, scratch: Path, deadline: float | None, *, steps: int
         return
     content = json.loads((out / "profile.json").read_text(encoding="utf-8"))
     for phase in content["phases"]:
-        yield {"name": phase["phase"], "ours": True, "error": None, "ms": phase["ms"], "share": phase["share"]}
+        yield new_row(phase["phase"], ms=phase["ms"], share=phase["share"])
     rates, utilization = content["images_per_s"], content["arithmetic"] or {}
     training_mode = "captured" if "captured" in rates else "uncaptured"
     for mode, rate in rates.items():
-        is_training_mode = mode == training_mode
-        figures = {key: utilization.get(key) for key in ("mfu", "mfu_of_data_sheet")} if is_training_mode else {}
-        step = {"name": f"step, {mode}", "ours": True, "error": None, "ms": content["unprofiled_step_ms"][mode]}
-        yield step | {"images_per_s": rate, **figures, "result": content}
+        keys = ("mfu", "mfu_of_data_sheet") if mode == training_mode else ()
+        figures = {"ms": content["unprofiled_step_ms"][mode], "images_per_s": rate}
+        yield new_row(f"step, {mode}", **figures, **{key: utilization.get(key) for key in keys}, result=content)

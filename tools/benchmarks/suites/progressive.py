@@ -5,14 +5,16 @@ Each stage's rate in its first epoch is compared to that in its second.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator
-from typing import Any
 
 from configs.schema import Config, StageConfig
 from tools.benchmarks.engine.datasets import limited_batch_size
 from tools.benchmarks.engine.interleaved import run_in_subprocess
-from tools.benchmarks.engine.measured_tables import TableSpec, WholeTable
+from tools.benchmarks.engine.measured_tables import RowTable, TableSpec
+from tools.benchmarks.engine.results import Row, new_row
+from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.suites.datasets import load_config_on, medium_dataset, small_dataset
 from tools.benchmarks.suites.settings import Settings
 from train.build import Job
@@ -21,7 +23,7 @@ from train.engine.epoch import train_epoch
 from train.engine.warm_up import warm_up
 
 
-def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
+def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> list[Row]:
     """Measure the training rates after a stage change, with the real loader and training step.
 
     Each round trains for two epochs in each stage. An uncounted warm-up round precedes the `rounds` rounds. `ratio` is
@@ -29,16 +31,14 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
     and batch size.
 
     Returns:
-        A table for a run file, with a row per combination of image size and batch size.
+        A row per combination of image size and batch size.
     """
-    stage_sizes = [stage.model_copy(update={"epoch": 0}) for stage in config.data.stages]
-    epochs = 2 * len(stage_sizes) * (rounds + 1)
-    stages = tuple(
-        StageConfig(epoch=epoch, image_size=size.image_size, batch_size=size.batch_size)
-        for epoch, size in zip(range(0, epochs, 2), stage_sizes * (rounds + 1), strict=True)
-    )
+    warm_up_epochs = 2 * len(config.data.stages)
+    epochs = range(0, warm_up_epochs * (rounds + 1), 2)  # in which a stage begins
+    sizes = itertools.cycle(config.data.stages)
+    stages = tuple(size.model_copy(update={"epoch": epoch}) for epoch, size in zip(epochs, sizes, strict=False))
     data = config.data.model_copy(update={"stages": stages})
-    train = config.train.model_copy(update={"epochs": epochs})
+    train = config.train.model_copy(update={"epochs": epochs.stop})
     job = Job.load(config.model_copy(update={"data": data, "train": train}), ranks)
     rates: dict[tuple[int, int], list[tuple[float, float]]] = {}
     with process_group(ranks) as device:
@@ -46,28 +46,25 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> dict[str
         loader = job.train_loader()
         state = job.build_state(max(stage.image_size for stage in loader.stages), pretrained=False)
         warm_up(state, loader)
-        for epoch in range(0, epochs, 2):
+        for epoch in epochs:
             shape = (loader.image_size, loader.plan.batch_size)
             pair = []
             for _ in range(2):
                 times = train_epoch(state, loader, seed=config.seed, rank=0, after_step=lambda *_: None)
                 pair.append(times.micro_steps * shape[1] / times.time_s)
-            if epoch >= 2 * len(stage_sizes):
+            if epoch >= warm_up_epochs:
                 rates.setdefault(shape, []).append((pair[0], pair[1]))
-    rows = [
-        {
-            "name": f"{size}x{size}, batch {batch}",
-            "ours": True,
-            "error": None,
-            "device": device.type,
-            "images_per_s": round(statistics.median(steady for _, steady in pairs), 1),
-            "after_change": round(statistics.median(first for first, _ in pairs), 1),
-            "ratio": round(statistics.median(first / steady for first, steady in pairs), 4),
-            "changes": len(pairs),
-        }
+    return [
+        new_row(
+            f"{size}x{size}, batch {batch}",
+            device=device.type,
+            images_per_s=round(statistics.median(steady for _, steady in pairs), 1),
+            after_change=round(statistics.median(first for first, _ in pairs), 1),
+            ratio=round(statistics.median(first / steady for first, steady in pairs), 4),
+            changes=len(pairs),
+        )
         for (size, batch), pairs in rates.items()
     ]
-    return {"title": title(config), "stage": "stages", "rows": rows}
 
 
 def title(config: Config) -> str:
@@ -87,8 +84,9 @@ def stage_changes(settings: Settings) -> Iterator[TableSpec]:
     else:
         stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
         config = load_config_on("cifar10_lenet", small_dataset(settings), stages=stages)
-    yield WholeTable(
-        title(config),
-        "stages",
-        lambda: run_in_subprocess(measure_stage_changes, config, Ranks(), settings.rounds, deadline=settings.deadline),
-    )
+
+    def rows(limits: Limits) -> Iterator[Row]:
+        call = (measure_stage_changes, config, Ranks(), settings.rounds)
+        yield from run_in_subprocess(*call, deadline=settings.deadline)
+
+    yield RowTable(title(config), "stages", None, rows)

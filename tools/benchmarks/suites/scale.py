@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
+import itertools
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,10 @@ from pipelines.storage.dataset import FORMAT, VERSION
 from pipelines.storage.index import INDEX_COLUMNS, sample_stride
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import ours
-from tools.benchmarks.engine.candidate import Candidate, Workload
-from tools.benchmarks.engine.interleaved import measure
+from tools.benchmarks.engine.interleaved import run_in_subprocess
+from tools.benchmarks.engine.measured_tables import RowTable
+from tools.benchmarks.engine.results import Row, new_row, rounded
+from tools.benchmarks.engine.roofline import Limits
 
 SIZES = (10_000, 100_000, 1_500_000)
 SIDE = 96  # pixels, as in MediumImageNet
@@ -41,36 +42,26 @@ BATCHES = 19  # maximum number of batches per pass, of which the first is not ti
 PREFETCHED_BATCHES = 20  # maximum number of batches that the loader prepares beyond those
 
 
-def measure_scale(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> dict[str, Any]:
-    """Measure the loader on data sets of several sizes, and return a table with a row per size.
+def scale_table(scratch: Path, seconds: float, sizes: tuple[int, ...] = SIZES, side: int = SIDE) -> RowTable:
+    """Return a table of the loader on data sets of several sizes, with a row per size.
 
     Rows contain µs per sample, memory, and the time in seconds from opening the data set to the first batch.
     """
-    rows = []
-    for samples in sizes:
-        (measurement,) = measure([Candidate(f"{samples:,} samples", scale, (scratch, samples, side, seconds))], 0.01, 1)
-        rows.append(
-            {
-                "name": measurement.candidate,
-                "ours": True,
-                "samples": samples,
-                "error": measurement.error or measurement.details.pop("details_error", None),
-                **measurement.details,
-            }
-        )
-    return {"title": title(side), "stage": "scale", "rows": rows}
+
+    def rows(limits: Limits) -> Iterator[Row]:
+        for samples in sizes:
+            name = f"{samples:,} samples"
+            try:
+                figures = run_in_subprocess(measure_loader, scratch, samples, side, seconds)
+                yield new_row(name, samples=samples, **figures)
+            except RuntimeError as error:
+                yield new_row(name, samples=samples, error=str(error))
+
+    return RowTable(f"Cost per sample by size of the data set, {side}x{side} raw", "scale", None, rows)
 
 
-def title(side: int = SIDE) -> str:
-    return f"Cost per sample by size of the data set, {side}x{side} raw"
-
-
-@contextmanager
-def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[dict[str, Workload]]:
-    """Measure the loader on a data set of `samples` samples, then yield a workload.
-
-    The workload only sleeps, and its details are the results. This lets `measure` run the function in a subprocess.
-    """
+def measure_loader(scratch: Path, samples: int, side: int, seconds: float) -> dict[str, float]:
+    """Return the costs and the memory of the loader on a data set of `samples` samples."""
     folder = scratch / f"scale-{samples}"
     make_sparse_set(folder, samples, side)
     torch.set_num_threads(1)
@@ -85,31 +76,30 @@ def scale(scratch: Path, samples: int, side: int, seconds: float) -> Iterator[di
     first_batch_s = time.perf_counter() - start
     gc.collect()
     memory = private_bytes() - before
+    count = min(BATCHES, len(loader)) - 1
 
-    def epoch_part() -> float:
-        """Return the loader's time in µs per sample for up to BATCHES batches of epoch 0, excluding the first."""
+    def epoch_part_us() -> float:
+        """Return the loader's time in µs for up to BATCHES batches of epoch 0, excluding the first."""
         loader.position = Position(0)
         remaining = iter(loader)
         next(remaining)
-        start = time.perf_counter()
-        count = min(BATCHES, len(loader)) - 1
-        for _ in range(count):
-            next(remaining)
-        return (time.perf_counter() - start) * 1e6 / (count * BATCH_SIZE)
+        return _microseconds(lambda: deque(itertools.islice(remaining, count), maxlen=0))
 
-    epoch_part()  # map the pages
+    epoch_part_us()  # map the pages
     indices = order.permutation(samples, 0, 0)[:BATCH_SIZE]
-    details: dict[str, Any] = {
-        "loader_us": _minimum(epoch_part, seconds),
-        "order_us": _minimum(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)) / samples, seconds),
-        "draws_us": _minimum(lambda: _microseconds(lambda: _draws(indices)) / len(indices), seconds),
+    loader_us = _minimum(epoch_part_us, seconds) / (count * BATCH_SIZE)
+    order_us = _minimum(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)), seconds) / samples
+    draws_us = _minimum(lambda: _microseconds(lambda: _draws(indices)), seconds) / len(indices)
+    figures = {
+        "loader_us": loader_us,
+        "order_us": order_us,
+        "draws_us": draws_us,
         "first_batch_s": first_batch_s,
         "memory_mib": memory / 2**20,
         "memory_bytes_per_sample": memory / samples,
+        "total_us": loader_us + order_us + draws_us,
     }
-    details["total_us"] = details["loader_us"] + details["order_us"] + details["draws_us"]
-    rounded = {name: float(f"{value:.4g}") for name, value in details.items()}
-    yield {"": Workload(iter(lambda: time.sleep(1e-4), 0), 1, lambda: rounded)}
+    return {name: rounded(value, 4) for name, value in figures.items()}
 
 
 def _draws(indices: np.ndarray) -> None:
@@ -117,7 +107,7 @@ def _draws(indices: np.ndarray) -> None:
     geometry.pad_crop_offsets(indices, 0, 0, 4)
 
 
-def _microseconds(work: Callable[[], Any]) -> float:
+def _microseconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return (time.perf_counter() - start) * 1e6
@@ -165,35 +155,28 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
     shape = (side, side, 3)
     size = len(tar_format.npy_header(shape)) + side * side * 3
     stride = sample_stride(size, True, CLASSES)
-    per_shard = SHARD_BYTES // stride
     rows = np.arange(samples)
-    number = rows // per_shard
-    columns = {
-        "shard": number,
-        "offset": rows % per_shard * stride + tar_format.BLOCK,
-        "size": np.full(samples, size),
-        "label": rows % CLASSES,
-        "height": np.full(samples, side),
-        "width": np.full(samples, side),
-    }
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
-    np.savez(buffer, **arrays)
-    (folder / "train.index.npz").write_bytes(buffer.getvalue())
-    files = []
-    for shard, count in enumerate(np.bincount(number).tolist()):
+    shard, place = np.divmod(rows, SHARD_BYTES // stride)
+    offset = place * stride + tar_format.BLOCK
+    columns = {"shard": shard, "offset": offset, "size": size, "label": rows % CLASSES, "height": side, "width": side}
+    index = folder / "train.index.npz"
+    arrays = {name: np.full(samples, columns[name], dtype) for name, dtype in INDEX_COLUMNS.items()}
+    np.savez(index, **arrays)  # type: ignore[arg-type]  # numpy's stubs take them for `allow_pickle`
+    shards = []
+    for number, count in enumerate(np.bincount(shard).tolist()):
+        file = folder / f"scale-{number:06d}.tar"
         length = count * stride + len(tar_format.END_OF_ARCHIVE)
-        with (folder / f"scale-{shard:06d}.tar").open("wb") as file:
-            file.truncate(length)
-        files.append({"file": f"scale-{shard:06d}.tar", "samples": count, "bytes": length, "sha256": "0" * 64})
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+        file.touch()
+        os.truncate(file, length)
+        shards.append({"file": file.name, "samples": count, "bytes": length, "sha256": "0" * 64})
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
     split = {
         "samples": samples,
         "labelled": True,
         "source_rows": samples,
         "quarantined": [],
-        "index": {"file": "train.index.npz", "bytes": len(buffer.getvalue()), "sha256": digest},
-        "shards": files,
+        "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": digest},
+        "shards": shards,
     }
     content = {
         "format": FORMAT,
@@ -201,7 +184,7 @@ def make_sparse_set(folder: Path, samples: int, side: int) -> None:
         "name": "scale",
         "classes": [str(number) for number in range(CLASSES)],
         "encoding": "npy",
-        "image_shape": list(shape),
+        "image_shape": shape,
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
         "splits": {"train": split},

@@ -1,4 +1,4 @@
-"""Settings and deadline for `tools/benchmark.py all`."""
+"""Settings and deadline of a benchmark run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings for `tools/benchmark.py all`."""
+    """Settings of a benchmark run."""
 
     device: str  # "cpu" or "cuda"
     scratch: Path  # folder for the peers' files, deleted at the end

@@ -47,13 +47,10 @@ def choose(parts: Sequence[Part], names: Sequence[str], only: Sequence[str]) -> 
     known = [part.name for part in parts]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--part {' '.join(unknown)} is not one of {', '.join(known)}")
-    chosen = [
-        part
-        for part in parts
-        if (not names or part.name in names) and (not only or any(stage in only for stage in part.stages))
-    ]
+    named = [part for part in parts if not names or part.name in names]
+    chosen = [part for part in named if not only or any(stage in only for stage in part.stages)]
     if not chosen:
-        stages = sorted({stage for part in parts if not names or part.name in names for stage in part.stages})
+        stages = sorted({stage for part in named for stage in part.stages})
         raise UserError(f"--only {' '.join(only)} leaves no part to measure; choose from {', '.join(stages)}")
     return chosen
 
@@ -80,19 +77,28 @@ def machine_limits(settings: Settings, file: RunFile) -> Limits:
 
     Limits in the file are used if they are complete and were measured on the same day with the same versions.
     """
-    info, environment = file.run["parts"].get(LIMITS, {}), file.run["environment"]
-    rows = [row for entry in file.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
-    is_current = all(info.get(name) == environment[name] for name in ("date", "versions"))
-    if limits_from_rows(rows) and is_current and info["is_complete"]:
-        return limits_from_rows(rows)
+    info, environment = file.run["parts"].get(LIMITS), file.run["environment"]
+    if (
+        info is not None
+        and info["is_complete"]
+        and all(info[name] == environment[name] for name in ("date", "versions"))
+    ):
+        rows = [row for entry in file.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
+        if limits := limits_from_rows(rows):
+            return limits
     with file.part(LIMITS):
-        candidate = Candidate("limits", roofline.limit_workloads, (settings.device, settings.data))
-        measurements = measure([candidate], settings.seconds, min(3, settings.rounds), settings.deadline)
-        rows = limit_rows(measurements)
-        file.add({"title": "Limits of the machine", "stage": "limits", "rows": rows})
-        if all(row.get("note") != OUT_OF_TIME for row in rows):
+        entry = measure_limits(settings)
+        file.add(entry)
+        if all(row.get("note") != OUT_OF_TIME for row in entry["rows"]):
             file.complete()
-    return limits_from_rows(rows)
+    return limits_from_rows(entry["rows"])
+
+
+def measure_limits(settings: Settings) -> Entry:
+    """Measure the machine limits, and return their table. The disk is that of `settings.data`."""
+    candidate = Candidate("limits", roofline.limit_workloads, (settings.device, settings.data))
+    measurements = measure([candidate], settings.seconds, min(3, settings.rounds), settings.deadline)
+    return {"title": "Limits of the machine", "stage": "limits", "rows": limit_rows(measurements)}
 
 
 def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entry], None]) -> bool:
@@ -124,7 +130,7 @@ def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entr
         add(one_row_table(f"{part.name}, what remains", results.skipped_row(part.name)))
         return False
     except Exception as error:  # continue with the other parts
-        add(one_row_table(part.name, results.failed_row(part.name, error_text(error))))
+        add(one_row_table(part.name, results.new_row(part.name, error=error_text(error))))
         return False
     return is_complete
 

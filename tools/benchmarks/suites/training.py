@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from configs.schema import Config
 from pipelines.storage.dataset import load_dataset
@@ -12,74 +12,56 @@ from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate
-from tools.benchmarks.engine.measured_tables import InterleavedTable
-from tools.benchmarks.engine.ours import OURS
-from tools.benchmarks.engine.results import Row, add_bound, add_ratios
+from tools.benchmarks.engine.measured_tables import Case, InterleavedTable
+from tools.benchmarks.engine.ours import OURS, Variants
+from tools.benchmarks.engine.results import Entry, Row, add_bound, add_ratios, rounded
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask, training_loops
+from tools.benchmarks.suites.settings import Settings
 
 STEP_BINDS_FROM = 0.95  # minimum share of the resident batch's rate at which the step, not the loader, limits training
 
 
 def training_table(
-    title: str,
-    config: Config,
-    variants: dict[str, dict[str, Any]],
-    *,
-    device: str,
-    details: dict[str, Any] | None = None,
-    scratch: Path | None = None,
-    workers: int = 1,
+    settings: Settings, title: str, config: Config, variants: Variants, *, with_peers: bool = False
 ) -> InterleavedTable:
     """Return a table of our training, on a resident batch and end to end, and of the peers' training.
 
     Args:
+        settings: Settings of the benchmark.
         title: Title without the prefix "training".
         config: Training config.
         variants: Maps the name of each end-to-end workload to its overrides of `config.data`.
-        device: "cpu" or "cuda".
-        details: Additional fields for the entry.
-        scratch: Folder for files of the peers, or None to leave out the peers.
-        workers: Worker processes of the peers.
+        with_peers: Whether to measure the peers.
     """
-    candidates = [Candidate(OURS, ours.training, (config, variants))]
-    size, batch_size = config.data.image_size or _stored_side(config), config.data.batch_size
-    rows: list[Row] = [{"ours": True, "device": device, "encoding": "", "batch_size": batch_size}]
-    if scratch is not None:
-        task = PeerTask(Path(config.data.path), scratch, batch_size, workers, size, config.aug, device)
+    device, batch_size = settings.device, config.data.batch_size
+    size = config.data.image_size or int(open_split(config.data.path, config.data.train_split).heights[0])
+    common: Row = {"device": device, "batch_size": batch_size}
+    cases = [Case(Candidate(OURS, ours.training, (config, variants)), {**common, "ours": True, "encoding": ""})]
+    if with_peers:
+        task = PeerTask(
+            Path(config.data.path), settings.scratch, batch_size, settings.workers, size, config.aug, device
+        )
         for name, peer in peers.available(peers.LOOPS, task.encoding).items():
-            candidates.append(Candidate(name, training_loops.training, (peer, task, config)))
-            rows.append({"device": device, "batch_size": batch_size})
+            cases.append(Case(Candidate(name, training_loops.training, (peer, task, config)), common))
     classes = config.model.num_classes or len(load_dataset(config.data.path).classes)
-
-    @cache  # called after every round
-    def training_flops() -> float:
-        return roofline.training_flops(config.model, classes, size)
-
-    def add_bounds(rows: list[Row], limits: Limits) -> None:
-        flops = training_flops()
-        resident = next((row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)), {})
-        resident_rate = resident.get("images_per_s", 0.0)
-        for row in rows:
-            if row["ours"] and resident_rate and row is not resident and "images_per_s" in row:
-                row["of_resident"] = float(f"{row['images_per_s'] / resident_rate:.4g}")
-            peak_rate = limits.get(roofline.ARITHMETIC, 0) / flops
-            add_bound(row, {roofline.ARITHMETIC: peak_rate}, _limiting_factor(row, row is resident))
-            row["training_gflop"] = round(flops / 1e9, 4)
-        add_ratios([row for row in rows if row is not resident])
-
-    common = {"image_size": size, "model": config.model.name, **(details or {})}
-    return InterleavedTable(f"training {title}", "training", candidates, rows, common, add_bounds)
+    details: Entry = {"image_size": size, "model": config.model.name}
+    flops = cache(partial(roofline.training_flops, config.model, classes, size))  # needed after every round
+    return InterleavedTable(f"training {title}", "training", cases, details, partial(_add_bounds, flops))
 
 
-def _limiting_factor(row: Row, is_resident: bool) -> str:
-    """Return the limiting factor of a training rate that is far below the arithmetic bound, or "" for peers."""
-    if is_resident:
-        return "the step: memory traffic and launches, not arithmetic"
-    if not row["ours"]:
-        return ""
-    return "the step (see resident batch)" if row.get("of_resident", 0) >= STEP_BINDS_FROM else "the loader"
-
-
-def _stored_side(config: Config) -> int:
-    return int(open_split(config.data.path, config.data.train_split).heights[0])
+def _add_bounds(training_flops: Callable[[], float], rows: list[Row], limits: Limits) -> None:
+    """Add the arithmetic bound to all rows, `of_resident` to our end-to-end rows and `ratio` to the rows of peers."""
+    flops = training_flops()
+    bounds = {roofline.ARITHMETIC: limits.get(roofline.ARITHMETIC, 0) / flops}
+    resident = next((row for row in rows if row["ours"] and row["name"].endswith(ours.RESIDENT)), Row())
+    for row in rows:
+        row["training_gflop"] = round(flops / 1e9, 4)
+        if row is resident:
+            add_bound(row, bounds, "the step: memory traffic and launches, not arithmetic")
+            continue
+        if row["ours"] and "images_per_s" in row and "images_per_s" in resident:
+            row["of_resident"] = rounded(row["images_per_s"] / resident["images_per_s"], 4)
+        binds = "the step (see resident batch)" if row.get("of_resident", 0) >= STEP_BINDS_FROM else "the loader"
+        add_bound(row, bounds, binds if row["ours"] else "")
+    add_ratios([row for row in rows if row is not resident])
