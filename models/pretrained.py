@@ -32,7 +32,7 @@ def build_pretrained(
     *,
     image_size: int,
     mean: Sequence[float],
-    std: list[float],
+    std: Sequence[float],
     classes: Sequence[str] | None = None,
 ) -> tuple[PixelClassifier, str]:
     """Build a model like `models.build_from_config`, with the weights that `config.pretrained` selects.

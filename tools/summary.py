@@ -41,7 +41,7 @@ from tools.perf.cost_report import format_report, layer_rows, layers_table, plot
 from tools.perf.model_cases import AMP_NAMES, BATCH_SIZE, CLASSES, ModelCase, build_case
 from train.build import to_device
 from train.distributed.process_group import Ranks, process_group
-from train.engine.precision import amp_dtype
+from train.engine.execution import amp_dtype
 from train.optim.freeze import freeze
 from train.reporting import figures
 

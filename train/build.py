@@ -6,7 +6,6 @@ All commands that run a model use this module.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import DatasetInfo, ModelDataset, load_dataset
 from train.checkpoint.finetune import load_finetune, without_pretrained
 from train.distributed.process_group import Ranks, get_world_size
+from train.engine.execution import build_plan
 from train.engine.hard_samples import build_proxy, check_proxy
 from train.engine.state import TrainState, build_state
 from train.optim.averaging import build_ema, build_lookahead
@@ -77,18 +77,29 @@ class Job:
 
     def train_loader(self) -> TrainLoader:
         """Build the loader of data.train_split, see `pipelines.build_train_loader`."""
-        config = self.config
+        config, ranks = self.config, self.ranks
         return build_train_loader(
             config.data,
             config.aug,
             seed=config.seed,
+            device=self.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            local_world_size=ranks.local_world_size,
             accumulation_steps=config.train.accumulation_steps,
-            **self._placement(),
         )
 
     def val_loader(self) -> Loader:
         """Build the loader of data.val_split, see `pipelines.build_eval_loader`."""
-        return build_eval_loader(self.config.data, self.config.eval, **self._placement())
+        config, ranks = self.config, self.ranks
+        return build_eval_loader(
+            config.data,
+            config.eval,
+            device=self.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            local_world_size=ranks.local_world_size,
+        )
 
     def build_state(self, image_size: int, *, pretrained: bool = True, trains: bool = True) -> TrainState:
         """Build the training state, see `build_all`.
@@ -102,23 +113,9 @@ class Job:
         config = self.config if pretrained else without_pretrained(self.config)
         return build_all(config, self.dataset, image_size, self.device, trains=trains)
 
-    def _placement(self) -> dict[str, Any]:
-        ranks = self.ranks
-        return {
-            "device": self.device,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "local_world_size": ranks.local_world_size,
-        }
-
 
 def build_all(
-    config: Config,
-    dataset: ModelDataset,
-    image_size: int,
-    device: torch.device,
-    *,
-    trains: bool = True,
+    config: Config, dataset: ModelDataset, image_size: int, device: torch.device, *, trains: bool = True
 ) -> TrainState:
     """Build the training state: the model, its optimizer, and, if enabled, the moving average, Lookahead and proxy.
 
@@ -137,35 +134,49 @@ def build_all(
         UserError: The model or an optimizer cannot be built with these settings, weights cannot be loaded, model.freeze
             is invalid, or train.cuda_graph is "on" but CUDA graphs cannot be used.
     """
+
+    def build_small(name: str) -> nn.Module:
+        model = ModelConfig(name=name, num_classes=config.model.num_classes)
+        return build_network(config.model_copy(update={"model": model}), dataset, image_size, device)[0]
+
     train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
+    plan = build_plan(train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
+    torch.manual_seed(config.seed)
+    network, notes = build_network(config, dataset, image_size, device)
+    state = build_state(network, build_optimizer(network, train.optimizer, train.lr), train, plan)
+    state.is_fresh_init = config.model.pretrained is False and config.model.finetune is None
+    state.lookahead = build_lookahead(network, train.lookahead)
+    state.ema = build_ema(network, train.ema)
+    state.proxy = build_proxy(train, plan, build_small)
+    state.notes = (*notes, *dict.fromkeys(note for part in state.parts() for note in part.notes))
+    return state
+
+
+def build_network(
+    config: Config, dataset: ModelDataset, image_size: int, device: torch.device
+) -> tuple[nn.Module, list[str]]:
+    """Build the network of a config on its device, with the weights and frozen layers that `config.model` selects.
+
+    Returns:
+        The network in its final memory format, and messages for the log.
+    """
     model, notes = config.model, []
     classes = model.num_classes or len(dataset.classes)
-    shape: dict[str, Any] = {"image_size": image_size, "mean": dataset.mean, "std": dataset.std}
-
-    def on_device(network: nn.Module) -> nn.Module:
-        return to_device(network, device, train.channels_last)
-
-    torch.manual_seed(config.seed)
     if model.pretrained is False:
-        network = on_device(build_from_config(model, classes, **shape))
+        network: nn.Module = build_from_config(
+            model, classes, image_size=image_size, mean=dataset.mean, std=dataset.std
+        )
     else:
-        pretrained, note = build_pretrained(model, classes, **shape, classes=dataset.classes)
-        network, notes = on_device(pretrained), [note]
+        network, note = build_pretrained(
+            model, classes, image_size=image_size, mean=dataset.mean, std=dataset.std, classes=dataset.classes
+        )
+        notes.append(note)
+    network = to_device(network, device, config.train.channels_last)
     if model.finetune is not None:
         notes.append(load_finetune(network, model.finetune, dataset.classes, model))
     if model.freeze:
         notes.append(freeze(network, model.freeze))
-    optimizer = build_optimizer(network, train.optimizer, train.lr)
-    state = build_state(network, optimizer, train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
-    state.is_fresh_init = model.pretrained is False and model.finetune is None
-    state.lookahead = build_lookahead(network, train.lookahead)
-    state.ema = build_ema(network, train.ema)
-    state.proxy = build_proxy(
-        train, lambda name: on_device(build_from_config(ModelConfig(name=name), classes, **shape)), device
-    )
-    parts = state.parts()
-    state.notes = (*notes, *dict.fromkeys(note for part in parts for note in part.notes))
-    return state
+    return network, notes
 
 
 def check_classes(config: Config, dataset: DatasetInfo) -> None:

@@ -176,8 +176,10 @@ def main() -> int:
                 return warm_up(state, train_loader, val_loader, config.eval.tta)
 
             prepared_s = prepare()
-            if state.needs_warmup:
-                log.info(f"compiled{' and captured' if state.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
+            if state.plan.needs_warmup:
+                log.info(
+                    f"compiled{' and captured' if state.plan.uses_cuda_graph else ''} the step in {prepared_s:.1f} s"
+                )
             if config.log.images and done == timeline.first_step(config.train.first_epoch):
                 show_samples(log, train_loader, dataset.classes)
             start_s = time.monotonic()

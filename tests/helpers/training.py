@@ -27,6 +27,7 @@ from pipelines.loader.batches import Batch
 from train import ddp
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed.process_group import Ranks, process_group
+from train.engine.execution import build_plan
 from train.engine.state import TrainState, build_state
 from train.optim.factory import build_optimizer
 from train.reporting.run_log import RunLog
@@ -177,7 +178,7 @@ def make_state(
     """Wrap `network` for training on the CPU with these fields of the `train` section."""
     config = TrainConfig(optimizer=OptimizerConfig(**(optimizer or {})), **settings)
     built = build_optimizer(network, config.optimizer, config.lr)
-    return build_state(network, built, config, CPU, mixes=mixes)
+    return build_state(network, built, config, build_plan(config, CPU, mixes=mixes))
 
 
 def random_batch(samples: int, seed: int = 0, classes: int = 10) -> Batch:

@@ -43,6 +43,7 @@ from train.checkpoint.run_dir import LOCK_FILE
 from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import train_epoch
 from train.engine.evaluate import Evaluation
+from train.engine.execution import build_plan
 from train.engine.state import build_state
 from train.engine.step import train_step
 from train.optim.factory import build_optimizer
@@ -510,8 +511,9 @@ def test_amp_channels_last_and_compile_learn_one_batch_on_a_gpu() -> None:
         network = build_model("resnet18", 10, mean=[0.5] * 3, std=[0.25] * 3)
         network = to_device(network, device, channels_last=True)
         config = TrainConfig(lr=1e-3, amp="auto", compile="default")
-        state = build_state(network, build_optimizer(network, config.optimizer, config.lr), config, device)
-        assert state.amp in (torch.bfloat16, torch.float16)
+        optimizer = build_optimizer(network, config.optimizer, config.lr)
+        state = build_state(network, optimizer, config, build_plan(config, device))
+        assert state.plan.amp in (torch.bfloat16, torch.float16)
         images, labels = random_batch(64)
         batch = Batch(images.to(device), labels.to(device))
         losses = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def finished(recipe: str, data: Path, seed: int = 0) -> TrainState:
 def test_warm_up_leaves_no_trace(recipe: str, npy_data: Path) -> None:
     state, (loader, val_loader) = speedrun(recipe), loaders(npy_data)
     begun = {name: value.clone() for name, value in state.network.state_dict().items()}
-    state.needs_warmup = True  # like with a compiled step
+    state.plan = replace(state.plan, needs_warmup=True)  # like with a compiled step
     warm_up(state, loader, val_loader, "flip-translate")
     assert loader.position == Position(0)
     assert_equal_trees(state.network.state_dict(), begun)
@@ -165,7 +165,7 @@ def test_interrupted_speedrun_resumes_bitwise(recipe: str, break_at: int, npy_da
     with pytest.raises(Interrupted):
         train(state, loader, save_and_break)
     resumed, (loader, val_loader) = speedrun(recipe, seed=9), loaders(npy_data)
-    resumed.needs_warmup = True
+    resumed.plan = replace(resumed.plan, needs_warmup=True)
     warm_up(resumed, loader, val_loader, "flip")
     content = store.load(path)
     restore_state(resumed, content, path)

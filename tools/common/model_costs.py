@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import TrainConfig
 from tools.common.forward_tracer import ForwardTracer, Layer, WeightCasts, storage_bytes, uncalled_layers
+from train.engine.execution import build_plan
 from train.engine.losses import build_loss
 from train.engine.state import build_state
 from train.engine.step import run_step
@@ -122,7 +123,9 @@ def measure_memory(
     device, so call `free_device_memory` first.
     """
     eager = config.model_copy(update={"compile": "off", "cuda_graph": "off"})
-    training = build_state(network, build_optimizer(network, eager.optimizer, eager.lr), eager, device)
+    training = build_state(
+        network, build_optimizer(network, eager.optimizer, eager.lr), eager, build_plan(eager, device)
+    )
     training.lookahead = build_lookahead(network, eager.lookahead)
     training.ema = build_ema(network, eager.ema)
     set_training_mode(training.forward)

@@ -33,7 +33,7 @@ from tools.perf.step_trace import profile_steps, run_alongside
 from train.build import Job
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, process_group
-from train.engine.precision import amp_dtype, uses_cuda_graph
+from train.engine.execution import build_plan
 from train.engine.state import TrainState
 from train.throughput import measure_images_per_s
 
@@ -63,9 +63,9 @@ def main(arguments: argparse.Namespace) -> int:
         job = job.on(device)
         folder = arguments.out or Path("output") / f"{config.name}-profile"
         out = collectives.from_first_rank(lambda: make_folder(folder))
-        captures = uses_cuda_graph(config.train, device, amp_dtype(config.train.amp, device))
+        captures = build_plan(config.train, device).uses_cuda_graph
         state, loader = build_training(replace(job, config=without_graph(config)))
-        amp, image_size = state.amp, loader.image_size
+        amp, image_size = state.plan.amp, loader.image_size
         rates = {"uncaptured": measure_rate(state, loader, ranks, arguments.seconds)}
         profile = None
         if ranks.is_first:

@@ -115,6 +115,6 @@ def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) ->
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    state.drop_graph()  # the graph would read the optimizer's old tensors
+    state.invalidate_graphs()  # the graph would read the optimizer's old tensors
     if checkpoint["scaler"]:  # empty without a scaler, e.g. on a CPU
         state.scaler.load_state_dict(checkpoint["scaler"])

@@ -80,7 +80,7 @@ def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
     Yields:
         The new stream, or None without CUDA graphs.
     """
-    if not state.uses_cuda_graph:
+    if not state.plan.uses_cuda_graph:
         yield None
         return
     stream, current = torch.cuda.Stream(state.device), torch.cuda.current_stream(state.device)

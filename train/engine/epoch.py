@@ -124,7 +124,7 @@ def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:
     whitening, epochs = find_whitening(state.network), state.config.whiten_bias_epochs
     if whitening is None or epochs is None or not is_trained(whitening.bias, state.optimizer):
         return
-    if not state.uses_cuda_graph and not is_data_parallel(state.forward):
+    if not state.plan.uses_cuda_graph and not is_data_parallel(state.forward):
         whitening.bias.requires_grad_(epoch < epochs)
 
 

@@ -17,7 +17,9 @@ from configs.schema import ProxyConfig, TrainConfig
 from configs.utils.errors import UserError
 from models.speedrun import find_whitening
 from pipelines.loader.batches import Batch
+from train.engine.execution import ExecutionPlan
 from train.engine.state import TrainState, build_state
+from train.engine.step import update_weights
 from train.optim.factory import build_optimizer
 from train.optim.freeze import set_training_mode
 
@@ -32,7 +34,7 @@ class HardSampleSelector:
     def __init__(self, state: TrainState, config: ProxyConfig) -> None:
         self.state = state
         self._config = config
-        self._losses = state.compiled(sample_losses)
+        self._losses = state.plan.compiled(sample_losses)
 
     def select(self, batch: Batch, step: int) -> Batch:
         """Return the fraction train.proxy.keep of the batch with the highest losses, but at least one sample.
@@ -45,19 +47,12 @@ class HardSampleSelector:
         """
         state, learns = self.state, step % self._config.every_steps == 0
         smoothing = state.config.label_smoothing
-        with torch.set_grad_enabled(learns), state.autocast():
+        with torch.set_grad_enabled(learns), state.plan.autocast():
             losses = self._losses(state.forward, batch, smoothing)
         hard = losses.detach().topk(kept_samples(len(batch.labels), self._config), sorted=False).indices
         if learns:
             state.scaler.scale(losses[hard].mean()).backward()
-            if state.guard is None:
-                state.scaler.step(state.optimizer)
-            else:
-                state.scaler.unscale_(state.optimizer)
-                state.guard.check()
-                state.guard.step(state.scaler)
-            state.scaler.update()
-            state.optimizer.zero_grad(set_to_none=True)
+            update_weights(state, clips=False)
         images = batch.images.permute(0, 2, 3, 1).index_select(0, hard).permute(0, 3, 1, 2)  # keeps channels_last
         return Batch(images, batch.labels.index_select(0, hard))
 
@@ -68,7 +63,7 @@ def sample_losses(model: nn.Module, batch: Batch, label_smoothing: float) -> tor
 
 
 def build_proxy(
-    config: TrainConfig, build: Callable[[str], nn.Module], device: torch.device
+    config: TrainConfig, plan: ExecutionPlan, build: Callable[[str], nn.Module]
 ) -> HardSampleSelector | None:
     """Build the sample selector configured by train.proxy, or return None if train.proxy.model is not set.
 
@@ -76,8 +71,8 @@ def build_proxy(
 
     Args:
         config: Config section `train`.
-        build: Function that builds a model by name, on `device` and with pixel normalization.
-        device: Device of the model.
+        plan: How the steps of the model run.
+        build: Function that builds a model by name, on the device and with pixel normalization.
 
     Raises:
         UserError: The proxy or its optimizer cannot be built with these settings.
@@ -90,7 +85,7 @@ def build_proxy(
     # these settings refer to layers of the model, which the proxy does not have
     settings = config.optimizer.model_copy(update={"layer_decay": None, "lr_scales": {}})
     optimizer = build_optimizer(network, settings, config.lr)
-    state = build_state(network, optimizer, config, device)
+    state = build_state(network, optimizer, config, plan)
     set_training_mode(state.forward)
     return HardSampleSelector(state, config.proxy)
 

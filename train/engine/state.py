@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import TrainConfig
-from configs.utils.warnings import warn
-from models.cpu_precision import slow_precision_reason
 from models.onednn import avoid_narrow_strided_convs
 from pipelines.loader.batches import Batch
 from train.distributed.process_group import data_parallel
-from train.engine.cpu_settings import keep_freed_memory
+from train.engine.execution import ExecutionPlan
 from train.engine.losses import LossAndCounts, build_loss
-from train.engine.precision import GPU_COMPILE_MODE, MAX_COMPILED_MODELS, amp_dtype, uses_cuda_graph
 from train.optim.averaging import Ema, Lookahead
 from train.optim.factory import make_capturable
 from train.optim.nonfinite import SkipNonFinite
@@ -36,39 +32,38 @@ class SampleSelector(Protocol):
 class TrainState:
     """Everything a training step reads or updates.
 
-    `network` owns the weights. `forward` is `network`, wrapped in DDP if there are several ranks. `infer` is `network`,
-    compiled if train.compile enables compilation.
+    A checkpoint holds the tensors of the first block. The other fields are derived from them and from the config.
     """
 
-    network: nn.Module
-    forward: nn.Module  # data-parallel
-    loss_and_counts: LossAndCounts  # computes the loss of `forward`, compiled
-    infer: nn.Module  # for evaluation: compiled, not data-parallel
+    network: nn.Module  # owns the weights
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    amp: torch.dtype | None
-    config: TrainConfig
-    device: torch.device
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the start of the epoch
-    compiled: Callable[[Any], Any]  # compiles a function, or returns it unchanged
-    needs_warmup: bool  # whether to compile, tune or capture the step before training
-    uses_cuda_graph: bool  # whether the step is replayed as CUDA graphs
-    static_grads: bool  # whether gradients keep their storage, since the graphs of all micro-steps share it
+
+    config: TrainConfig
+    plan: ExecutionPlan
+    forward: nn.Module  # `network`, data-parallel if there are several ranks
+    infer: nn.Module  # `network` for evaluation: compiled, not data-parallel
+    loss_and_counts: LossAndCounts  # computes the loss of `forward`, compiled
     captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
-    mixes: bool = False  # whether batches are MixedBatch
-    guard: SkipNonFinite | None = None  # skips non-finite steps
+
     lookahead: Lookahead | None = None
     ema: Ema | None = None
     proxy: SampleSelector | None = None
+    guard: SkipNonFinite | None = None  # skips non-finite steps
     is_fresh_init: bool = True  # whether the weights are new, so that a whitening layer must be fitted
     notes: tuple[str, ...] = ()  # messages for the log about how the network was built
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.device
 
     def parts(self) -> list[TrainState]:
         """Return this state, followed by the state of the proxy if there is one."""
         return [self] if self.proxy is None else [self, self.proxy.state]
 
-    def drop_graph(self) -> None:
-        """Discard the captured step. Call this when the tensors that the step uses are replaced."""
+    def invalidate_graphs(self) -> None:
+        """Discard the captured step, since tensors that it uses were replaced. `warm_up` captures a new one."""
         self.captured_step = None
 
     def floating_tensors(self) -> list[Tensor]:
@@ -87,79 +82,36 @@ class TrainState:
         ]
         return tensors if self.lookahead is None else [*tensors, *self.lookahead.slow.values()]
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
-
 
 def build_state(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    device: torch.device,
-    *,
-    mixes: bool = False,
-    trains: bool = True,
+    network: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, plan: ExecutionPlan
 ) -> TrainState:
     """Build the training state of a network, without a moving average, Lookahead or a proxy.
 
-    Also set process-wide options, and prepare the optimizer for CUDA graphs if they are used. For training on the CPU,
-    also modify convolutions that trigger a bug in oneDNN, see `models.onednn`. All ranks must call this function.
+    Also prepare the optimizer for CUDA graphs if they are used. For training on the CPU, also modify convolutions that
+    trigger a bug in oneDNN, see `models.onednn`. All ranks must call this function.
 
     Args:
         network: The model, on its device and in its final memory format.
         optimizer: Optimizer of the model.
         config: Config section `train`, with learning rates already scaled to the global batch size (see
             `schedule.scale_learning_rates`).
-        device: Device of the network.
-        mixes: Whether batches use mixup or CutMix.
-        trains: Whether backward passes will be run.
-
-    Raises:
-        UserError: train.cuda_graph is "on", but CUDA graphs cannot be used.
+        plan: How the steps run, see `build_plan`.
     """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes are static, so the fastest convolution is searched once
-        torch.set_float32_matmul_precision("high")  # TF32 for operations that autocast leaves in float32
-    else:
-        keep_freed_memory()
-    note = avoid_narrow_strided_convs(network) if trains and device.type == "cpu" else None
-    amp = amp_dtype(config.amp, device)
-    if device.type == "cpu" and (reason := slow_precision_reason(amp, trains)) is not None:
-        warn(
-            f"train.amp={config.amp} takes 2 to 1,000 times as long as float32 here, since {reason}; use train.amp=auto"
-        )
-    mode = config.compile if config.compile != "auto" else (GPU_COMPILE_MODE if device.type == "cuda" else "off")
-    if mode != "off":
-        torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
-        # As in pipelines.gpu.triton_crop_flip. Compile workers inherit the variable.
-        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    captures = uses_cuda_graph(config, device, amp)
-    if captures:
+    device = plan.device
+    note = avoid_narrow_strided_convs(network) if plan.trains and device.type == "cpu" else None
+    if plan.uses_cuda_graph:
         make_capturable(optimizer, device)
-        if mode == "max-autotune":
-            mode = "max-autotune-no-cudagraphs"  # graphs cannot be nested
-    parallel = data_parallel(network, device, config.accumulation_steps)
-
-    def compiled(function: Any) -> Any:
-        # Compile kernels for each shape, since there are few shapes and dynamic kernels are slower.
-        return function if mode == "off" else torch.compile(function, mode=mode, dynamic=False)
-
     return TrainState(
         network=network,
-        forward=parallel,
-        loss_and_counts=compiled(build_loss(config, mixes)),
-        infer=compiled(network),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=amp == torch.float16),
-        amp=amp,
-        config=config,
-        device=device,
+        scaler=torch.amp.GradScaler(device.type, enabled=plan.amp == torch.float16),
         sums=torch.zeros(3, dtype=torch.float64, device=device),
-        compiled=compiled,
-        needs_warmup=device.type == "cuda" or mode != "off",
-        uses_cuda_graph=captures,
-        static_grads=captures and config.accumulation_steps > 1,
-        mixes=mixes,
+        config=config,
+        plan=plan,
+        forward=data_parallel(network, device, config.accumulation_steps),
+        infer=plan.compiled(network),
+        loss_and_counts=plan.compiled(build_loss(config, plan.mixes)),
         guard=SkipNonFinite(network, optimizer) if config.on_nonfinite == "skip" else None,
         notes=() if note is None else (note,),
     )
@@ -176,7 +128,7 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
         one.network.load_state_dict(other.network.state_dict())
         one.sums.zero_()
         one.scaler.load_state_dict(other.scaler.state_dict())
-        if not one.uses_cuda_graph:
+        if not one.plan.uses_cuda_graph:
             one.optimizer.load_state_dict(other.optimizer.state_dict())
             continue
         for buffers in one.optimizer.state.values():  # in place, since graphs hold addresses

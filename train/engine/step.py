@@ -26,24 +26,34 @@ def train_step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) 
     """
     config = state.config
     with nullcontext() if optimizer_step else without_reduction(state.forward):
-        with state.autocast():
+        with state.plan.autocast():
             loss, counts = state.loss_and_counts(state.forward, batch, config.label_smoothing)
         state.scaler.scale(loss / config.accumulation_steps).backward()
-    guard = state.guard
-    state.sums += counts if guard is None else guard.mask_counts(counts)
+    state.sums += counts if state.guard is None else state.guard.mask_counts(counts)
     if optimizer_step:
-        if clips_gradients(config) or guard is not None:
-            state.scaler.unscale_(state.optimizer)
-        if guard is not None:
-            guard.check()
-        if clips_gradients(config):
-            clip_gradients(state.network, config)
-        if guard is not None:
-            guard.step(state.scaler)
-        else:
-            state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=not state.static_grads)
+        update_weights(state, clips=clips_gradients(config))
+
+
+def update_weights(state: TrainState, *, clips: bool) -> None:
+    """Unscale, check and clip the gradients as configured, run the optimizer, and clear the gradients.
+
+    Args:
+        state: Training state, after the backward passes of an optimizer step.
+        clips: Whether to clip the gradients, which requires that any kind of clipping is enabled.
+    """
+    scaler, optimizer, guard = state.scaler, state.optimizer, state.guard
+    if clips or guard is not None:
+        scaler.unscale_(optimizer)
+    if guard is not None:
+        guard.check()
+    if clips:
+        clip_gradients(state.network, state.config)
+    if guard is not None:
+        guard.step(scaler)
+    else:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=not state.plan.static_grads)
 
 
 def run_step(state: TrainState, batch: Batch, step: int, *, optimizer_step: bool) -> None:

@@ -49,7 +49,7 @@ def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = 
         UserError: The training step of the model cannot be captured.
     """
     start_s = time.perf_counter()
-    if state.needs_warmup or is_data_parallel(state.forward):
+    if state.plan.needs_warmup or is_data_parallel(state.forward):
         if val_loader is not None:
             warm_up_evaluation(state, val_loader, tta)
         shapes = dict.fromkeys((stage.plan.batch_size, stage.image_size) for stage in loader.stages)
@@ -81,7 +81,7 @@ def check_image_sizes(state: TrainState, loader: TrainLoader, built_for: int) ->
         if stage.image_size == built_for:
             continue
         try:
-            with torch.no_grad(), state.autocast():
+            with torch.no_grad(), state.plan.autocast():
                 state.network(blank_batch(1, stage.image_size, state.device).images)
         except Exception as error:  # timm models raise errors of any kind
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
@@ -112,7 +112,9 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
     set_training_mode(state.forward)
     optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
     with side_stream(state) as stream, preserved_state(state):
-        ready = [_run_steps(state, identity_mix(batch) if state.mixes else batch, optimizer_steps) for batch in batches]
+        ready = [
+            _run_steps(state, identity_mix(batch) if state.plan.mixes else batch, optimizer_steps) for batch in batches
+        ]
         if state.lookahead is not None:
             state.lookahead.sync(1.0)
     if state.device.type == "cuda":
@@ -157,7 +159,7 @@ def preserved_state(state: TrainState) -> Iterator[None]:
     """
     before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
     # without a graph, restore all of the optimizer's state, including step counts that are plain numbers
-    uncaptured = [part.optimizer for part in state.parts() if not part.uses_cuda_graph]
+    uncaptured = [part.optimizer for part in state.parts() if not part.plan.uses_cuda_graph]
     optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in uncaptured]
     scalers = [(one.scaler, one.scaler.state_dict()) for one in state.parts()]
     devices = [state.device] if state.device.type == "cuda" else []
@@ -181,7 +183,7 @@ def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
     for number, one in enumerate(state.parts()):
         named = {"sums": one.sums, **dict(one.network.named_parameters()), **dict(one.network.named_buffers())}
         tensors |= {(number, name): tensor for name, tensor in named.items()}
-        for index, values in enumerate(one.optimizer.state.values() if one.uses_cuda_graph else ()):
+        for index, values in enumerate(one.optimizer.state.values() if one.plan.uses_cuda_graph else ()):
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     tensors[number, index, name] = value

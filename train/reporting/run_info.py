@@ -53,7 +53,7 @@ def collect_run_info(
         "global_batch": first.plan.batch_size * ranks.world_size * accumulation,
         "steps_per_epoch": len(first) // accumulation,
         **({"stages": stages} if stages else {}),
-        "precision": str(state.amp or torch.float32),
+        "precision": str(state.plan.amp or torch.float32),
         "device": device_name(state.device),
         **({"cpu_threads": torch.get_num_threads()} if state.device.type == "cpu" else {}),
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ from configs.utils.errors import UserError
 from helpers.training import CPU, alone, lenet, make_state, random_batch
 from models import build_model
 from models.speedrun import find_whitening
+from train.engine.execution import build_plan
 from train.engine.hard_samples import HardSampleSelector, build_proxy, check_proxy
 
 SGD = {"name": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
@@ -33,7 +34,7 @@ def new_proxy(keep: float = 0.5) -> HardSampleSelector:
 def test_proxy_ignores_layer_settings_of_model() -> None:
     settings = {"lr_scales": {"layer1.*": 0.1}, "layer_decay": 0.5}
     config = TrainConfig.model_validate({"proxy": {"model": "lenet"}, "optimizer": settings})
-    proxy = build_proxy(config, lambda _: lenet(), CPU)
+    proxy = build_proxy(config, build_plan(config, CPU), lambda _: lenet())
     assert proxy is not None
     assert {group["lr_scale"] for group in proxy.state.optimizer.param_groups} == {1.0}
 
@@ -82,12 +83,13 @@ def test_proxy_whitening_bias_is_not_trained() -> None:
     def build(name: str) -> torch.nn.Module:
         return build_model(name, 10, mean=[0.5] * 3, std=[0.5] * 3)
 
-    proxy = build_proxy(TrainConfig(proxy=ProxyConfig(model="speedrun96_proxy")), build, CPU)
+    plan = build_plan(TrainConfig(), CPU)
+    proxy = build_proxy(TrainConfig(proxy=ProxyConfig(model="speedrun96_proxy")), plan, build)
     assert proxy is not None
     whitening = find_whitening(proxy.state.network)
     assert whitening is not None
     assert not whitening.bias.requires_grad
-    assert build_proxy(TrainConfig(), build, CPU) is None
+    assert build_proxy(TrainConfig(), plan, build) is None
 
 
 @pytest.mark.parametrize(("world_size", "accumulation", "named"), [(2, 1, "world_size=2"), (1, 3, "steps=3")])

@@ -13,7 +13,7 @@ from torch import nn
 
 from helpers.training import CPU, alone, lenet, make_state, random_batch, record_gradients
 from pipelines.loader.batches import Batch
-from train.engine.precision import amp_dtype
+from train.engine.execution import amp_dtype
 from train.engine.step import train_step
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks, process_group
-from train.engine import cuda_graph, precision, warm_up
-from train.engine import state as train_state
+from train.engine import cuda_graph, execution, warm_up
 from train.engine.epoch import train_epoch
 from train.engine.evaluate import evaluate
+from train.engine.execution import build_plan
 from train.engine.losses import identity_mix
 from train.engine.state import TrainState, build_state
 from train.engine.step import run_step, train_step, update_averages
@@ -92,7 +92,7 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
     monkeypatch.setattr(warm_up, "side_stream", stream)
     monkeypatch.setattr(warm_up, "train_step", step)
     monkeypatch.setattr(cuda_graph, "train_step", step)
-    monkeypatch.setattr(train_state, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
+    monkeypatch.setattr(execution, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
 
 
 def state_of(state: TrainState) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def plain_steps(state: TrainState, count: int, first: int = 0) -> None:
     for step in range(first, first + count):
         torch.manual_seed(step)
         batch = random_batch(8, seed=step)
-        if state.mixes:
+        if state.plan.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, 8, 32)))
         run_step(state, batch, step, optimizer_step=(step + 1) % accumulation == 0)
 
@@ -170,7 +170,7 @@ def test_nothing_is_warmed_up_on_cpu_without_compilation(npy_data: Path) -> None
 @on_the_cpu
 def test_compiled_training_and_evaluation_are_warmed_up_per_shape(npy_data: Path) -> None:
     state = make_state(small_net())
-    state.needs_warmup = True  # like train.compile, but without its minute of compilation
+    state.plan = replace(state.plan, needs_warmup=True)  # like train.compile, but without its minute of compilation
     shapes: set[tuple[bool, tuple[int, ...]]] = set()
     state.network.register_forward_hook(lambda module, images, _: shapes.add((module.training, images[0].shape)))
     section = DataConfig(path=str(npy_data), batch_size=BATCH)
@@ -231,7 +231,7 @@ def staged_steps(state: TrainState, count: int, shapes: list[tuple[int, int]]) -
         torch.manual_seed(step)
         samples, size = shapes[step * len(shapes) // count]
         batch = resized(random_batch(samples, seed=step), size)
-        if state.mixes:
+        if state.plan.mixes:
             batch = MixedBatch(*batch, torch.from_numpy(mix_table(MIX, 0, 0, step, samples, size)))
         run_step(state, batch, step, optimizer_step=(step + 1) % accumulation == 0)
 
@@ -308,7 +308,7 @@ def test_checkpoints_move_between_runs_with_and_without_graphs(
 def test_impossible_cuda_graph_is_user_error() -> None:
     with pytest.raises(UserError, match=r"^train\.cuda_graph=on is not possible, since the device is a cpu; use auto"):
         make_state(small_net(), cuda_graph="on")
-    assert not make_state(small_net(), cuda_graph="auto").uses_cuda_graph
+    assert not make_state(small_net(), cuda_graph="auto").plan.uses_cuda_graph
 
 
 @on_the_cpu
@@ -328,20 +328,20 @@ def test_impossible_cuda_graph_is_user_error() -> None:
 )
 def test_graph_obstacles_are_named_and_auto_disables(settings: Settings, amp: torch.dtype | None, reason: str) -> None:
     gpu = torch.device("cuda", 0)
-    assert precision.uses_cuda_graph(TrainConfig(), gpu, torch.bfloat16)
-    assert not precision.uses_cuda_graph(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
-    assert not precision.uses_cuda_graph(TrainConfig(**settings), gpu, amp)
+    assert execution.uses_cuda_graph(TrainConfig(), gpu, torch.bfloat16)
+    assert not execution.uses_cuda_graph(TrainConfig(cuda_graph="off"), gpu, torch.bfloat16)
+    assert not execution.uses_cuda_graph(TrainConfig(**settings), gpu, amp)
     with pytest.raises(UserError, match=reason):
-        precision.uses_cuda_graph(TrainConfig(cuda_graph="on", **settings), gpu, amp)
+        execution.uses_cuda_graph(TrainConfig(cuda_graph="on", **settings), gpu, amp)
 
 
 @on_the_cpu
 def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "get_world_size", lambda: 4)
+    monkeypatch.setattr(execution, "get_world_size", lambda: 4)
     gpu = torch.device("cuda", 0)
-    assert not precision.uses_cuda_graph(TrainConfig(), gpu, None)
+    assert not execution.uses_cuda_graph(TrainConfig(), gpu, None)
     with pytest.raises(UserError, match="since there are 4 ranks; use auto or off, or one GPU"):
-        precision.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
+        execution.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
 
 
 # On a GPU, with deterministic kernels and SGD: Adam would amplify rounding errors, since it divides by small roots of
@@ -376,7 +376,7 @@ def on_gpu(
     network = (network or small_net()).to(device).to(memory_format=torch.channels_last)
     config = TrainConfig.model_validate({"compile": "off", "lr": LR, "epochs": 2, "optimizer": SGD, **settings})
     built = build_optimizer(network, config.optimizer, config.lr)
-    return build_state(network, built, config, device, mixes=mixes)
+    return build_state(network, built, config, build_plan(config, device, mixes=mixes))
 
 
 def gpu_loaders(
@@ -407,7 +407,7 @@ def test_captured_epochs_equal_plain_epochs_on_gpu(settings: Settings, npy_data:
     results = {}
     for graph in ("on", "off"):
         state = on_gpu(gpu, cuda_graph=graph, **settings)
-        mix = MIX if state.mixes else None
+        mix = MIX if state.plan.mixes else None
         loader, _ = gpu_loaders(npy_data, gpu, state.config.accumulation_steps, mix)
         warm_up.warm_up(state, loader)
         assert isinstance(state.captured_step, cuda_graph.CapturedStep) == (graph == "on")
@@ -424,7 +424,7 @@ def test_captured_stages_equal_plain_stages_on_gpu(kind: str, npy_data: Path, gp
     for graph in ("on", "off"):
         torch.manual_seed(0)
         state = on_gpu(gpu, PoolingNet(12), cuda_graph=graph, **GPU_KINDS[kind])
-        mix = MIX if state.mixes else None
+        mix = MIX if state.plan.mixes else None
         loader, _ = gpu_loaders(npy_data, gpu, state.config.accumulation_steps, mix, stages)
         warm_up.warm_up(state, loader)
         results[graph] = train_epochs(state, loader)
@@ -495,7 +495,8 @@ def test_replayed_dropout_equals_plain_kernels_with_same_seed(gpu: torch.device)
     batch = Batch(*(part.to(gpu) for part in random_batch(8)))
     warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, gpu))
     masks = []
-    for step in (state.step, train_step, state.step):
+    assert state.captured_step is not None
+    for step in (state.captured_step, train_step, state.captured_step):
         for seed in (1, 2):
             torch.cuda.manual_seed(seed)
             step(state, batch)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from configs.utils.errors import UserError
 from helpers.training import CPU, alone, make_state, on_ranks, random_batch
 from models import build_model
+from pipelines.interfaces import Position
 from train.distributed.process_group import Ranks
 from train.engine import epoch as loop
 from train.engine import warm_up
@@ -179,7 +180,7 @@ def test_epoch_keeps_frozen_norms_in_eval_mode(monkeypatch: pytest.MonkeyPatch) 
     state = make_state(model)
 
     class Empty:
-        state: Any = {"epoch": 0, "step": 0}  # noqa: RUF012
+        position = Position(0)
         wait_s = 0.0
         stages = (None,)
 

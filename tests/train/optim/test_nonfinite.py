@@ -16,7 +16,7 @@ from helpers.trees import assert_equal_trees
 from models import Normalize, PixelClassifier
 from models.speedrun import SpeedrunNet
 from pipelines.loader.batches import Batch
-from train.engine import precision
+from train.engine import execution
 from train.engine.state import TrainState, restart_in_place
 from train.engine.step import train_step
 from train.engine.warm_up import blank_batch, warm_up_training
@@ -144,10 +144,10 @@ def test_optimizer_that_needs_host_is_not_captured() -> None:
     gpu = torch.device("cuda")
     for name, captures in (("adamw", True), ("sgd", True), ("muon", False), ("rmsprop", False)):
         config = TrainConfig(on_nonfinite="skip", optimizer=OptimizerConfig(name=name))
-        assert precision.uses_cuda_graph(config, gpu, torch.bfloat16) == captures
+        assert execution.uses_cuda_graph(config, gpu, torch.bfloat16) == captures
         if not captures:
             with pytest.raises(UserError, match=f"checks the gradients of {name} on the host"):
-                precision.uses_cuda_graph(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
+                execution.uses_cuda_graph(config.model_copy(update={"cuda_graph": "on"}), gpu, None)
 
 
 @pytest.mark.parametrize(

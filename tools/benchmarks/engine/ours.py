@@ -86,7 +86,7 @@ def training(config: Config, variants: Variants) -> Iterator[dict[str, Workload]
         resident_batch = next(iter(loader))
         loader.position = Position(0)
         batch_size = config.data.batch_size
-        precision = str(state.amp or torch.float32).removeprefix("torch.")
+        precision = str(state.plan.amp or torch.float32).removeprefix("torch.")
         common: dict[str, object] = {"batch_size": batch_size, "precision": precision}
         details = dict(common)
         steps = _with_memory(_steps(state, itertools.repeat(resident_batch)), device, details)
@@ -121,9 +121,9 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         batch = Batch(images, distinct.labels[indices])
         del distinct, images, indices
         state = Job(config, dataset, Ranks(), device).build_state(side, pretrained=False)
-        if state.needs_warmup:
+        if state.plan.needs_warmup:
             warm_up_training(state, blank_batch(batch_size, side, device))
-        if state.mixes:
+        if state.plan.mixes:
             batch = identity_mix(batch)  # the cost of a step does not depend on the mixing weights
         set_training_mode(state.forward)
         steps, images_per_step = _steps(state, itertools.repeat(batch)), batch_size * config.train.accumulation_steps
