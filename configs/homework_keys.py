@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from configs.suggestions import KeyPath, format_value, one_line_error, suggest_keys
 
@@ -30,7 +30,7 @@ SCHEDULES = {  # keys: lowercase letters of the homework's name, without a final
 class HomeworkValue(NamedTuple):
     """Value of a homework key and its origin."""
 
-    value: Any
+    value: object
     origin: str  # file and line, or --opts
 
 
@@ -39,18 +39,18 @@ class KeyRule:
     """Translation of one homework key."""
 
     target: str = ""  # dotted setting; empty: the key has no effect here
-    default: Any = None  # the homework's value if the key is missing; None: the schema's default
-    convert: Callable[[Any], Any] = lambda value: value
-    null: Any = None  # value that replaces a null in the file; None: use the default
+    default: object = None  # the homework's value if the key is missing; None: the schema's default
+    convert: Callable[[object], object] = lambda value: value
+    null: object = None  # value that replaces a null in the file; None: use the default
     without: str = ""  # for messages, what applies if the key is missing; empty: `default`
     optimizers: tuple[str, ...] = ()  # optimizers to which the default applies; empty: all
 
 
-def _lower(value: Any) -> Any:
+def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-def _schedule(value: Any) -> Any:
+def _schedule(value: object) -> object:
     """Return the name of the schedule for a scheduler name such as cosine, StepLR, ReduceLROnPlateau or one_cycle.
 
     Unknown names are returned unchanged.
@@ -59,21 +59,21 @@ def _schedule(value: Any) -> Any:
     return SCHEDULES.get(letters, value)
 
 
-def _zero_is_null(value: Any) -> Any:
+def _zero_is_null(value: object) -> object:
     return None if type(value) in (int, float) and value == 0 else value
 
 
-def _empty_is_null(value: Any) -> Any:
+def _empty_is_null(value: object) -> object:
     return None if value == "" else value
 
 
-def _crop_mode(value: Any) -> Any:
+def _crop_mode(value: object) -> object:
     if not isinstance(value, bool):
         raise ValueError("must be true (the central square) or false (the whole image, squashed)")
     return "center" if value else "squash"
 
 
-def _policy(value: Any) -> Any:
+def _policy(value: object) -> object:
     return "none" if value is False or _lower(value) in ("", "none", "off") else value
 
 
@@ -125,7 +125,7 @@ SECTIONS = list(dict.fromkeys(key.rsplit(".", n)[0] for key in KEYS for n in ran
 
 
 def flatten_keys(
-    values: Mapping[str, Any], origins: Mapping[KeyPath, str], path: KeyPath = ()
+    values: Mapping[str, object], origins: Mapping[KeyPath, str], path: KeyPath = ()
 ) -> dict[str, HomeworkValue]:
     """Return the values of nested homework keys by dotted key.
 
@@ -141,15 +141,15 @@ def flatten_keys(
     for name, value in values.items():
         key_path = (*path, name)
         key, origin = ".".join(key_path), origins[key_path]
+        problem = ""
         if "." not in name and key in KEYS:
             found[key] = HomeworkValue(value, origin)
         elif "." in name or key not in SECTIONS:
-            raise one_line_error(
-                f"{origin}: {key}={format_value(value)} is unknown; {suggest_keys(key_path, [*SECTIONS, *KEYS])}"
-            )
+            problem = f"is unknown; {suggest_keys(key_path, [*SECTIONS, *KEYS])}"
         elif isinstance(value, Mapping):
             found |= flatten_keys(value, origins, key_path)
-        elif value is not None:  # a section without keys
-            allowed = suggest_keys((*key_path, ""), [*SECTIONS, *KEYS])
-            raise one_line_error(f"{origin}: {key}={format_value(value)} must be a section; {allowed}")
+        elif value is not None:  # null is a section without keys
+            problem = f"must be a section; {suggest_keys((*key_path, ''), [*SECTIONS, *KEYS])}"
+        if problem:
+            raise one_line_error(f"{origin}: {key}={format_value(value)} {problem}")
     return found

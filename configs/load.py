@@ -35,14 +35,14 @@ SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): au
 class _Layer:
     """Settings from one source, or merged from several sources."""
 
-    settings: dict[str, Any] = field(default_factory=dict)  # nested; keys in lower case
+    settings: dict[str, object] = field(default_factory=dict)  # nested; keys in lower case
     origins: dict[KeyPath, str] = field(default_factory=dict)  # per key: file and line, --opts, or argument
     homework_values: dict[str, HomeworkValue] = field(default_factory=dict)  # by the homework's dotted keys
     is_homework: bool = False  # a file has homework keys, so the homework's defaults apply
     warnings: tuple[str, ...] = ()
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: Any) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: object) -> Config:
     """Load a config file with its bases, apply overrides and then replacements, and validate the result.
 
     Args:
@@ -62,11 +62,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     values, origins, warnings = layer.settings, dict(layer.origins), list(layer.warnings)
     labels: dict[KeyPath, str] = {}
     if layer.homework_values or layer.is_homework:
-        translation = translate(layer.homework_values, layer.settings, layer.is_homework, str(path))
-        values = {}
-        for key, value in translation.values.items():
-            values = _merge(values, _nested(key, value))
-        values = _merge(values, layer.settings)
+        translation = translate(layer.homework_values, values, layer.is_homework, str(path))
+        values = reduce(_merge, [_nested(key, value) for key, value in translation.values.items()] + [values])
         for key, (label, origin) in translation.sources.items():
             key_path = tuple(key.split("."))
             labels[key_path], origins[key_path] = label, origin
@@ -100,7 +97,7 @@ def parse_config(text: str, source: str) -> Config:
         UserError: The text is not a valid config. The message names `source` as its origin.
     """
     document = yaml.parse(text, source)
-    return _validate(document.value, {key: f"{source}:{line}" for key, line in document.lines.items()}, {}, source)
+    return _validate(document.value, document.origins, {}, source)
 
 
 def to_yaml(config: Config) -> str:
@@ -145,17 +142,14 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
         raise one_line_error(
             f"{path} contains {format_value(own)}, but a config is a mapping such as `train: {{epochs: 5}}`"
         )
-    bases = _pop_bases(own, document, path)
-    origins = {key: f"{path}:{line}" for key, line in document.lines.items()}
-    warnings = tuple(
-        f"{path}:{line}: {'.'.join(key)} is given twice (first in line {before}); the last one counts"
-        for key, line, before in document.repeated
-    )
-    files = [_read_file(path.parent / path_argument(base), (*including, path), opened) for base in bases]
-    return reduce(_overlay, [*files, _layer(own, origins, warnings=warnings, is_file=True)])
+    bases = [
+        _read_file(path.parent / path_argument(base), (*including, path), opened)
+        for base in _pop_bases(own, document.origins)
+    ]
+    return reduce(_overlay, [*bases, _layer(own, document.origins, tuple(document.warnings), is_file=True)])
 
 
-def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> list[str]:
+def _pop_bases(values: dict[str, object], origins: Mapping[KeyPath, str]) -> list[str]:
     """Remove the keys `base` and `BASE` from a file's values, and return the file names they contain.
 
     Raises:
@@ -166,9 +160,8 @@ def _pop_bases(values: dict[str, Any], document: yaml.Document, path: Path) -> l
         names = values.pop(key, None)
         names = [names] if isinstance(names, str) else [] if names is None else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            line = document.lines[(key,)]
             raise one_line_error(
-                f"{path}:{line}: {key}={format_value(names)} must be a file name or a list of file names"
+                f"{origins[key,]}: {key}={format_value(names)} must be a file name or a list of file names"
             )
         bases += [name for name in names if name or key == "base"]  # the homework's default is one empty name
     return bases
@@ -213,7 +206,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
 
 
 def _layer(
-    values: dict[str, Any], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
+    values: dict[str, object], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
 ) -> _Layer:
     """Return a layer with these values. Uppercase top-level keys are homework keys.
 
@@ -249,32 +242,38 @@ def _overlay(old: _Layer, new: _Layer) -> _Layer:
     )
 
 
-def _remove(values: Any, key_path: KeyPath) -> Any:
+def _remove(values: dict[str, object], key_path: KeyPath) -> dict[str, object]:
     """Return nested values without the key `key_path`."""
     first, *rest = key_path
-    if not isinstance(values, Mapping) or first not in values:
-        return values
-    others = {key: value for key, value in values.items() if key != first}
-    return {**others, first: _remove(values[first], tuple(rest))} if rest else others
+    if not rest:
+        return {key: value for key, value in values.items() if key != first}
+    section = values.get(first)
+    return {**values, first: _remove(section, tuple(rest))} if isinstance(section, dict) else values
 
 
-def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
+def _nested(dotted_key: str, value: object) -> dict[str, object]:
     """Return nested mappings for a dotted key, e.g. {a: {b: value}} for a.b."""
-    for key in reversed(dotted_key.split(".")):
-        value = {key: value}
-    return dict(value)
+    *sections, last = dotted_key.split(".")
+    nested = {last: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
 
 
-def _merge(old: Any, new: Any, path: KeyPath = ()) -> Any:
+def _merge(old: Mapping[str, object], new: Mapping[str, object], path: KeyPath = ()) -> dict[str, object]:
     """Merge `new` over `old`. Mappings are merged key by key, and any other value is replaced."""
-    if path in SHORTHANDS:
-        old = SHORTHANDS[path](old)  # so that, for example, a hue can be added to a single number
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        return new
-    return {**old, **{key: _merge(old.get(key), value, (*path, key)) for key, value in new.items()}}
+    merged = dict(old)
+    for key, value in new.items():
+        before, key_path = merged.get(key), (*path, key)
+        if key_path in SHORTHANDS:
+            before = SHORTHANDS[key_path](before)  # so that, for example, a hue can be added to a single number
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = _merge(before, value, key_path)
+        merged[key] = value
+    return merged
 
 
-def _key_paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
+def _key_paths(values: object, path: KeyPath = ()) -> Iterator[KeyPath]:
     """Yield the path of every key of nested values. The path of a section precedes the paths of its keys."""
     if path:
         yield path
@@ -283,7 +282,7 @@ def _key_paths(values: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
             yield from _key_paths(value, (*path, key))
 
 
-def _validate(values: Any, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], source: str) -> Config:
+def _validate(values: object, origins: Mapping[KeyPath, str], labels: Mapping[KeyPath, str], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from configs.schema.section import Section
 from configs.utils.errors import UserError
@@ -18,7 +17,7 @@ def one_line_error(message: str) -> UserError:
     return UserError(" ".join(message.split()))
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Return a value as one line of JSON (also valid YAML), shortened to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=lambda it: dict(it) if isinstance(it, Section) else str(it))
     return text if len(text) <= 80 else text[:77] + "..."

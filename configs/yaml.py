@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from configs.suggestions import KeyPath, format_value, one_line_error
 
@@ -20,9 +19,15 @@ from configs.suggestions import KeyPath, format_value, one_line_error
 class Document:
     """A parsed YAML document."""
 
-    value: Any = None
+    source: str  # its name in messages
+    value: object = None
     lines: dict[KeyPath, int] = field(default_factory=dict)  # line of each key, counted from 1
-    repeated: list[tuple[KeyPath, int, int]] = field(default_factory=list)  # key, line, previous line
+    warnings: list[str] = field(default_factory=list)  # about repeated keys
+
+    @property
+    def origins(self) -> dict[KeyPath, str]:
+        """Source and line of each key."""
+        return {key: f"{self.source}:{line}" for key, line in self.lines.items()}
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
@@ -40,13 +45,13 @@ _CORE_TYPES = {  # YAML 1.2: 1e-3 is a float, off and no are strings, 010 is ten
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str | None, Any] = {}  # noqa: RUF012 (PyYAML's attribute; drops YAML 1.1 types)
+    yaml_implicit_resolvers: dict[str | None, object] = {}  # noqa: RUF012 (PyYAML's attribute; drops YAML 1.1 types)
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         problem = "nested too deeply" if self._depth > MAX_DEPTH else None
         if self.check_event(yaml.AliasEvent):  # this also rules out recursive and exponentially growing documents
             problem = "aliases are not supported; use base: for shared parts"
@@ -79,7 +84,7 @@ for _tag, _pattern in _CORE_TYPES.items():
     _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
-def dump(values: Any) -> str:
+def dump(values: object) -> str:
     """Return plain values as YAML. Keys keep their order."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
@@ -93,7 +98,7 @@ def parse(text: str, source: str) -> Document:
     return _parse(_Loader, text, source, line_numbers=True)
 
 
-def parse_value(text: str, source: str) -> Any:
+def parse_value(text: str, source: str) -> object:
     """Parse one command-line value, in which `#` does not start a comment and a leading `&` does not start an anchor.
 
     Raises:
@@ -113,10 +118,10 @@ def parse_value(text: str, source: str) -> Any:
 def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool) -> Document:
     if len(text) > MAX_CHARACTERS:
         raise one_line_error(f"{source} has {len(text):,} characters; a config may have at most {MAX_CHARACTERS:,}")
-    document = Document()
+    document = Document(source)
     try:
-        node = loader(text).get_single_node()
-        document.value = None if node is None else _construct(node, (), document)
+        if (node := loader(text).get_single_node()) is not None:
+            document.value = _construct(node, (), document)
         return document
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -127,24 +132,22 @@ def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool)
         raise one_line_error(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
     except RecursionError:
         raise one_line_error(f"{source}: nested too deeply") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # PyYAML does not catch errors of chr() and int() on bad escapes
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() and int() also fail on bad escapes
         raise one_line_error(f"{source} is not valid YAML ({error})") from None
 
 
-def _construct(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+def _construct(node: yaml.Node, path: KeyPath, document: Document) -> object:
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if isinstance(node, yaml.MappingNode) and kind == "map":
         return _construct_mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode) and kind == "seq":
-        return [_construct(item, path, Document()) for item in node.value]
+        return [_construct(item, path, Document(document.source)) for item in node.value]
     if isinstance(node, yaml.ScalarNode) and re.fullmatch(_CORE_TYPES.get(node.tag, "(?s:.*)"), node.value):
         text = node.value
-        if kind in ("null", "str"):
-            return None if kind == "null" else text
+        if kind == "null":
+            return None
+        if kind == "str":
+            return text
         if kind in ("int", "float"):
             return _number(text, node)
         if kind == "bool":
@@ -162,21 +165,21 @@ def _number(text: str, node: yaml.Node) -> int | float:
     return number
 
 
-def _construct_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _construct_mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, object]:
+    values: dict[str, object] = {}
     lines = document.lines
     for key_node, value_node in node.value:
-        key, line = _construct(key_node, (), Document()), key_node.start_mark.line + 1
+        key, line = _construct(key_node, (), Document(document.source)), key_node.start_mark.line + 1
         if not isinstance(key, str):
             raise yaml.MarkedYAMLError(
                 problem=f"key {format_value(key)} must be text", problem_mark=key_node.start_mark
             )
         key_path = (*path, key)
         if key in values:
+            problem = f"{'.'.join(key_path)} is given twice (first in line {lines[key_path]})"
             if not key_path[0].isupper():
-                problem = f"key {'.'.join(key_path)} is given twice (first in line {lines[key_path]}); keep one"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            document.repeated.append((key_path, line, lines[key_path]))
+                raise yaml.MarkedYAMLError(problem=f"key {problem}; keep one", problem_mark=key_node.start_mark)
+            document.warnings.append(f"{document.source}:{line}: {problem}; the last one counts")
         lines[key_path] = line
         values[key] = _construct(value_node, key_path, document)
     return values
