@@ -51,7 +51,7 @@ def from_first_rank(compute: Callable[[], Result]) -> Result:
     """Call `compute` on rank 0 and return its result on every rank. All ranks must call this function.
 
     Raises:
-        UserError: `compute` raised a UserError. Every rank raises it with the same message. Any other exception is
+        UserError: `compute` raised a UserError. Every rank raises it with the same message. Other exceptions are
             raised only on rank 0.
     """
     box: list[Any] = [None, None]

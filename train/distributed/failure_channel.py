@@ -1,29 +1,33 @@
 """Connect all ranks to rank 0, so that every rank learns immediately when another rank fails or is lost.
 
-A killed rank cannot report anything, but the kernel closes its connection, so the ranks connected to it notice.
-`launcher` decides how a rank reacts to a failure. Messages are newline-delimited JSON. Each start or restart of the
-ranks has a new launch id, so that stale processes from before a restart are ignored.
+A killed rank cannot report anything, but the kernel closes its connection, so the ranks connected to it notice. torch's
+store cannot do this: it does not watch its clients, and its host may be the machine that fails. `launcher` decides how
+a rank reacts to a failure.
+
+Each end of a connection first sends the line `LAUNCH_ID RANK`, rank 0 before the other rank. Each start or restart of
+the ranks has a new launch id, so that stale processes from before a restart are ignored. The lines that follow are
+failures as JSON, or null from a rank that leaves.
 """
 
 from __future__ import annotations
 
 import json
-import selectors
 import socket
+import struct
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol
 
 from configs.utils.errors import UserError
 from train.distributed.process_group import Ranks
 
 ADDRESS_KEY = "zhu/failure_channel"
-SEND_TIMEOUT_S = 2.0  # limit for a rank that does not read
-MAX_LINE_BYTES = 200_000  # a longer message is not from a rank
+SEND_TIMEOUT_S = 2  # limit for a rank that does not read, and for a program at the address of an earlier rank 0
+MAX_HELLO_BYTES = 100  # a longer first line is not from a rank
 # A failed machine does not close its connections, so it counts as lost after about 55 s without an answer.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
 
@@ -52,6 +56,9 @@ class Failure:
 class FailureChannel:
     """One rank's end of the failure channel.
 
+    Rank 0 is connected to all other ranks. It decides which failure came first, and sends it to them. The other ranks
+    are connected to rank 0 only.
+
     Args:
         ranks: Rank and world size of this process.
         on_failure: Called in a separate thread with the first failure of any rank, unless this rank failed first.
@@ -61,6 +68,9 @@ class FailureChannel:
     def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
         self.launch_id = launch_id
         self._ranks, self._on_failure = ranks, on_failure
+        self._expected = set(range(1, ranks.world_size)) if ranks.is_first else {0}
+        self._connections: dict[int, socket.socket] = {}  # by rank
+        self._all_connected = threading.Event()
         self._first: Failure | None = None
         self._has_failed = threading.Event()
         self._lock = threading.Lock()
@@ -77,30 +87,92 @@ class FailureChannel:
         Returns:
             The first failure that rank 0 has received, or `failure` if rank 0 does not answer within `timeout_s`.
         """
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Leave the channel. The other ranks do not count this as a failure."""
-        raise NotImplementedError
+        if self._ranks.is_first:
+            self._record(failure)
+        else:
+            _send(self._connections[0], failure)
+        return self.first_failure(timeout_s) or failure
 
     def all_connected(self, timeout_s: float) -> bool:
         """On rank 0, wait up to `timeout_s` for ranks that are still starting. Return True if all are connected.
 
         Other ranks do not wait, and always return True.
         """
-        return True
+        return self._all_connected.wait(timeout_s)
 
     def missing_ranks(self) -> list[int]:
         """Return the ranks that have not connected to rank 0 yet. On other ranks, the list is always empty."""
-        return []
+        with self._lock:
+            return sorted(self._expected - self._connections.keys())
 
-    def _set_first(self, failure: Failure) -> None:
-        """Store the first failure. If another rank failed, call `on_failure` in a separate thread.
+    def close(self) -> None:
+        """Leave the channel. The other ranks do not count this as a failure."""
+        self._is_closed = True
+        with self._lock:
+            for connection in self._connections.values():
+                _send(connection, None)
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
-        The caller must hold `_lock`.
+    def accept(self, server: socket.socket) -> None:
+        """On rank 0, accept connections of the other ranks until the channel is closed."""
+        while not self._is_closed:
+            with suppress(OSError):
+                connection, _ = server.accept()
+                threading.Thread(target=self._welcome, args=(connection,), daemon=True).start()
+
+    def _welcome(self, connection: socket.socket) -> None:
+        with suppress(OSError, ValueError):  # it is not from a rank of this launch
+            self.join(connection)
+
+    def join(self, connection: socket.socket) -> None:
+        """Add a connection to the channel, and listen to it in a separate thread.
+
+        Raises:
+            OSError, ValueError: The other end does not answer, or is not a rank of this launch.
         """
-        self._first = failure
-        self._has_failed.set()
+        try:
+            hello, lines = f"{self.launch_id} {self._ranks.rank}\n".encode(), connection.makefile("rb")
+            if self._ranks.is_first:
+                connection.sendall(hello)
+            launch_id, number = lines.readline(MAX_HELLO_BYTES).decode().split()
+            if launch_id != self.launch_id or (rank := int(number)) not in self._expected:
+                raise ValueError("a rank of another launch")
+            if not self._ranks.is_first:  # not before: rank 0 would count a rank that gives up waiting as lost
+                connection.sendall(hello)
+            _set_options(connection)
+        except (OSError, ValueError):
+            connection.close()
+            raise
+        with self._lock:
+            self._connections[rank] = connection
+            if self._first is not None:
+                _send(connection, self._first)
+            if self._connections.keys() == self._expected:
+                self._all_connected.set()
+        threading.Thread(target=self._listen, args=(rank, lines), daemon=True, name="failure-channel").start()
+
+    def _listen(self, rank: int, lines: BinaryIO) -> None:
+        """Receive failures from a rank. If the connection ends without the rank leaving, the rank is lost."""
+        has_left = False
+        with suppress(OSError, ValueError):
+            for line in lines:
+                if (content := json.loads(line)) is None:
+                    has_left = True
+                else:
+                    self._record(Failure(**content))
+        if not has_left and not self._is_closed:
+            self._record(Failure(rank, "", is_lost=True))
+
+    def _record(self, failure: Failure) -> None:
+        """If the failure is the first one, send it to the connected ranks, and call `on_failure` unless it is ours."""
+        with self._lock:
+            if self._first is not None:
+                return
+            self._first = failure
+            self._has_failed.set()
+            for connection in self._connections.values():
+                _send(connection, failure)
         if failure.rank != self._ranks.rank:
             threading.Thread(target=self._on_failure, args=(failure,), daemon=True).start()
 
@@ -124,15 +196,19 @@ def connect(
         UserError: Rank 0 does not answer in time.
     """
     if ranks.is_first:
-        coordinator = Coordinator(ranks, on_failure, uuid.uuid4().hex)
-        store.set(ADDRESS_KEY, f"{coordinator.port} {coordinator.launch_id}")
-        return coordinator
+        channel = FailureChannel(ranks, on_failure, uuid.uuid4().hex)
+        server = _create_server(ranks.world_size)
+        threading.Thread(target=channel.accept, args=(server,), daemon=True, name="failure-channel").start()
+        store.set(ADDRESS_KEY, f"{server.getsockname()[1]} {channel.launch_id}")
+        return channel
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if store.check([ADDRESS_KEY]):
             port, launch_id = store.get(ADDRESS_KEY).decode().split()
-            with suppress(OSError):
-                return Member(ranks, on_failure, launch_id, _handshake(address, int(port), launch_id, ranks.rank))
+            channel = FailureChannel(ranks, on_failure, launch_id)
+            with suppress(OSError, ValueError):
+                channel.join(socket.create_connection((address, int(port)), timeout=SEND_TIMEOUT_S))
+                return channel
         time.sleep(0.05)
     raise UserError(
         f"rank 0 did not answer at {address} within {timeout_s:.0f} s; check whether it was started, and whether a "
@@ -140,195 +216,26 @@ def connect(
     )
 
 
-def _handshake(address: str, port: int, launch_id: str, rank: int) -> socket.socket:
-    """Connect to rank 0. Raises OSError if this fails, or if the greeting does not contain `launch_id`."""
-    connection = socket.create_connection((address, port), timeout=SEND_TIMEOUT_S)
-    try:
-        greeting = b""
-        while not greeting.endswith(b"\n") and len(greeting) < 100:
-            if not (received := connection.recv(1)):
-                raise ConnectionError("no greeting")
-            greeting += received
-        if greeting.decode(errors="replace").strip() != launch_id:
-            raise ConnectionError("the greeting of another launch")
-        _send(connection, {"launch_id": launch_id, "rank": rank})
-    except OSError:
-        connection.close()
-        raise
-    return connection
+def _create_server(connections: int) -> socket.socket:
+    """Listen on a free port on all network interfaces."""
+    backlog = max(128, connections)
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _parse_failure(message: dict[str, Any]) -> Failure:
-    return Failure(**message["failure"])
-
-
-def _keep_alive(connection: socket.socket) -> None:
+def _set_options(connection: socket.socket) -> None:
+    """Let receiving wait forever, sending up to SEND_TIMEOUT_S, and detect failed machines."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT_S, 0))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEP_ALIVE.items():
         if (option := getattr(socket, name, None)) is not None:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-@dataclass
-class _Peer:
-    """One connection and its state. `rank` is None until the peer has identified itself."""
-
-    connection: socket.socket
-    rank: int | None = None
-    buffer: bytes = b""
-    has_closed: bool = False
-
-    def read_messages(self) -> list[dict[str, Any]] | None:
-        """Receive data and return the complete messages, or None if the connection has ended or is not from a rank."""
-        try:
-            received = self.connection.recv(65536)
-            if not received or len(self.buffer) > MAX_LINE_BYTES:
-                return None
-            *lines, self.buffer = (self.buffer + received).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
-            return None
-        return messages if all(isinstance(message, dict) for message in messages) else None
-
-
-class Member(FailureChannel):
-    """End of the failure channel on a rank other than 0."""
-
-    def __init__(
-        self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str, connection: socket.socket
-    ) -> None:
-        super().__init__(ranks, on_failure, launch_id)
-        _keep_alive(connection)
-        connection.settimeout(None)
-        self._peer = _Peer(connection, rank=0)
-        threading.Thread(target=self._listen, daemon=True, name="failure-channel").start()
-
-    def _listen(self) -> None:
-        while (messages := self._peer.read_messages()) is not None:
-            for message in messages:
-                if "failure" in message:
-                    self._receive(_parse_failure(message))
-                elif "closed" in message:
-                    self._peer.has_closed = True
-        if not self._peer.has_closed and not self._is_closed:
-            self._receive(Failure(0, "", is_lost=True))
-
-    def _receive(self, failure: Failure) -> None:
-        with self._lock:
-            if self._first is None:
-                self._set_first(failure)
-
-    def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
-        with suppress(OSError):
-            _send(self._peer.connection, {"failure": asdict(failure)})
-        return self.first_failure(timeout_s) or failure  # this failure, if rank 0 does not answer
-
-    def close(self) -> None:
-        self._is_closed = True
-        with suppress(OSError):
-            _send(self._peer.connection, {"closed": True})
-            self._peer.connection.shutdown(socket.SHUT_RDWR)
-
-
-class Coordinator(FailureChannel):
-    """End of the failure channel on rank 0. Decides which failure came first, and sends it to all other ranks."""
-
-    def __init__(self, ranks: Ranks, on_failure: Callable[[Failure], None], launch_id: str) -> None:
-        super().__init__(ranks, on_failure, launch_id)
-        self._peers: list[_Peer] = []
-        self._all_connected = threading.Event()
-        self._server = _create_server(ranks.world_size)
-        self.port: int = self._server.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._server, selectors.EVENT_READ, None)
-        threading.Thread(target=self._serve, daemon=True, name="failure-channel").start()
-
-    def _serve(self) -> None:
-        while not self._is_closed:
-            for key, _ in self._selector.select(timeout=1.0):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._read(key.data)
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            connection, _ = self._server.accept()
-            connection.settimeout(SEND_TIMEOUT_S)
-            _keep_alive(connection)
-            connection.sendall(f"{self.launch_id}\n".encode())
-            self._selector.register(connection, selectors.EVENT_READ, _Peer(connection))
-
-    def _read(self, peer: _Peer) -> None:
-        messages = peer.read_messages()
-        if messages is None:
-            self._selector.unregister(peer.connection)
-            peer.connection.close()
-            if peer.rank is not None and not peer.has_closed and not self._is_closed:
-                self._record(Failure(peer.rank, "", is_lost=True))
-            return
-        for message in messages:
-            if peer.rank is None:
-                self._register(peer, message)
-            elif "failure" in message:
-                self._record(_parse_failure(message))
-            elif "closed" in message:
-                peer.has_closed = True
-
-    def _register(self, peer: _Peer, message: dict[str, Any]) -> None:
-        if message.get("launch_id") != self.launch_id:
-            return
-        with self._lock:
-            peer.rank = int(message["rank"])
-            self._peers.append(peer)
-            if self._first is not None:
-                self._send_to(peer, {"failure": asdict(self._first)})
-            if len(self._peers) == self._ranks.world_size - 1:
-                self._all_connected.set()
-
-    def _record(self, failure: Failure) -> Failure:
-        """Record a failure, and send it to the other ranks if it is the first one. Return the first failure."""
-        with self._lock:
-            if self._first is None:
-                self._set_first(failure)
-                for peer in self._peers:
-                    self._send_to(peer, {"failure": asdict(failure)})
-            assert self._first is not None
-            return self._first
-
-    @staticmethod
-    def _send_to(peer: _Peer, message: dict[str, Any]) -> None:
-        with suppress(OSError):
-            _send(peer.connection, message)
-
-    def report_failure(self, failure: Failure, timeout_s: float = 5.0) -> Failure:
-        return self._record(failure)
-
-    def all_connected(self, timeout_s: float) -> bool:
-        return self._all_connected.wait(timeout_s)
-
-    def missing_ranks(self) -> list[int]:
-        with self._lock:
-            return sorted(set(range(1, self._ranks.world_size)) - {peer.rank for peer in self._peers})
-
-    def close(self) -> None:
-        self._is_closed = True
-        with self._lock:
-            for peer in self._peers:
-                self._send_to(peer, {"closed": True})
-                with suppress(OSError):
-                    peer.connection.shutdown(socket.SHUT_RDWR)
-
-
-def _create_server(connections: int) -> socket.socket:
-    """Listen on a free port on all network interfaces."""
-    if socket.has_dualstack_ipv6():
-        with suppress(OSError):
-            return socket.create_server(
-                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=max(128, connections)
-            )
-    return socket.create_server(("", 0), backlog=max(128, connections))
+def _send(connection: socket.socket, failure: Failure | None) -> None:
+    """Send a failure, or None to say that this rank leaves. If the other end is gone, do nothing."""
+    with suppress(OSError):
+        connection.sendall(json.dumps(failure and asdict(failure)).encode() + b"\n")

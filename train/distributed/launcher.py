@@ -61,23 +61,24 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
     try:
         return main()
     except Exception as error:
-        _write_torchrun_error(str(error) if isinstance(error, UserError) else _error_line(error))
+        _write_torchrun_error(_error_line(error))
         raise
 
 
 class RankSupervisor:
-    """Ends this rank if any rank fails.
+    """Runs an entry point on this rank, and ends this rank if any rank fails.
 
-    Both the main thread and the thread that is notified of a failure may end the process. The first thread to acquire
-    `_exit_lock` does so.
+    The rank waits for the others, runs, and then succeeds, fails, or is stopped because another rank failed first. Both
+    the main thread and the thread that is notified of a failure may end the process. The first one to acquire
+    `_exit_lock`, which is never released, does so.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._exit_lock = threading.Lock()  # never released
-        self._channel: FailureChannel | None = None
-        self._all_joined = threading.Event()  # set when this rank ends
-        self._is_terminating = False
+        self._exit_lock = threading.Lock()
+        self._channel: FailureChannel | None = None  # None before this rank has connected
+        self._has_ended = threading.Event()
+        self._is_terminating = threading.Event()  # torchrun sent SIGTERM while this rank was ending
 
     def run(self, main: Callable[[], int | None]) -> int | None:
         """Run `main` and return its exit code. If any rank fails, exit the process instead."""
@@ -89,20 +90,20 @@ class RankSupervisor:
             os.environ[process_group.LAUNCH_ID_VARIABLE] = self._channel.launch_id
             code = main()
         except Exception as error:
-            self._all_joined.set()
             self._exit_failed(error)
-        except (SystemExit, KeyboardInterrupt):
-            self._close_channel()
-            raise
-        if (first := self._channel.first_failure()) is not None:
-            self._exit_lock.acquire()
-            self._exit_stopped(first)
-        self._close_channel()
-        return code
+        else:
+            if (first := self._channel.first_failure()) is not None:
+                self._exit_lock.acquire()
+                self._exit_stopped(first)
+            return code
+        finally:  # also after SystemExit and Ctrl-C
+            self._has_ended.set()
+            if self._channel is not None:
+                self._channel.close()
 
     def _warn_missing(self, timeout_s: float) -> None:
         """Warn if ranks have not started within JOIN_WARNING_S. Only rank 0 warns, or rank 1 if rank 0 is late."""
-        if self._all_joined.wait(JOIN_WARNING_S) or self._ranks.rank > 1:
+        if self._has_ended.wait(JOIN_WARNING_S) or self._exit_lock.locked() or self._ranks.rank > 1:
             return
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
         if missing != []:
@@ -111,68 +112,6 @@ class RankSupervisor:
                 f"warning: rank {self._ranks.rank} has waited {JOIN_WARNING_S:.0f} s for {others} to start (killed, or "
                 f"slow?), and waits up to {timeout_s / 60:.3g} minutes"
             )
-
-    def _close_channel(self) -> None:
-        self._all_joined.set()
-        if self._channel is not None:
-            self._channel.close()
-
-    def _exit_failed(self, error: Exception) -> NoReturn:
-        """End this rank after an error in its main thread."""
-        self._exit_lock.acquire()
-        signal.signal(signal.SIGTERM, self._on_sigterm)  # torchrun sends it as soon as any of its ranks ends
-        failure = self._describe_failure(error)
-        first = self._channel.report_failure(failure) if self._channel is not None else failure
-        if first == failure:
-            self._show(error, failure)
-            self._wait_for_others()
-            if torch.cuda.is_initialized():
-                time.sleep(GPU_EXIT_DELAY_S)
-            _exit(2 if failure.is_user_error else 1)
-        if first.is_user_error and failure.is_user_error and first.summary == failure.summary:
-            _write_torchrun_error(failure.summary, is_consequence=True)  # the same error on all ranks is printed once
-            _exit(2)
-        time.sleep(STOPPED_DELAY_S)
-        if not process_group.is_lost_peer(error):
-            _print_error(f"rank {failure.rank} failed as well: {failure.summary}")
-        self._exit_stopped(first)
-
-    def _describe_failure(self, error: Exception) -> Failure:
-        if isinstance(error, UserError):
-            return Failure(self._ranks.rank, printable(str(error)), is_user_error=True)
-        if not process_group.is_lost_peer(error):
-            return Failure(self._ranks.rank, _error_line(error))
-        if self._channel is not None and (first := self._channel.first_failure(CAUSE_TIMEOUT_S)) is not None:
-            return Failure(self._ranks.rank, f"stopped with rank {first.rank}")
-        if process_group.is_timeout(error):
-            minutes = process_group.GROUP_TIMEOUT.total_seconds() / 60
-            return Failure(
-                self._ranks.rank, f"waited {minutes:.3g} minutes for another rank, which is stopped or hangs"
-            )
-        return Failure(self._ranks.rank, LOST_CONNECTION)
-
-    def _show(self, error: Exception, failure: Failure) -> None:
-        """Print the error of this rank, the first one to fail, and write a summary to the file that torchrun reads."""
-        if failure.is_user_error:
-            _print_error(f"error: {failure.summary} (rank {failure.rank})")
-        elif process_group.is_lost_peer(error):
-            _print_error(f"rank {failure.rank} {failure.summary}; {_resume_advice()}")
-        else:
-            _print_error(f"rank {failure.rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}")
-        _write_torchrun_error(failure.summary)
-
-    def _wait_for_others(self) -> None:
-        """On rank 0, wait up to JOIN_TIMEOUT_S for ranks that are still starting, so that they learn of the failure.
-
-        Stop waiting if torchrun sends SIGTERM, since the missing ranks will then never connect.
-        """
-        end = time.monotonic() + JOIN_TIMEOUT_S
-        while self._channel is not None and time.monotonic() < end and not self._is_terminating:
-            if self._channel.all_connected(0.1):
-                return
-
-    def _on_sigterm(self, *_: object) -> None:
-        self._is_terminating = True
 
     def _on_peer_failure(self, first: Failure) -> None:
         """End this rank after a grace period, because another rank failed first.
@@ -185,17 +124,85 @@ class RankSupervisor:
         self._exit_lock.acquire()
         self._exit_stopped(first)
 
+    def _exit_failed(self, error: Exception) -> NoReturn:
+        """End this rank after an error in its main thread."""
+        self._exit_lock.acquire()
+        # torchrun sends SIGTERM as soon as any of its ranks ends
+        signal.signal(signal.SIGTERM, lambda *_: self._is_terminating.set())
+        failure = Failure(self._ranks.rank, self._summarize(error), isinstance(error, UserError))
+        first = self._channel.report_failure(failure) if self._channel is not None else failure
+        if first == failure:
+            self._exit(2 if failure.is_user_error else 1, _error_text(error, failure), failure.summary)
+        if first.is_user_error and failure.is_user_error and first.summary == failure.summary:
+            self._exit(2, None, failure.summary, is_consequence=True)  # the same error on all ranks is printed once
+        time.sleep(STOPPED_DELAY_S)
+        if not process_group.is_lost_peer(error):
+            _print_error(f"rank {failure.rank} failed as well: {failure.summary}")
+        self._exit_stopped(first)
+
+    def _summarize(self, error: Exception) -> str:
+        """Return one line about an error, without naming this rank."""
+        if not process_group.is_lost_peer(error):
+            return _error_line(error)
+        if self._channel is not None and (first := self._channel.first_failure(CAUSE_TIMEOUT_S)) is not None:
+            return f"stopped with rank {first.rank}"
+        if process_group.is_timeout(error):
+            minutes = process_group.GROUP_TIMEOUT.total_seconds() / 60
+            return f"waited {minutes:.3g} minutes for another rank, which is stopped or hangs"
+        return LOST_CONNECTION
+
     def _exit_stopped(self, first: Failure) -> NoReturn:
         """End this rank because another rank failed first."""
         reason = f"stopped because rank {first.rank} {LOST if first.is_lost else f'failed: {first.summary}'}"
-        _print_error(f"rank {self._ranks.rank} {reason}")
-        _write_torchrun_error(reason, is_consequence=True)
+        self._exit(1, f"rank {self._ranks.rank} {reason}", reason, is_consequence=True)
+
+    def _exit(self, code: int, text: str | None, summary: str, *, is_consequence: bool = False) -> NoReturn:
+        """End this process. Every rank that does not succeed ends here, while its thread holds `_exit_lock`.
+
+        Python's exit handlers do not run, since they may wait for lost ranks.
+
+        Args:
+            code: The exit code.
+            text: What to print on stderr.
+            summary: One line for torchrun.
+            is_consequence: Whether another rank failed first.
+        """
+        if text is not None:
+            _print_error(text)
+        _write_torchrun_error(summary, is_consequence=is_consequence)
         self._wait_for_others()
-        _exit(1)
+        if not is_consequence and torch.cuda.is_initialized():
+            time.sleep(GPU_EXIT_DELAY_S)
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    def _wait_for_others(self) -> None:
+        """On rank 0, wait up to JOIN_TIMEOUT_S for ranks that are still starting, so that they learn of the failure.
+
+        Stop waiting if torchrun sends SIGTERM, since the missing ranks will then never connect.
+        """
+        end = time.monotonic() + JOIN_TIMEOUT_S
+        while self._channel is not None and time.monotonic() < end and not self._is_terminating.is_set():
+            if self._channel.all_connected(0.1):
+                return
 
 
-def _error_line(error: BaseException) -> str:
+def _error_line(error: Exception) -> str:
+    """Return one line about an error: the message of a UserError, or the type and message of any other error."""
+    if isinstance(error, UserError):
+        return printable(str(error))
     return traceback.format_exception_only(error)[0].strip().split("\n")[0]
+
+
+def _error_text(error: Exception, failure: Failure) -> str:
+    """Return what the first rank to fail prints."""
+    if failure.is_user_error:
+        return f"error: {failure.summary} (rank {failure.rank})"
+    if process_group.is_lost_peer(error):
+        return f"rank {failure.rank} {failure.summary}; {_resume_advice()}"
+    return f"rank {failure.rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
 def _resume_advice() -> str:
@@ -208,9 +215,11 @@ def _resume_advice() -> str:
 
 def _print_error(text: str) -> None:
     """Print text to stderr in one call, since several ranks share stderr."""
-    sys.stdout.flush()
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # its reader has gone
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None:
@@ -223,11 +232,3 @@ def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None
         with suppress(OSError):
             timestamp = int(time.time()) + (2 if is_consequence else 0)
             Path(path).write_text(json.dumps({"message": message, "timestamp": timestamp}), encoding="utf-8")
-
-
-def _exit(code: int) -> NoReturn:
-    """Exit without running Python's exit handlers, since they may wait for lost ranks."""
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)

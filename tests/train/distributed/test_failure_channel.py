@@ -59,7 +59,7 @@ def group(world_size: int, store: Dictionary | None = None) -> Iterator[Group]:
 
 def die(channel: FailureChannel) -> None:
     """Close the connection, as the kernel does for a killed process."""
-    connection = channel._peer.connection  # type: ignore[attr-defined]
+    connection = channel._connections[0]
     connection.shutdown(socket.SHUT_RDWR)
     connection.close()
 
@@ -119,8 +119,8 @@ def test_lost_rank_0_is_noticed_and_closed_is_not() -> None:
         assert [channel.first_failure(0.2) for channel in made.channels] == [None] * 3
     with group(3) as made:
         with made.channels[0]._lock:  # a lost rank sends nothing
-            for peer in made.channels[0]._peers:  # type: ignore[attr-defined]
-                peer.connection.shutdown(socket.SHUT_RDWR)
+            for connection in made.channels[0]._connections.values():
+                connection.shutdown(socket.SHUT_RDWR)
         failures = [made.channels[at].first_failure(5) for at in (1, 2)]
         assert [(failure.rank, failure.is_lost) for failure in failures if failure] == [(0, True)] * 2
 
@@ -164,14 +164,10 @@ def test_address_of_an_earlier_launch_is_ignored() -> None:
 
 
 def test_connection_without_launch_id_is_ignored() -> None:
-    with group(2) as made:
-        port = made.channels[0].port  # type: ignore[attr-defined]
-        for sent in (
-            b"",
-            b"GET / HTTP/1.1\n\n",
-            b'{"launch_id": "guess", "rank": 1}\n{"failure": {"rank": 1}}\n',
-            b"x" * 300_000,
-        ):
+    store = Dictionary()
+    with group(2, store) as made:
+        port = int(store.values[ADDRESS_KEY].split()[0])
+        for sent in (b"", b"GET / HTTP/1.1\n\n", b'guess 1\n{"rank": 1, "summary": "error"}\n', b"x" * 300_000):
             with suppress(ConnectionError), socket.create_connection((HERE, port)) as stranger:
                 stranger.sendall(sent)
         assert made.channels[0].first_failure(0.3) is None

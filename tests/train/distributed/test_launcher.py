@@ -189,7 +189,7 @@ def test_missing_rank_0_is_reported_with_its_address(
     for name, value in {**names, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     codes = []
-    monkeypatch.setattr(launcher, "_exit", lambda code: (codes.append(code), sys.exit(code)))
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), sys.exit(code)))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
         run_distributed(lambda: pytest.fail("main was called"))
@@ -278,7 +278,7 @@ def test_ranks_ended_by_torchrun_are_not_awaited(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launcher, "JOIN_TIMEOUT_S", 1000.0)
     supervisor = launcher.RankSupervisor(Ranks(0, 0, 2, 2))
     monkeypatch.setattr(supervisor, "_channel", NoRanks())
-    before = signal.signal(signal.SIGTERM, supervisor._on_sigterm)
+    before = signal.signal(signal.SIGTERM, lambda *_: supervisor._is_terminating.set())
     try:
         supervisor._wait_for_others()
     finally:
