@@ -24,8 +24,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -38,7 +38,7 @@ from tools.runs import sweep_report
 from tools.runs.run_slots import RunSlot, make_slots, visible_gpus
 from tools.runs.sweep_points import Point, build_points
 from tools.runs.sweep_report import Sweep
-from tools.runs.sweep_runner import RunOutcome, is_finished, lock_folder, log_path, run_points
+from tools.runs.sweep_runner import is_finished, lock_folder, log_path, run_points
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -88,7 +88,7 @@ def main() -> int:
     arguments = parse_arguments(sys.argv[1:])
     base = load_config(arguments.cfg, arguments.opts, **{"log.wandb.project": arguments.project})
     folder = arguments.out or Path(base.output) / f"{base.name}-sweep"
-    replacements: dict[str, Any] = {"output": str(folder)}
+    replacements = {"output": str(folder)}
     if base.log.wandb.project is not None:
         replacements |= {"log.wandb.project": base.log.wandb.project, "log.wandb.group": folder.name}
     points = build_points(
@@ -139,28 +139,25 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: 
     """
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program
     before = len(sweep.points) - len(waiting)
-    bar = tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr)
-
-    def done(outcome: RunOutcome) -> None:
-        point = outcome.point
-        if outcome.error is not None:
-            sweep.errors[point.name] = outcome.error
-        rows = sweep_report.write_tables(sweep)
-        accuracy = rows[sweep.points.index(point)]["best_val_top1"]
-        if outcome.error is not None:
-            what = f"failed, {outcome.error} (full log: {log_path(point)})"
-        else:
-            what = "no accuracy recorded" if accuracy is None else f"best val top1 {accuracy:.4f}"
-        with bar.external_write_mode(file=sys.stdout):
-            print(f"{point.name}: {what}, {outcome.time_s:.1f} s", flush=True)
-        if (best := sweep_report.best_row(rows)) is not None:
-            bar.set_postfix_str(f"best {rows[best]['best_val_top1']:.4f} {sweep.points[best].name}", refresh=False)
-        bar.update()
-
-    try:
-        run_points(waiting, slots, lock, done)
-    finally:
-        bar.close()
+    with (
+        tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr) as bar,
+        closing(run_points(waiting, slots, lock)) as outcomes,
+    ):
+        for outcome in outcomes:
+            point = outcome.point
+            if outcome.error is not None:
+                sweep.errors[point.name] = outcome.error
+            rows = sweep_report.write_tables(sweep)
+            accuracy = rows[sweep.points.index(point)]["best_val_top1"]
+            if outcome.error is not None:
+                what = f"failed, {outcome.error} (full log: {log_path(point)})"
+            else:
+                what = "no accuracy recorded" if accuracy is None else f"best val top1 {accuracy:.4f}"
+            with bar.external_write_mode(file=sys.stdout):
+                print(f"{point.name}: {what}, {outcome.time_s:.1f} s", flush=True)
+            if (best := sweep_report.best_row(rows)) is not None:
+                bar.set_postfix_str(f"best {rows[best]['best_val_top1']:.4f} {sweep.points[best].name}", refresh=False)
+            bar.update()
 
 
 if __name__ == "__main__":

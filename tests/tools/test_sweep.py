@@ -257,7 +257,7 @@ from tools.runs.sweep_runner import lock_folder, run_points
 fixed = {settings(digits_run.data, "train.epochs=50")}
 found = build_points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
 with lock_folder(Path({str(tmp_path)!r})) as lock:
-    run_points(found, [RunSlot(processes=2)], lock, print)
+    print(list(run_points(found, [RunSlot(processes=2)], lock)))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=CLEAN, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE

@@ -22,6 +22,10 @@ class Axis:
     draw: Callable[[float], Settings] | None = None  # for a range: maps a number in [0, 1) to a setting
     names: tuple[str, ...] = ()  # names of the variants
 
+    def option_at(self, share: float) -> Settings:
+        """Return the option at a place between 0 and 1 (exclusive)."""
+        return self.draw(share) if self.draw else self.options[int(share * len(self.options))]
+
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Split the text at separators outside brackets and quotes.

@@ -12,10 +12,9 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.load import load_config
 from configs.schema import Config, settings_by_key
@@ -47,7 +46,7 @@ def build_points(
     fixed: Sequence[str],
     draws: int | None,
     seed: int,
-    **replacements: Any,
+    **replacements: object,
 ) -> list[Point]:
     """Return all points of a sweep with their validated configs.
 
@@ -127,19 +126,13 @@ def _random_points(axes: Sequence[Axis], draws: int, seed: int) -> list[tuple[Se
     generator = random.Random(seed)
     found: dict[tuple[Settings, ...], None] = {}
     for _ in range(1000 * draws + 1000):  # gives up if a narrow range has too few values
-        shares = [generator.random() for _ in axes]
-        found[
-            tuple(
-                axis.draw(share) if axis.draw else axis.options[int(share * len(axis.options))]
-                for axis, share in zip(axes, shares, strict=True)
-            )
-        ] = None
+        found[tuple(axis.option_at(generator.random()) for axis in axes)] = None
         if len(found) == draws:
             return list(found)
     raise UserError(f"--random {draws}: only {len(found)} different points were found; use fewer, or wider ranges")
 
 
-def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacements: dict[str, Any]) -> Config:
+def _load_point(file: Path, fixed: Sequence[str], settings: Settings, replacements: Mapping[str, object]) -> Config:
     try:
         return with_timm_defaults(load_config(file, [*fixed, *settings], **replacements))  # as recorded by the run
     except UserError as error:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,18 +113,15 @@ def log_path(point: Point) -> Path:
     return Path(point.config.output) / f"{point.name}.log"
 
 
-def run_points(
-    points: Sequence[Point], slots: Sequence[RunSlot], lock: int, on_done: Callable[[RunOutcome], None]
-) -> None:
-    """Run each point in a separate process, with one run per slot at a time.
+def run_points(points: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> Generator[RunOutcome, None, None]:
+    """Run each point in a separate process, with one run per slot at a time, and yield each outcome when a run ends.
 
-    All processes have ended when this function returns or raises.
+    All processes have ended when the generator ends or is closed.
 
     Args:
         points: The points to run.
         slots: One slot per concurrent run.
         lock: File descriptor of the folder's lock. The processes inherit it.
-        on_done: Called with the outcome of each run when the run ends.
 
     Raises:
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received and is not ignored.
@@ -144,7 +141,7 @@ def run_points(
                     children.remove(child)
                     free.append(child.slot)
                     child.log.close()
-                    on_done(RunOutcome(child.point, _failure_line(child), time.monotonic() - child.started_at))
+                    yield RunOutcome(child.point, _failure_line(child), time.monotonic() - child.started_at)
         finally:
             _terminate(children)
 

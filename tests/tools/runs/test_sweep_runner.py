@@ -30,10 +30,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def run_fakes(folder: Path, slots: list[RunSlot], *axes: str) -> dict[str, RunOutcome]:
-    outcomes: list[RunOutcome] = []
     with sweep_runner.lock_folder(folder) as lock:
-        run_points(points_of(*axes, output=str(folder)), slots, lock, outcomes.append)
-    return {outcome.point.name: outcome for outcome in outcomes}
+        outcomes = run_points(points_of(*axes, output=str(folder)), slots, lock)
+        return {outcome.point.name: outcome for outcome in outcomes}
 
 
 def test_failed_run_reports_its_error_and_others_continue(tmp_path: Path, fake: Fake) -> None:
