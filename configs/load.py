@@ -56,7 +56,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         UserError: The file, a base or a value is missing or invalid.
     """
     path = path_argument(str(path))
-    layers = [_read_file(path, (), []), *_parse_overrides(overrides)]
+    layers = [_read_file(path, (), [])]
+    for key, text in split_overrides(overrides):
+        layers.append(_layer(_nested(key, yaml.parse_value(text, f"--opts: {key}={text}")), "--opts"))
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
     layer = reduce(_overlay, layers)
     values, origins, warnings = layer.settings, dict(layer.origins), list(layer.warnings)
@@ -191,7 +193,12 @@ def _check_base(path: Path, place: str, first: Path) -> None:
         raise one_line_error(f"{place} is not a plain file; give the path of a YAML file")
 
 
-def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
+def split_overrides(items: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of the value of each override. `items` are those after `--opts`, see `load_config`.
+
+    Raises:
+        UserError: An item has no key or no value, or its key has too many dots.
+    """
     remaining = iter(items)
     for item in remaining:
         key, *value = item.split("=", 1)
@@ -202,7 +209,7 @@ def _parse_overrides(items: Sequence[str]) -> Iterator[_Layer]:
             )
         if not key or text is None:
             raise one_line_error(f"--opts: {item!r} lacks a {'value' if key else 'key'}; write KEY=VALUE or KEY VALUE")
-        yield _layer(_nested(key, yaml.parse_value(text, f"--opts: {key}={text}")), "--opts")
+        yield key, text
 
 
 def _layer(

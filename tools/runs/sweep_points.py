@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.load import load_config
+from configs.load import load_config, split_overrides
 from configs.schema import Config, settings_by_key
 from configs.utils.errors import UserError
 from tools.runs.records import compared_settings, format_setting
@@ -64,7 +64,7 @@ def build_points(
             ambiguous.
     """
     parsed = [parse_axis(text) for text in axes] + ([parse_variants(variants)] if variants else [])
-    _check_keys(parsed, _override_keys(fixed))
+    _check_keys(parsed, [key for key, _ in split_overrides(fixed)])
     chosen = _grid_points(parsed) if draws is None else _random_points(parsed, draws, seed)
     return _name_points(
         parsed, [(point, _load_point(file, fixed, tuple(itertools.chain(*point)), replacements)) for point in chosen]
@@ -89,17 +89,6 @@ def _check_keys(axes: Sequence[Axis], fixed: Sequence[str]) -> None:
 
 def _overlap(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
-
-
-def _override_keys(overrides: Sequence[str]) -> list[str]:
-    """Return the keys that --opts sets. Each is given as one item, `KEY=VALUE`, or as two items, KEY and VALUE."""
-    keys, remaining = [], iter(overrides)
-    for item in remaining:
-        key, sign, _ = item.partition("=")
-        keys.append(key)
-        if not sign:
-            next(remaining, None)
-    return keys
 
 
 def _grid_points(axes: Sequence[Axis]) -> Iterator[tuple[Settings, ...]]:

@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from configs.load import to_yaml
 from configs.utils.errors import UserError
@@ -54,7 +53,6 @@ class _RunProcess:
     point: Point
     slot: RunSlot
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
     log_start: int  # offset in bytes, after the output of earlier attempts
     started_at: float
 
@@ -108,6 +106,10 @@ def run_folder(point: Point) -> Path:
     return Path(point.config.output) / point.name
 
 
+def config_path(point: Point) -> Path:
+    return Path(point.config.output) / f"{point.name}.yaml"
+
+
 def log_path(point: Point) -> Path:
     """Return the path of the run's console log."""
     return Path(point.config.output) / f"{point.name}.log"
@@ -140,7 +142,6 @@ def run_points(points: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> 
                 for child in [child for child in children if child.process.poll() is not None]:
                     children.remove(child)
                     free.append(child.slot)
-                    child.log.close()
                     yield RunOutcome(child.point, _failure_line(child), time.monotonic() - child.started_at)
         finally:
             _terminate(children)
@@ -148,24 +149,16 @@ def run_points(points: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> 
 
 def command_line(point: Point, slot: RunSlot) -> list[str]:
     """Return the command that trains a point with the copy of its config in the output folder."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
-    config_file = Path(point.config.output) / f"{point.name}.yaml"
-    return [
-        sys.executable,
-        *(launcher if slot.processes > 1 else []),
-        str(TRAIN_SCRIPT),
-        "--cfg",
-        str(config_file),
-        "--resume",
-        "auto",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
+    launcher = [sys.executable, *(torchrun if slot.processes > 1 else []), str(TRAIN_SCRIPT)]
+    return [*launcher, "--cfg", str(config_path(point)), "--resume", "auto"]
 
 
 def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
     config = point.config
     if slot.threads is not None and config.data.threads is None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"threads": slot.threads})})
-    write_text(Path(config.output) / f"{point.name}.yaml", to_yaml(config))
+    write_text(config_path(point), to_yaml(config))
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -175,25 +168,25 @@ def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     if slot.threads is not None:
         environment["OMP_NUM_THREADS"] = str(slot.threads)
-    log = log_path(point).open("ab")
-    log_start = log.tell()  # read before the child writes, since it shares the position
     parent = os.getpid()
 
     def before_exec() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until exec, the sweep's handler would swallow it
         die_with_parent(signal.SIGTERM, parent)  # torchrun forwards it to its processes
 
-    process = subprocess.Popen(
-        command_line(point, slot),
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        pass_fds=(lock,),
-        start_new_session=True,  # so that Ctrl-C only reaches the sweep
-        preexec_fn=before_exec,
-    )
-    return _RunProcess(point, slot, process, log, log_start, time.monotonic())
+    with log_path(point).open("ab") as log:
+        log_start = log.tell()  # read before the child writes, since it shares the position
+        process = subprocess.Popen(
+            command_line(point, slot),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(lock,),
+            start_new_session=True,  # so that Ctrl-C only reaches the sweep
+            preexec_fn=before_exec,
+        )
+    return _RunProcess(point, slot, process, log_start, time.monotonic())
 
 
 def _failure_line(child: _RunProcess) -> str | None:
@@ -222,4 +215,3 @@ def _terminate(children: Sequence[_RunProcess]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(child.process.pid, signal.SIGKILL)
             child.process.wait()
-        child.log.close()
