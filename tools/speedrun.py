@@ -118,7 +118,7 @@ def run(
     timer.add(whiten(state, images))
     train_loader.position = Position(config.train.first_epoch)
     for _ in range(config.train.first_epoch, config.train.epochs):
-        times = train_epoch(state, train_loader, seed=config.seed, rank=0, after_step=lambda *_: None)
+        times = train_epoch(state, train_loader, seed=config.seed, rank=0)
         timer.add(times.time_s)
     with timer, eval_weights(state.ema, config.eval.weights):
         top1 = evaluate(state, val_loader, job.val_samples, config.eval.tta).top1

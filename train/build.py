@@ -71,6 +71,11 @@ class Job:
         return replace(self, device=device)
 
     @property
+    def passes(self) -> int:
+        """Number of micro-batches per optimizer step, summed over all ranks."""
+        return self.ranks.world_size * self.config.train.accumulation_steps
+
+    @property
     def val_samples(self) -> int:
         """The number of samples in data.val_split, over all ranks."""
         return self.dataset.splits[self.config.data.val_split].samples

@@ -5,26 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import ExitStack
-from functools import partial
-from math import isnan
-from typing import Any
 
 from configs.load import load_config, to_yaml
 from configs.utils.errors import UserError
 from configs.utils.files import path_text
 from pipelines.interfaces import Position
 from train.build import Job
-from train.checkpoint import relaunch
 from train.checkpoint.compatibility import check_same_run, stream_info
-from train.checkpoint.run_dir import (
-    create_run_dir,
-    is_explicit_checkpoint,
-    lock_run_dir,
-    refresh_candidates,
-    resolve_resume,
-)
-from train.checkpoint.store import load_newest_on_all_ranks
+from train.checkpoint.progress import RunInfo, dataset_entry
+from train.checkpoint.run_dir import RunDir
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed import collectives
 from train.distributed.launcher import run_distributed
@@ -32,18 +21,13 @@ from train.distributed.process_group import Ranks, process_group
 from train.distributed.signals import Preempted, catch_signals
 from train.engine.cpu_settings import limit_threads
 from train.engine.epoch import build_timeline
-from train.engine.evaluate import evaluate
-from train.engine.metrics import RunTimer
-from train.engine.warm_up import check_image_sizes, warm_up
+from train.engine.warm_up import check_image_sizes
 from train.engine.whitening import whiten, whitening_images
-from train.evaluation import build_for_evaluation
-from train.optim.averaging import eval_weights, uses_ema
-from train.optim.schedule import config_warnings
-from train.reporting.run_info import collect_run_info, dataset_info, stage_warnings, summary_line
-from train.reporting.run_log import RunLog
-from train.reporting.sample_images import show_predictions, show_samples
+from train.evaluation import print_evaluation
+from train.optim.averaging import uses_ema
+from train.report import log_results, log_start, open_log, prepare
 from train.throughput import print_throughput
-from train.trainer import Trainer, fit, restore_run
+from train.trainer import Trainer, restore_run
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -74,150 +58,72 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     """Train, evaluate or measure throughput, depending on the arguments and the config, and return the exit status."""
-    clock = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
-    replacements = {
+    overrides = {
         "data.batch_size": arguments.batch_size,
         "data.path": arguments.data_path,
         "output": arguments.output,
     }
-    config = load_config(arguments.cfg, arguments.opts, **replacements)
+    config = load_config(arguments.cfg, arguments.opts, **overrides)
     resume = config.resume if arguments.resume is None else arguments.resume
     evaluates_only = arguments.eval or config.eval.only
     if evaluates_only and resume is None:
         flag_name = "--eval" if arguments.eval else "eval.only"
         raise UserError(f"{flag_name} needs a checkpoint; give --resume PATH or --resume auto")
-    ranks = Ranks.from_environment()
-    job = Job.load(config, ranks, trains=not evaluates_only)
-    config, dataset = job.config, job.dataset
-
-    with process_group(ranks) as device, ExitStack() as stack:
+    job = Job.load(config, Ranks.from_environment(), trains=not evaluates_only)  # refuses what it can without a GPU
+    with process_group(job.ranks) as device:
         job = job.on(device)
-        val_loader, val_samples = job.val_loader(), job.val_samples
-
-        trains = not (evaluates_only or arguments.throughput)
-        launcher_ids = relaunch.launcher_ids() if trains else []
-        active_run_dir, resume = collectives.from_first_rank(
-            lambda: relaunch.find_active_run_dir(config, resume, launcher_ids)
-        )
-        folder, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
-        folder = active_run_dir or folder
-        # If no candidate exists, the run is refused and must not leave files in the folder.
-        is_run = not candidates or any(path.exists() for path in candidates)
-        if folder is not None and trains and is_run:  # lock before reading its checkpoints
-            stack.enter_context(lock_run_dir(folder))
-            is_explicit = active_run_dir is None and is_explicit_checkpoint(resume)
-            candidates = collectives.from_first_rank(
-                partial(refresh_candidates, folder, candidates, is_explicit=is_explicit)
-            )
         if evaluates_only:
-            state, which = build_for_evaluation(job, candidates, val_loader.image_size)
-            result = evaluate(state, val_loader, val_samples, config.eval.tta)
-            if ranks.is_first:
-                print(f"{which}: {result.sentence(config.data.val_split)}")
-            return 0
-        source, content = load_newest_on_all_ranks(candidates) if candidates else (None, None)
-        if content is None or "threads" not in content:  # otherwise `restore_threads` sets the number
-            limit_threads(device)
+            print_evaluation(job, resume)
+        elif arguments.throughput:
+            print_throughput(job)
+        else:
+            return train(job, resume)
+    return 0
 
-        stream = stream_info(config, dataset, ranks.world_size * config.train.accumulation_steps)
-        if content is not None and source is not None and not arguments.throughput:
-            check_same_run(content, config, stream, source)
-        state = job.build_state(val_loader.image_size, pretrained=content is None)
+
+def train(job: Job, resume: str | None) -> int:
+    """Train a new run, or resume one from its newest checkpoint, and return the exit status."""
+    config, val_loader = job.config, job.val_loader()
+    with RunDir(config, resume) as run_dir:  # found and locked, with an interrupted save completed
+        newest = run_dir.load_newest()  # None for a new run
+        stream = stream_info(config, job.dataset, job.passes)
+        if newest is None or "threads" not in newest.checkpoint:  # otherwise `restore_run` sets the number
+            limit_threads(job.device)
+        if newest is not None:
+            check_same_run(newest.checkpoint, config, stream, newest.path)
+
+        state = job.build_state(val_loader.image_size, pretrained=newest is None)
         train_loader = job.train_loader()
         check_image_sizes(state, train_loader, val_loader.image_size)
-        if arguments.throughput:
-            print_throughput(config, state, train_loader, ranks)
-            return 0
-
-        uses_ema(state.ema, config.eval.weights)  # raises if eval.weights needs an average and there is none
+        uses_ema(state.ema, config.eval.weights)  # refuses eval.weights=ema without an average
         timeline = build_timeline(state.config, train_loader)
-        position = {"epoch": config.train.first_epoch, "step": 0}
-        progress: dict[str, Any] = {"best_top1": -1.0}
-        if content is None or source is None:
-            clock.add(whiten(state, whitening_images(state, config.data)))
-            train_loader.position = Position(**position)
+        run = RunInfo(stream, to_yaml(config), dataset_entry(job.dataset, val_loader.image_size))
+        if newest is None:
+            position = train_loader.position = Position(config.train.first_epoch)
+            run.clock.add(whiten(state, whitening_images(state, config.data)))
         else:
-            position, progress = restore_run(state, train_loader, timeline, content, source), content["progress"]
-            clock.restore(content)
-            content = None  # frees a second copy of the weights
-        done = timeline.first_step(position["epoch"]) + position["step"]
-        if folder is None:
-            folder = collectives.from_first_rank(lambda: create_run_dir(config))
-            stack.enter_context(lock_run_dir(folder))
-        collectives.from_first_rank(lambda: relaunch.record_launch(folder, launcher_ids))
-        run_info: dict[str, Any] = {
-            "stream": stream,
-            "config": to_yaml(config),
-            "dataset": dataset_info(dataset, val_loader.image_size),
-            "progress": progress,  # updated during training
-            "times": clock.times,  # updated during training
-        }
-        facts = collect_run_info(config, dataset, state, train_loader, ranks)
-        log_folder, peers_wait = folder if ranks.is_first else None, ranks.world_size > 1
-        run_log = RunLog(log_folder, peers_wait=peers_wait, loss=config.train.loss)
-        with run_log as log, CheckpointWriter(folder, state, run_info) as saving:
-            log.write_config(run_info["config"], facts)
-            log.drop_epochs_from(position["epoch"])
-            if source is not None:
-                saving.mark_saved(source, done)
-                log.info(f"resumed from {source} at {position}")
-            elif resume is not None:
-                log.info(f"starting a new run, since --resume {resume} found no checkpoint")
-            log.info(summary_line(config, facts, device))
-            for note in (*state.notes, *stage_warnings(config), *config_warnings(config.train, timeline)):
-                log.info(note)
-            if position["epoch"] >= config.train.epochs:
+            position = restore_run(state, train_loader, timeline, run, newest)
+        source, newest = newest and newest.path, None  # frees a second copy of the weights
+
+        folder = run_dir.create()
+        with open_log(job, folder) as log, CheckpointWriter(folder, state, run) as checkpoints:
+            trainer = Trainer(job, state, train_loader, val_loader, timeline, run, log, checkpoints)
+            facts = log_start(trainer, position, source, run_dir.resume)
+            if position.epoch >= config.train.epochs:
                 log.info(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
                 return 0
-            log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
-
-            def prepare() -> float:
-                return warm_up(state, train_loader, val_loader, config.eval.tta)
-
-            prepared_s = prepare()
-            if state.plan.needs_warmup:
-                log.info(
-                    f"compiled{' and captured' if state.plan.uses_cuda_graph else ''} the step in {prepared_s:.1f} s"
-                )
-            if config.log.images and done == timeline.first_step(config.train.first_epoch):
-                show_samples(log, train_loader, dataset.classes)
+            prepare(trainer, position, facts)  # starts the trackers; compiles and captures the step
             start_s = time.monotonic()
-            trainer = Trainer(
-                config,
-                state,
-                train_loader,
-                val_loader,
-                val_samples,
-                timeline,
-                progress,
-                saving,
-                log,
-                ranks,
-                clock,
-                prepare,
-            )
             try:
-                with catch_signals() as pending:
-                    fit(trainer, position, pending)
-            except Preempted as preempted:
+                with catch_signals() as trainer.signals:
+                    while position.epoch < config.train.epochs:
+                        position = trainer.run_epoch(position)  # trains, evaluates, saves; rewinds if the loss is nan
+                    collectives.from_first_rank(checkpoints.wait)
+            except Preempted as preempted:  # a checkpoint has been written
                 log.fast_shutdown = True
                 return preempted.exit_code
-            if progress.get("left_out"):
-                log.info(f"steps skipped in total: {progress['left_out']} of {timeline.total}")
-            which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
-            log.info(
-                f"done in {time.monotonic() - start_s:.1f} s: best {config.data.val_split} top1{which} "
-                f"{progress['best_top1']:.4f}; the run is in {folder}"
-            )
-            if not isnan(clock.training_s):
-                log.info(f"epochs and last evaluation {clock.training_s:.2f} s")
-                log.update_summary({"training_s": clock.training_s})
-            log.info(f"whole command {clock.command_s:.2f} s")
-            log.update_summary({"command_s": clock.command_s})
-            if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):
-                with eval_weights(state.ema, config.eval.weights):
-                    show_predictions(log, state, val_loader, config, dataset.classes, step=timeline.total)
+            log_results(trainer, time.monotonic() - start_s)
     return 0
 
 

@@ -19,7 +19,10 @@ from train.build import Job
 from train.checkpoint import store
 from train.checkpoint.finetune import from_checkpoint, inference_config
 from train.checkpoint.restore import restore_weights
+from train.checkpoint.resume import resolve_resume
 from train.checkpoint.store import load_newest_on_all_ranks
+from train.distributed import collectives
+from train.engine.evaluate import evaluate
 from train.engine.state import TrainState
 
 # Means and standard deviations used by the homework, for pixel values from 0 to 1. The homework divides the pixels of
@@ -29,6 +32,20 @@ IMAGENET_STATS = (
     (0.485 * 256 / 255, 0.456 * 256 / 255, 0.406 * 256 / 255),
     (0.229 * 256 / 255, 0.224 * 256 / 255, 0.225 * 256 / 255),
 )
+
+
+def print_evaluation(job: Job, resume: str | None) -> None:
+    """Evaluate the checkpoint to which --resume refers, and print the result on rank 0. All ranks must call this.
+
+    Raises:
+        UserError: See `build_for_evaluation`; or the data cannot be read or have changed.
+    """
+    config, val_loader = job.config, job.val_loader()
+    _, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
+    state, which = build_for_evaluation(job, candidates, val_loader.image_size)
+    result = evaluate(state, val_loader, job.val_samples, config.eval.tta)
+    if job.ranks.is_first:
+        print(f"{which}: {result.sentence(config.data.val_split)}")
 
 
 def build_for_evaluation(job: Job, candidates: Sequence[Path], image_size: int) -> tuple[TrainState, str]:

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 
 import torch
 
-from configs.schema import Config
 from pipelines.loader.batches import Batch
 from pipelines.loader.loader import Loader
-from pipelines.loader.train_loader import TrainLoader
+from train.build import Job
 from train.distributed import collectives
-from train.distributed.process_group import Ranks
+from train.engine.cpu_settings import limit_threads
 from train.engine.state import TrainState
 from train.engine.step import run_step, update_averages
-from train.engine.warm_up import warm_up
+from train.engine.warm_up import check_image_sizes, warm_up
 from train.optim.freeze import set_training_mode
 
 
@@ -77,11 +76,15 @@ def measure_images_per_s(
     return steps * accumulation * loader.plan.batch_size * world_size / times[len(times) // 2]
 
 
-def print_throughput(config: Config, state: TrainState, train_loader: TrainLoader, ranks: Ranks) -> None:
+def print_throughput(job: Job) -> None:
     """Measure the training throughput of each stage and print it on rank 0. All ranks must call this function."""
+    ranks, train_loader, image_size = job.ranks, job.train_loader(), job.val_loader().image_size
+    limit_threads(job.device)
+    state = job.build_state(image_size, pretrained=False)
+    check_image_sizes(state, train_loader, image_size)
     for stage in train_loader.stages:
         throughput = measure_images_per_s(state, stage, ranks.world_size)
         if ranks.is_first:
             size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
             where = f"{ranks.world_size} x {state.device.type}"
-            print(f"{config.name}{size}: {throughput:,.0f} images/s in training on {where}")
+            print(f"{job.config.name}{size}: {throughput:,.0f} images/s in training on {where}")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 
 from configs.schema import OptimizerConfig, TrainConfig
 from models import build_model
+from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
 from train import ddp
 from train.checkpoint.writer import CheckpointWriter
@@ -85,11 +86,11 @@ def after_each_save(look: Callable[[str, dict[str, int]], None]) -> Iterator[Non
     """Call look(name, position) for each file of every checkpoint that a run in this process writes."""
     save = CheckpointWriter.save
 
-    def save_and_look(saving: CheckpointWriter, names: tuple[str, ...], position: dict[str, int], *parts: Any) -> None:
+    def save_and_look(saving: CheckpointWriter, names: tuple[str, ...], position: Position, *parts: Any) -> None:
         save(saving, names, position, *parts)
         saving.wait()
         for name in names:
-            look(name, dict(position))
+            look(name, asdict(position))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointWriter, "save", save_and_look)

@@ -34,8 +34,8 @@ from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import store
+from train.checkpoint.progress import dataset_entry
 from train.engine.evaluate import evaluate, predictions
-from train.reporting.run_info import dataset_info
 
 TEST_ROWS = 41  # of npy_data
 
@@ -55,7 +55,7 @@ def make_checkpoint(folder: Path, data: Path, seed: int = 0, image_size: int = 3
     folder.mkdir(parents=True, exist_ok=True)
     with alone() as device:
         training = build_all(config, dataset, image_size, device)
-        about = {"config": to_yaml(config), "dataset": dataset_info(dataset, image_size), "stream": {}}
+        about = {"config": to_yaml(config), "dataset": dataset_entry(dataset, image_size), "stream": {}}
         position = {"epoch": 0, "step": 0}
         store.save(folder / "last.pt", training, training.sums, position=position, progress={}, **about)
     return folder

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from train.build import to_device
 from train.checkpoint import writer
 from train.checkpoint.run_dir import LOCK_FILE
 from train.distributed.process_group import Ranks, process_group
-from train.engine.epoch import train_epoch
+from train.engine.epoch import training_steps
 from train.engine.evaluate import Evaluation
 from train.engine.execution import build_plan
 from train.engine.state import build_state
@@ -174,12 +174,11 @@ def test_training_metrics_are_those_of_their_epoch_alone(
 ) -> None:
     sums: list[list[float]] = []
 
-    def noted(state: Any, *parts: Any, **options: Any) -> Any:
-        times = train_epoch(state, *parts, **options)
+    def noted(state: Any, *parts: Any, **options: Any) -> Iterator[tuple[int, float]]:
+        yield from training_steps(state, *parts, **options)
         sums.append(state.sums.tolist())
-        return times
 
-    monkeypatch.setattr(train.trainer, "train_epoch", noted)
+    monkeypatch.setattr(train.trainer, "training_steps", noted)
     assert call(*arguments(digits, tmp_path, "train.epochs=2"))[0] == 0
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
     assert [seen for _, _, seen in sums] == [44 * 32] * 2

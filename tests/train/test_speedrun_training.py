@@ -22,7 +22,7 @@ from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks
-from train.engine.epoch import train_epoch
+from train.engine.epoch import train_epoch, training_steps
 from train.engine.hard_samples import HardSampleSelector
 from train.engine.state import TrainState, restart_in_place
 from train.engine.step import train_step
@@ -76,7 +76,8 @@ def loaders(data: Path) -> tuple[Loader, Loader]:
 
 def train(state: TrainState, loader: Loader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
     while loader.position.epoch < EPOCHS:
-        train_epoch(state, loader, seed=0, rank=0, after_step=after_step)
+        for step, lr in training_steps(state, loader, seed=0):
+            after_step(step, lr)
 
 
 def everything(state: TrainState) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def test_whitening_bias_trains_in_its_epochs_only(recipe: str, npy_data: Path) -
     biases = [layer.bias.detach().clone()]
     seen = record_gradients(state)
     for _ in range(EPOCHS):
-        train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
+        train_epoch(state, loader, seed=0, rank=0)
         if state.lookahead is None:
             biases.append(layer.bias.detach().clone())
     assert len(seen[0]) == len(seen[STEPS - 1]) == len(seen[STEPS]) + 1 == len(seen[-1]) + 1
@@ -205,7 +206,7 @@ def muon_on_ranks(ranks: Ranks, data: Path) -> list[torch.Tensor]:
     loader = build_train_loader(section, aug, seed=3, device=CPU, rank=ranks.rank, world_size=ranks.world_size)
     whiten(state, whitening_images(state, section_of(data)))
     for _ in range(2):
-        train_epoch(state, loader, seed=0, rank=ranks.rank, after_step=lambda *_: None)
+        train_epoch(state, loader, seed=0, rank=ranks.rank)
     return [p.detach().clone() for p in state.network.parameters()]
 
 

@@ -10,16 +10,20 @@ import pytest
 
 from configs.utils.errors import UserError
 from helpers.training import alone
-from train import trainer
+from train.checkpoint.progress import Progress
 from train.optim.nonfinite import NonFiniteError
+from train.trainer import Trainer
 
 
-def run_with(newest: Path | None, steps: int, written: list[str]) -> Any:
-    """Return the fields of a Trainer that `_rewind` reads."""
-    saving = SimpleNamespace(newest=newest, steps=steps, wait=lambda: written.append("saved"))
-    return SimpleNamespace(
-        config=SimpleNamespace(train=SimpleNamespace(on_nonfinite="stop", lr=0.1)), progress={}, saving=saving
+def trainer_with(newest: Path | None, steps: int, written: list[str]) -> Any:
+    """Return the parts of a Trainer that `_rewind` reads."""
+    trainer = SimpleNamespace(
+        checkpoints=SimpleNamespace(newest=newest, steps=steps, wait=lambda: written.append("saved")),
+        config=SimpleNamespace(train=SimpleNamespace(on_nonfinite="stop", lr=0.1)),
+        run=SimpleNamespace(progress=Progress()),
     )
+    trainer._last_checkpoint = lambda: Trainer._last_checkpoint(trainer)  # type: ignore[arg-type]
+    return trainer
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_rewind_error_names_existing_checkpoint_or_none(
 ) -> None:
     written: list[str] = []
     with alone(), pytest.raises(UserError) as error:
-        trainer._rewind(run_with(newest, steps, written), NonFiniteError("the loss is", 31, 40))
+        Trainer._rewind(trainer_with(newest, steps, written), NonFiniteError("the loss is", 31, 40))
     assert written == ["saved"]
     assert str(error.value).startswith(f"the loss is not finite in steps 31 to 40; {last_good}; lower train.lr=0.1, ")
     assert str(error.value).endswith(f" or {advice}, which skips these steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import inference_config, without_pretrained
 from train.checkpoint.restore import restore_weights
-from train.checkpoint.run_dir import find_checkpoints
+from train.checkpoint.resume import find_checkpoints
 from train.checkpoint.state import require_keys
 from train.engine.state import TrainState
 
@@ -62,14 +63,14 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
             that did not record the classes, or its contents are invalid.
     """
     path, content = store.load_newest(find_checkpoints(path))
-    facts: dict[str, Any] | None = content.get("dataset")
+    facts = content.get("dataset")
     if facts is None:
         raise UserError(
             f"checkpoint {path} does not name its classes (it was written by an older version); train it again"
         )
     require_keys(content, ("model", "config", "position"), path)
     _check_dataset(facts, path)
-    dataset = ModelDataset(facts["name"], tuple(facts["classes"]), tuple(facts["mean"]), tuple(facts["std"]))
+    dataset = ModelDataset(facts["name"], tuple(facts["classes"]), _triple(facts["mean"]), _triple(facts["std"]))
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_pretrained(config.model_copy(update={"train": train}))
@@ -87,11 +88,16 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
         state=state,
         epochs=position["epoch"],
         conversion=facts.get("conversion"),
-        stored_shape=tuple(facts["image_shape"]) if facts.get("image_shape") else None,
+        stored_shape=(shape[0], shape[1], shape[2]) if (shape := facts.get("image_shape")) else None,
     )
 
 
-def _check_dataset(facts: dict[str, Any], path: Path) -> None:
+def _triple(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _check_dataset(facts: Mapping[str, Any], path: Path) -> None:
     """Raise UserError if the "dataset" entry of a checkpoint is incomplete or invalid."""
     require_keys(facts, ("name", "classes", "mean", "std", "image_size"), path)
     is_text = {"name": isinstance(facts["name"], str), "classes": _is_list_of(str, facts["classes"])}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
@@ -13,7 +12,7 @@ from configs.utils.errors import UserError
 from models import list_models
 from pipelines.storage.dataset import load_dataset
 from train.checkpoint import store
-from train.checkpoint.run_dir import find_checkpoints
+from train.checkpoint.resume import find_checkpoints
 from train.checkpoint.state import require_keys
 from train.checkpoint.store import BEST, LAST, PREVIOUS
 
@@ -89,22 +88,21 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
     """
     if path.is_dir() and not any((path / name).is_file() for name in (BEST, LAST, PREVIOUS)):
         path = path / "config.yaml"
-    facts: dict[str, Any] = {}
+    classes_there: int = 0
+    size_there: int | None = None
     if path.suffix in CONFIG_SUFFIXES:
         config = load_config(path)
         if Path(config.data.path).is_dir():
             dataset = load_dataset(config.data.path)
-            facts = {
-                "classes": dataset.classes,
-                "image_size": dataset.image_shape[0] if dataset.image_shape else None,
-            }
+            classes_there, size_there = len(dataset.classes), dataset.image_shape and dataset.image_shape[0]
     else:
         path, content = store.load_newest(find_checkpoints(path))
         require_keys(content, ("config",), path)
         config = parse_config(content["config"], f"the config in {path}")
-        facts = content.get("dataset", {})
-    classes = options.classes or config.model.num_classes or len(facts.get("classes", ()))
-    image_size = options.size or config.data.image_size or facts.get("image_size")
+        if (facts := content.get("dataset")) is not None:
+            classes_there, size_there = len(facts["classes"]), facts["image_size"]
+    classes = options.classes or config.model.num_classes or classes_there
+    image_size = options.size or config.data.image_size or size_there
     for what, value, option in (("number of classes", classes, "--classes"), ("image size", image_size, "--size")):
         if not value:
             raise UserError(

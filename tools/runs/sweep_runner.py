@@ -24,7 +24,7 @@ from tools.common.tables import write_text
 from tools.runs.records import compared_settings, format_setting, read_run
 from tools.runs.run_slots import RunSlot
 from tools.runs.sweep_points import Point
-from train.checkpoint.run_dir import resolve_resume
+from train.checkpoint.resume import resolve_resume
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they end

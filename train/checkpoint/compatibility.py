@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypedDict
 
 from configs.load import parse_config
 from configs.schema import Config, DataConfig, Effect, settings_by_key
@@ -13,11 +12,7 @@ from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.stages import data_at
 from configs.utils.errors import UserError
 from pipelines.storage.dataset import DatasetInfo, fingerprint
-from train.checkpoint.state import require_keys
-
-StreamInfo = TypedDict(
-    "StreamInfo", {"data set": str, "global batch": int, "data set in detail": dict[str, object]}
-)  # the "stream" entry of a checkpoint
+from train.checkpoint.state import Checkpoint, StreamInfo, require_keys
 
 
 def stream_info(config: Config, dataset: DatasetInfo, passes: int) -> StreamInfo:
@@ -87,7 +82,7 @@ def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, in
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
 
 
-def check_same_run(checkpoint: dict[str, Any], config: Config, stream: StreamInfo, path: Path) -> None:
+def check_same_run(checkpoint: Checkpoint, config: Config, stream: StreamInfo, path: Path) -> None:
     """Check that a resumed run has the data and settings of its checkpoint, as far as they affect results.
 
     Settings missing from an older checkpoint are assumed to have their default values.
@@ -104,7 +99,7 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: StreamInf
     """
     require_keys(checkpoint, ("config", "stream", "position", "progress"), path)
     has_accuracy = isinstance(checkpoint["progress"].get("best_top1"), int | float)
-    old_stream: StreamInfo = checkpoint["stream"]
+    old_stream = checkpoint["stream"]
     if not has_accuracy or not _is_valid_stream(old_stream):
         raise UserError(
             f"checkpoint {path} has no record of the data of its run, unlike those of train/ddp.py; give another one"
@@ -128,7 +123,7 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, stream: StreamInf
         )
 
 
-def _used_by_timm(checkpoint: dict[str, Any], then: dict[str, object], now: dict[str, object]) -> dict[str, object]:
+def _used_by_timm(checkpoint: Checkpoint, then: dict[str, object], now: dict[str, object]) -> dict[str, object]:
     """Return the values that a timm optimizer actually used, for the settings that differ between two fingerprints.
 
     Older versions recorded their own defaults in the config, but ran timm optimizers with timm's defaults. The result

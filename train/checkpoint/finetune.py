@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -13,8 +12,8 @@ from configs.schema import Config, EmaConfig, LookaheadConfig, ModelConfig, Opti
 from configs.utils.errors import UserError
 from models.weights import copy_weights, head_layers
 from train.checkpoint import store
-from train.checkpoint.run_dir import find_checkpoints
-from train.checkpoint.state import require_keys
+from train.checkpoint.resume import find_checkpoints
+from train.checkpoint.state import Checkpoint, require_keys
 
 
 def without_pretrained(config: Config) -> Config:
@@ -41,7 +40,7 @@ def inference_config(config: Config) -> Config:
     return without_pretrained(config.model_copy(update={"train": train, "model": model}))
 
 
-def from_checkpoint(config: Config, checkpoint: dict[str, Any], classes: Sequence[str], path: Path) -> Config:
+def from_checkpoint(config: Config, checkpoint: Checkpoint, classes: Sequence[str], path: Path) -> Config:
     """Return the config for inference with a checkpoint, see `inference_config`.
 
     Args:
@@ -102,7 +101,7 @@ def load_finetune(model: nn.Module, source: str, classes: Sequence[str], setting
                 f"model.finetune={source} was trained with model.activation={names[0]}, this config has {names[1]}; "
                 f"set model.activation={names[0]}"
             )
-    weights: dict[str, Any] = checkpoint["model"]
+    weights = checkpoint["model"]
     average = checkpoint.get("ema")  # missing in checkpoints of older versions
     if average:
         require_keys(checkpoint, ("config",), path)

@@ -16,6 +16,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -54,7 +55,7 @@ class _HashingFile:
         """Do nothing. The owner of the underlying file flushes that file at the end."""
 
 
-def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
+def write(file: BinaryIO, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint and its manifest to an open file. The tensors of the checkpoint must be on the CPU.
 
     Raises:
@@ -67,7 +68,7 @@ def write(file: BinaryIO, checkpoint: dict[str, Any]) -> None:
     file.write(_manifest(hashing.bytes, hashing.sha256.hexdigest(), *_position(checkpoint)))
 
 
-def _position(checkpoint: dict[str, Any]) -> tuple[Any, Any]:
+def _position(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the (epoch, step) of a checkpoint, with None for missing values."""
     position = checkpoint.get("position")
     return (position.get("epoch"), position.get("step")) if isinstance(position, dict) else (None, None)

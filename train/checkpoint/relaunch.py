@@ -20,7 +20,7 @@ from configs.utils import files
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from configs.utils.process import start_time_ticks
-from train.checkpoint.run_dir import latest_checkpoints, resolve_resume, run_dirs
+from train.checkpoint.resume import latest_checkpoints, resolve_resume, run_dirs
 from train.distributed import collectives
 
 LAUNCH_FILE = "launch.json"  # in a run folder: the launch that uses it

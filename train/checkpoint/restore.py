@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from configs.utils.errors import UserError
-from train.checkpoint.state import require_keys
+from train.checkpoint.state import Checkpoint, ModelEntries, Weights, require_keys
 from train.engine import cpu_settings
 from train.engine.state import TrainState
 
 DEVICE_FIELDS = ("lr", "capturable")  # of parameter groups; their types or values depend on the device
 
 
-def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, weights: str = "raw") -> bool:
+def restore_weights(state: TrainState, checkpoint: Checkpoint, path: Path, weights: str = "raw") -> bool:
     """Load only the weights of the model. On the CPU, also restore the number of threads.
 
     Args:
@@ -31,23 +31,32 @@ def restore_weights(state: TrainState, checkpoint: dict[str, Any], path: Path, w
         UserError: The checkpoint does not contain a moving average although `weights` is "ema", or the weights do not
             match the model.
     """
-    average: dict[str, Any] = checkpoint.get("ema") or {}  # older checkpoints have none
+    average = checkpoint.get("ema") or {}  # older checkpoints have none
     if weights == "ema" and not average:
         raise UserError(f"checkpoint {path} holds no moving average of the weights; use eval.weights=auto or raw")
     is_average = bool(average) and weights != "raw"
-    if state.device.type == "cpu":
-        cpu_settings.restore_threads(checkpoint.get("threads", 0))  # older checkpoints have none
-    try:
-        state.network.load_state_dict(average if is_average else checkpoint["model"])
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"checkpoint {path} does not fit the model of this config: {first}") from None
+    _restore_threads(state, checkpoint)
+    _load_weights(state, average if is_average else checkpoint["model"], path)
     return is_average
 
 
-def restore_state(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
+def _restore_threads(state: TrainState, checkpoint: Checkpoint) -> None:
+    if state.device.type == "cpu":
+        cpu_settings.restore_threads(checkpoint.get("threads", 0))  # older checkpoints have none
+
+
+def _load_weights(state: TrainState, weights: Weights, path: Path) -> None:
+    try:
+        state.network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"checkpoint {path} does not fit the model of this config: {first}") from None
+
+
+def restore_state(state: TrainState, checkpoint: Checkpoint, path: Path) -> None:
     """Load everything that a training step changes. Raises UserError if the checkpoint does not match the run."""
     require_keys(checkpoint, ("model", "optimizer", "scaler", "sums"), path)
+    _restore_threads(state, checkpoint)
     _restore_model(state, checkpoint, path)
     _check_shapes("sums", {"": checkpoint["sums"]}, {"": state.sums}, path)
     state.sums.copy_(checkpoint["sums"])
@@ -86,16 +95,16 @@ def _is_from_timm(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("timm.")
 
 
-def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) -> None:
+def _restore_model(state: TrainState, entries: ModelEntries, path: Path) -> None:
     """Load the model, optimizer and scaler of a run or of its proxy model, and discard the captured CUDA graph.
 
     Raises:
         UserError: The checkpoint does not match the model or the optimizer.
     """
-    restore_weights(state, checkpoint, path)
+    _load_weights(state, entries["model"], path)
     optimizer = state.optimizer
     device_fields = [{key: group[key] for key in DEVICE_FIELDS if key in group} for group in optimizer.param_groups]
-    saved = checkpoint["optimizer"]
+    saved = entries["optimizer"]
     try:
         rates = [float(group["lr"]) for group in saved["param_groups"]]
         # Set them before loading as well: `capturable` determines the device of the step count.
@@ -116,5 +125,5 @@ def _restore_model(state: TrainState, checkpoint: dict[str, Any], path: Path) ->
         else:
             group["lr"] = lr
     state.invalidate_graphs()  # the graph would read the optimizer's old tensors
-    if checkpoint["scaler"]:  # empty without a scaler, e.g. on a CPU
-        state.scaler.load_state_dict(checkpoint["scaler"])
+    if entries["scaler"]:  # empty without a scaler, e.g. on a CPU
+        state.scaler.load_state_dict(entries["scaler"])

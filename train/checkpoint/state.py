@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_origin, get_type_hints, is_typeddict
 
 import torch
 
@@ -13,26 +13,64 @@ from configs.utils.errors import UserError
 from train.checkpoint.format import FORMAT
 from train.engine.state import TrainState
 
-ENTRY_TYPES: dict[str, type] = {
-    "model": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "lookahead": dict,
-    "ema": dict,
-    "proxy": dict,
-    "sums": torch.Tensor,
-    "position": dict,
-    "progress": dict,
-    "times": dict,
-    "stream": dict,
-    "config": str,
-    "dataset": dict,
-    "threads": int,
+# Entries of a checkpoint. Files of older versions may lack some; `require_keys` reports those that are needed.
+StreamInfo = TypedDict(
+    "StreamInfo", {"data set": str, "global batch": int, "data set in detail": dict[str, object]}
+)  # see `compatibility.stream_info`
+Weights = dict[str, torch.Tensor]
+
+
+class PositionEntry(TypedDict):
+    """Epoch, and the number of optimizer steps done in it."""
+
+    epoch: int
+    step: int
+
+
+class DatasetEntry(TypedDict):
+    """The data set on which a model was trained. With it, the model can be used without its data set."""
+
+    name: str
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    image_shape: list[int] | None
+    conversion: dict[str, Any] | None  # fields of pipelines.convert.Encoding, to store other images in the same way
+    image_size: int
+
+
+class ModelEntries(TypedDict, total=False):
+    """The state of the model, optimizer and scaler of a run or of its proxy model."""
+
+    model: Weights
+    optimizer: dict[str, Any]
+    scaler: dict[str, float]
+
+
+class Checkpoint(ModelEntries, total=False):
+    """The contents of a checkpoint file."""
+
+    format: int
+    lookahead: Weights  # slow weights; empty without Lookahead
+    ema: Weights  # moving average; empty without one
+    proxy: ModelEntries  # empty without a proxy
+    sums: torch.Tensor
+    threads: int
+    position: PositionEntry
+    progress: dict[str, Any]  # see `progress.Progress`
+    times: dict[str, float]  # see `train.engine.metrics.RunTimer`
+    stream: StreamInfo
+    config: str  # YAML
+    dataset: DatasetEntry
+
+
+ENTRY_TYPES = {
+    name: dict if is_typeddict(kind) else get_origin(kind) or kind for name, kind in get_type_hints(Checkpoint).items()
 }
 TENSOR_ENTRIES = ("model", "lookahead", "ema")
 
 
-def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> dict[str, Any]:
+def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: object) -> Checkpoint:
     """Return the contents of a checkpoint.
 
     Tensors are shared with the live model and optimizer. Call `to_host` for a copy.
@@ -42,7 +80,7 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
         sums: The metric sums of the epoch so far, over all ranks.
         entries: Further entries. Their values must be tensors, numbers, strings, or containers of these.
     """
-    return {
+    checkpoint: Checkpoint = {
         "format": FORMAT,
         **_model_state(state),
         "sums": sums,
@@ -50,18 +88,19 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: Any) -> d
         "lookahead": state.lookahead.slow if state.lookahead is not None else {},
         "ema": state.ema.state() if state.ema is not None else {},
         "proxy": _model_state(state.proxy.state) if state.proxy is not None else {},
-        **entries,
     }
+    checkpoint.update(entries)  # type: ignore[typeddict-item]
+    return checkpoint
 
 
-def to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def to_host(checkpoint: Checkpoint) -> Checkpoint:
     """Copy a checkpoint to host memory. Each GPU that holds some of its tensors is synchronized once.
 
     Raises:
         TypeError: The checkpoint contains a value of an unsupported type.
     """
     devices: set[torch.device] = set()
-    copy: dict[str, Any] = _copy(checkpoint, devices)
+    copy: Checkpoint = _copy(checkpoint, devices)
     for device in devices:
         torch.cuda.synchronize(device)
     return copy
@@ -95,8 +134,7 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
     return tree
 
 
-def _model_state(state: TrainState) -> dict[str, Any]:
-    """Return the state of the model, optimizer and scaler of a run or of its proxy model."""
+def _model_state(state: TrainState) -> ModelEntries:
     return {
         "model": state.network.state_dict(),
         "optimizer": _portable(state.optimizer.state_dict()),
@@ -132,11 +170,11 @@ def invalid_entry(checkpoint: dict[str, Any]) -> str | None:
     return None
 
 
-def _are_tensors(entry: Any) -> bool:
+def _are_tensors(entry: dict[object, object]) -> bool:
     return all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in entry.items())
 
 
-def require_keys(checkpoint: dict[str, Any], names: Sequence[str], path: Path) -> None:
+def require_keys(checkpoint: Mapping[str, object], names: Sequence[str], path: Path) -> None:
     """Raise UserError if any entry in `names` is missing, e.g. because another program or version wrote the file."""
     if missing := [name for name in names if name not in checkpoint]:
         raise UserError(

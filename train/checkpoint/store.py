@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from configs.utils.errors import UserError
 from configs.utils.files import open_plain
 from configs.utils.warnings import warn
 from train.checkpoint import format
-from train.checkpoint.state import collect_state, invalid_entry, to_host
+from train.checkpoint.state import Checkpoint, PositionEntry, collect_state, invalid_entry, to_host
 from train.distributed import collectives
 from train.engine.state import TrainState
 
@@ -25,7 +25,7 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; p
 # Saving
 
 
-def write(path: Path, checkpoint: dict[str, Any]) -> None:
+def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically. `checkpoint` is from `to_host`.
 
     Raises:
@@ -35,7 +35,7 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
         files.atomic_write(path, lambda file: format.write(file, checkpoint))
 
 
-def write_last(folder: Path, checkpoint: dict[str, Any]) -> None:
+def write_last(folder: Path, checkpoint: Checkpoint) -> None:
     """Write last.pt, without ever leaving an incomplete file under that name.
 
     The existing last.pt becomes previous.pt, unless it is damaged and previous.pt already exists.
@@ -58,7 +58,7 @@ def recover_interrupted_save(folder: Path) -> None:
         files.remove_temporary(folder / BEST)
 
 
-def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: Any) -> None:
+def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: object) -> None:
     """Write the state of a run to a checkpoint, and return when the file is on disk.
 
     See `collect_state` for `state`, `sums` and `entries`.
@@ -87,7 +87,7 @@ def _write_errors(path: Path) -> Iterator[None]:
 # Loading
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Checkpoint:
     """Verify and load a checkpoint into host memory, without running code from the file.
 
     Raises:
@@ -101,14 +101,18 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} {error}; {advice}") from None
 
 
-def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+class Loaded(NamedTuple):
+    """A checkpoint in host memory, and the file from which it was loaded."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+
+def load_newest(candidates: Sequence[Path]) -> Loaded:
     """Load the first intact checkpoint, and warn about the missing or damaged candidates before it.
 
     Args:
         candidates: At least one path, all in the same folder, in order of preference.
-
-    Returns:
-        The path of the checkpoint, and its contents.
 
     Raises:
         UserError: No candidate is intact, or another program wrote a candidate that comes before the first intact one.
@@ -124,7 +128,7 @@ def load_newest(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
             continue
         for damaged, reason in reasons.items():
             warn(f"checkpoint {damaged} {reason}; {path} is used instead")
-        return path, checkpoint
+        return Loaded(path, checkpoint)
     folder = candidates[0].parent
     others = [folder / name for name in (LAST, PREVIOUS, BEST) if folder / name not in candidates]
     intact = next((other for other in others if is_intact(other)), None)
@@ -156,7 +160,7 @@ def is_intact(path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Checkpoint:
     """Verify and load a checkpoint.
 
     Raises:
@@ -182,30 +186,27 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot be read ({reason})") from None
     if (invalid := invalid_entry(checkpoint)) is not None:
         raise ValueError(f"cannot be read (its {invalid!r} is not what train/ddp.py writes)")
-    return checkpoint
+    return cast(Checkpoint, checkpoint)
 
 
-def load_newest_on_all_ranks(candidates: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+def load_newest_on_all_ranks(candidates: Sequence[Path]) -> Loaded:
     """On every rank, load the checkpoint that `load_newest` chooses on rank 0. All ranks must call this function.
-
-    Returns:
-        The path of the checkpoint, and its contents.
 
     Raises:
         UserError: `load_newest` failed on rank 0, or the file at the chosen path cannot be loaded or has a different
             training position on another rank.
     """
-    chosen: dict[str, Any] = {}  # on rank 0
+    loaded: list[Loaded] = []  # on rank 0
 
-    def choose() -> tuple[Path, dict[str, int]]:
-        path, chosen["checkpoint"] = load_newest(candidates)
-        return path, chosen["checkpoint"].get("position", {})
+    def choose() -> tuple[Path, PositionEntry | None]:
+        loaded.append(load_newest(candidates))
+        return loaded[0].path, loaded[0].checkpoint.get("position")
 
     path, position = collectives.from_first_rank(choose)
-    checkpoint: dict[str, Any] = chosen["checkpoint"] if chosen else load(path)
-    if checkpoint.get("position", {}) != position:
+    checkpoint = loaded[0].checkpoint if loaded else load(path)
+    if checkpoint.get("position") != position:
         raise UserError(
             f"checkpoint {path} is at {checkpoint.get('position')} on one rank and at {position} on rank 0; give "
             "--output a folder that all machines share"
         )
-    return path, checkpoint
+    return Loaded(path, checkpoint)

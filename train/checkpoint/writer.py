@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from pipelines.interfaces import Position
 from train.checkpoint import store
-from train.checkpoint.state import collect_state, to_host
+from train.checkpoint.progress import RunInfo
+from train.checkpoint.state import Checkpoint, collect_state, to_host
 from train.checkpoint.store import LAST, PREVIOUS
 from train.distributed.process_group import is_first_rank
 from train.engine.state import TrainState
@@ -29,10 +30,10 @@ class CheckpointWriter:
     Args:
         folder: The run folder.
         state: The training state to save.
-        run_info: Entries of every checkpoint of this run. They are read at each save, so the caller can change them.
+        run_info: Entries of every checkpoint of this run. They are read at each save.
     """
 
-    def __init__(self, folder: Path, state: TrainState, run_info: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, state: TrainState, run_info: RunInfo) -> None:
         self.folder = folder
         self.newest: Path | None = None  # the checkpoint to resume from, if any
         self.steps = 0  # optimizer steps of the run at `newest`
@@ -54,7 +55,7 @@ class CheckpointWriter:
         """Return True if SAVE_INTERVAL_S has passed since last.pt was last saved, or since the writer was created."""
         return time.monotonic() - self._saved_s >= SAVE_INTERVAL_S
 
-    def save(self, names: tuple[str, ...], position: Mapping[str, int], sums: Tensor, steps: int) -> None:
+    def save(self, names: tuple[str, ...], position: Position, sums: Tensor, steps: int) -> None:
         """Copy the current state to host memory, and write it to each of `names` in the background.
 
         Only rank 0 copies and writes. If `names` contains last.pt, all ranks record last.pt as the newest checkpoint.
@@ -62,7 +63,7 @@ class CheckpointWriter:
 
         Args:
             names: File names, e.g. last.pt and best.pt.
-            position: The epoch, and the optimizer steps done in this epoch.
+            position: The epoch, and the number of optimizer steps done in this epoch.
             sums: The metric sums of the epoch so far, over all ranks.
             steps: Optimizer steps of the run so far.
 
@@ -75,7 +76,7 @@ class CheckpointWriter:
         if not is_first_rank():
             return
         self.wait()
-        checkpoint = collect_state(self._state, sums, position=dict(position), **self._run_info)
+        checkpoint = collect_state(self._state, sums, position=asdict(position), **self._run_info.entries())
         self._write = self._thread.submit(write_all, self.folder, names, to_host(checkpoint))
 
     def check(self) -> None:
@@ -97,7 +98,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
 
-def write_all(folder: Path, names: tuple[str, ...], checkpoint: dict[str, Any]) -> None:
+def write_all(folder: Path, names: tuple[str, ...], checkpoint: Checkpoint) -> None:
     """Write the same checkpoint to each of `names` in the folder. Raises UserError if a file cannot be written."""
     for name in names:
         if name == LAST:

@@ -1,13 +1,9 @@
-"""The loop over the batches of an epoch.
-
-The loop itself synchronizes the device only at the end of the epoch. The callback `after_step` may synchronize as well,
-and a step may do so in fp16 or with train.on_nonfinite=skip.
-"""
+"""The optimizer steps of an epoch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +24,7 @@ from train.optim.schedule import Timeline, learning_rate, lr_factor, whitening_l
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Number of micro-steps, including skipped ones, and durations of one call to `train_epoch`."""
+    """Number of micro-steps and durations of one call to `train_epoch`."""
 
     micro_steps: int
     time_s: float
@@ -55,32 +51,33 @@ def build_timeline(config: TrainConfig, loader: TrainLoader) -> Timeline:
     return Timeline(steps, factors if set(factors) != {1.0} else ())
 
 
-def train_epoch(
+def training_steps(
     state: TrainState,
     loader: TrainLoader,
     *,
     seed: int,
-    rank: int,
-    after_step: Callable[[int, float], None],
+    rank: int = 0,
     timeline: Timeline | None = None,
     decays: int = 0,
     skip_steps: Collection[int] = (),
-) -> EpochTimes:
-    """Train from the loader's position to the end of the epoch, and return the durations.
+) -> Iterator[tuple[int, float]]:
+    """Train from the loader's position to the end of the epoch, and yield after each optimizer step.
 
     The default random generator of the device, which dropout uses, is seeded for each batch. A resumed run therefore
-    draws the same numbers as an uninterrupted run.
+    draws the same numbers as an uninterrupted run. The device is synchronized only at the end of the epoch, unless a
+    step checks its gradients on the host (fp16, train.on_nonfinite=skip).
 
     Args:
         state: Training state.
         loader: Data loader, at the position to start from.
         seed: Seed of the run.
         rank: Rank of this process.
-        after_step: Called as after_step(step, lr) after each optimizer step, with the index of the step in the run,
-            counted from 0, and its learning rate.
         timeline: Timeline of the run, or None to build it from the loader.
         decays: Number of decays of the plateau schedule so far.
-        skip_steps: Optimizer steps of the run to skip, counted from 0. `after_step` is not called for these steps.
+        skip_steps: Optimizer steps of the run to skip, counted from 0.
+
+    Yields:
+        The optimizer step of the run, counted from 0, and its learning rate. Skipped steps are not yielded.
 
     Raises:
         UserError: The data cannot be read or have changed.
@@ -90,11 +87,10 @@ def train_epoch(
     on_gpu = state.device.type == "cuda"
     accumulation = state.config.accumulation_steps
     timeline = timeline or build_timeline(state.config, loader)
-    epoch, first, batches = loader.position.epoch, loader.position.step, len(loader)
+    epoch, first = loader.position.epoch, loader.position.step
     # torch.manual_seed, which seeds all devices, and one hash per batch would take 0.15 ms per batch
     generator = torch.cuda.default_generators[state.device.index] if on_gpu else torch.default_generator
-    seeds = hash64(np.arange(batches, dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
-    start_s, wait_s = time.perf_counter(), loader.wait_s
+    seeds = hash64(np.arange(len(loader), dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
     for index, batch in enumerate(loader, first):
         step, micro_step = timeline.first_step(epoch) + index // accumulation, index % accumulation
         if step in skip_steps:
@@ -108,10 +104,18 @@ def train_epoch(
         run_step(state, batch, step, optimizer_step=is_last)
         if is_last:
             update_averages(state, step, timeline)
-            after_step(step, lr)
+            yield step, lr
     if on_gpu:
-        torch.cuda.synchronize(state.device)  # once per epoch, so that the measured time is complete
-    return EpochTimes(batches - first, time.perf_counter() - start_s, loader.wait_s - wait_s)
+        torch.cuda.synchronize(state.device)  # so that the measured time of the epoch is complete
+
+
+def train_epoch(state: TrainState, loader: TrainLoader, *, seed: int, rank: int = 0) -> EpochTimes:
+    """Run the optimizer steps of `training_steps` without logs or checkpoints, and return their durations."""
+    micro_steps = len(loader) - loader.position.step
+    start_s, wait_s = time.perf_counter(), loader.wait_s
+    for _ in training_steps(state, loader, seed=seed, rank=rank):
+        pass
+    return EpochTimes(micro_steps, time.perf_counter() - start_s, loader.wait_s - wait_s)
 
 
 def set_whitening_bias_grad(state: TrainState, epoch: int) -> None:

@@ -8,11 +8,11 @@ import time
 from contextlib import suppress
 from math import nan
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from configs.utils.process import start_time_ticks
+from pipelines.interfaces import Position
 from pipelines.loader.train_loader import TrainLoader
 
 GIB = 2**30
@@ -139,11 +139,11 @@ class RunTimer:
         self.add(self.times["epoch_time_s"])
         self.times |= {"epoch_time_s": 0.0, "epoch_wait_s": 0.0, "epoch_images": 0.0}
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Restore `times` from the contents of a checkpoint."""
-        within_epoch = nan if content["position"]["step"] else 0.0
+    def restore(self, times: dict[str, float] | None, position: Position) -> None:
+        """Restore the `times` of a checkpoint at a position of the run, or None if it has none."""
+        within_epoch = nan if position.step else 0.0
         unknown = {key: nan if key == "training_s" else within_epoch for key in self.times}
-        self.times |= content.get("times") or unknown
+        self.times |= times or unknown
 
     @property
     def command_s(self) -> float:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from configs.schema import ScheduleConfig, TrainConfig
+from pipelines.interfaces import Position
 
 OWN_RATES = ("norm_bias_lr", "bias_lr", "linear_lr")  # further learning rates in train.optimizer
 MIN_TIME_CONSTANTS = 4.0  # of the moving average in a run; the initial weights then have a share of 2 %
@@ -49,6 +48,10 @@ class Timeline:
         If `epoch` is the number of epochs, return the total number of steps in the run.
         """
         return self._firsts[epoch]
+
+    def done(self, position: Position) -> int:
+        """Return the number of optimizer steps of the run before a position."""
+        return self.first_step(position.epoch) + position.step
 
     def epoch_at(self, step: int) -> int:
         """Return the epoch of a step. For steps past the end of the run, return the number of epochs."""
@@ -163,13 +166,16 @@ class Plateau:
     bad_epochs: int = 0
     decays: int = 0
 
-    def after(self, value: float, options: ScheduleConfig) -> Plateau:
+    def after(self, value: float | None, options: ScheduleConfig) -> Plateau:
         """Return the state after an epoch.
 
         Args:
-            value: Metric of the epoch. nan does not count as an improvement.
+            value: The monitored metric of the epoch. None, without an evaluation, leaves the state unchanged. nan does
+                not count as an improvement.
             options: Settings of the schedule.
         """
+        if value is None:
+            return self
         sign = -1.0 if options.metric == "val_top1" else 1.0  # smaller is better
         best = math.inf if self.best is None else sign * self.best
         if sign * value < best - options.threshold:
@@ -177,18 +183,6 @@ class Plateau:
         if self.bad_epochs < options.patience:
             return Plateau(self.best, self.bad_epochs + 1, self.decays)
         return Plateau(self.best, 0, self.decays + 1)
-
-
-def update_plateau(fields: dict[str, Any], metrics: Mapping[str, Any], options: ScheduleConfig) -> dict[str, Any]:
-    """Return the fields of `Plateau` after an epoch. If the monitored metric is None, the fields are unchanged.
-
-    Args:
-        fields: Fields of `Plateau` before the epoch, or empty at the start.
-        metrics: Metrics of the epoch by name.
-        options: Settings of the schedule.
-    """
-    value = metrics[options.metric]
-    return fields if value is None else asdict(Plateau(**fields).after(value, options))
 
 
 def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:

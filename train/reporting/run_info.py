@@ -15,6 +15,8 @@ from train.distributed.process_group import Ranks
 from train.engine.state import TrainState
 from train.optim.schedule import lr_factor
 
+Facts = dict[str, Any]  # contents of facts.json
+
 
 def global_batch(config: Config, world_size: int) -> int:
     """Return the global batch size: samples per optimizer step over all ranks. Ignores batch sizes in data.stages."""
@@ -23,7 +25,7 @@ def global_batch(config: Config, world_size: int) -> int:
 
 def collect_run_info(
     config: Config, dataset: DatasetInfo, state: TrainState, loader: TrainLoader, ranks: Ranks
-) -> dict[str, Any]:
+) -> Facts:
     """Return properties of a run that depend on its config, data set and machine.
 
     Args:
@@ -61,20 +63,7 @@ def collect_run_info(
     }
 
 
-def dataset_info(dataset: DatasetInfo, image_size: int) -> dict[str, Any]:
-    """Return the "dataset" entry of a checkpoint. With it, the model can be used without its data set."""
-    return {
-        "name": dataset.name,
-        "classes": list(dataset.classes),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "image_shape": dataset.image_shape and list(dataset.image_shape),
-        "conversion": dataset.options.get("encoding"),  # to store other images in the same way
-        "image_size": image_size,
-    }
-
-
-def summary_line(config: Config, facts: dict[str, Any], device: torch.device) -> str:
+def summary_line(config: Config, facts: Facts, device: torch.device) -> str:
     """Return one line that summarizes the run for the console. `facts` is from `collect_run_info`."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])

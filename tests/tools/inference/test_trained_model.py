@@ -13,7 +13,7 @@ from configs.utils.errors import UserError
 from helpers.training import Run, alone
 from pipelines import build_eval_loader
 from tools.inference.trained_model import check_same_classes, load_trained_model
-from train.checkpoint.run_dir import find_checkpoints
+from train.checkpoint.resume import find_checkpoints
 from train.engine.evaluate import evaluate
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
+from configs.schema import Config
 from helpers.checkpoints import STATE, stepped_training
-from helpers.training import alone
+from helpers.training import DIGITS, alone
 from train.checkpoint import store
 
 
@@ -28,3 +30,8 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = stepped_training()
         store.save(path, state, state.sums, **STATE)
     return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(DIGITS, ["name=net"], output=str(tmp_path))

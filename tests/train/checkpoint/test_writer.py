@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 
 from configs.utils.errors import UserError
 from helpers.training import alone, make_state, random_batch, small_net
+from pipelines.interfaces import Position
 from train.checkpoint import store
+from train.checkpoint.progress import RunInfo
 from train.checkpoint.writer import CheckpointWriter
 from train.engine.state import TrainState
 from train.engine.step import train_step
 
-POSITION = {"epoch": 0, "step": 1}
+POSITION = Position(0, 1)
+RUN = RunInfo({}, "a", {})
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def test_background_write_saves_the_state_at_the_call(
 ) -> None:
     held = Held(monkeypatch)
     before = {name: value.clone() for name, value in state.network.state_dict().items()}
-    with CheckpointWriter(tmp_path, state, {"config": "a"}) as saving:
+    with CheckpointWriter(tmp_path, state, RUN) as saving:
         save(saving, state, "best.pt")
         assert held.written == []  # save has returned before the write
         for seed in range(3):
@@ -64,7 +68,7 @@ def test_background_write_saves_the_state_at_the_call(
         held.may_write.set()
         saving.wait()
     content = store.load(tmp_path / "best.pt")
-    assert (content["config"], content["position"]) == ("a", POSITION)
+    assert (content["config"], content["position"]) == ("a", asdict(POSITION))
     assert all(torch.equal(content["model"][name], value) for name, value in before.items())
     assert not torch.equal(state.network.state_dict()["head.weight"], before["head.weight"])
 
@@ -73,7 +77,7 @@ def test_one_checkpoint_is_written_at_a_time(
     state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(monkeypatch)
-    with CheckpointWriter(tmp_path, state, {}) as saving:
+    with CheckpointWriter(tmp_path, state, RUN) as saving:
         save(saving, state, "best.pt")
         threading.Timer(0.1, held.may_write.set).start()
         save(saving, state, "best.pt")
@@ -82,9 +86,9 @@ def test_one_checkpoint_is_written_at_a_time(
 
 
 def test_previous_checkpoint_is_kept_beside_best(state: TrainState, tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path, state, {}) as saving:
+    with CheckpointWriter(tmp_path, state, RUN) as saving:
         for number in range(3):
-            saving.save(("best.pt", "last.pt"), {"epoch": number, "step": 0}, state.sums, number)
+            saving.save(("best.pt", "last.pt"), Position(number), state.sums, number)
     positions = {path.name: store.load(path)["position"]["epoch"] for path in tmp_path.iterdir()}
     assert positions == {"last.pt": 2, "previous.pt": 1, "best.pt": 2}
     assert (saving.newest, saving.steps) == (tmp_path / "last.pt", 2)
@@ -97,7 +101,7 @@ def test_write_error_is_raised_once_by_the_next_call(
     def fail(path: Path, _: Any) -> None:
         raise UserError(f"cannot write {path}")
 
-    with monkeypatch.context() as patch, CheckpointWriter(tmp_path, state, {}) as saving:
+    with monkeypatch.context() as patch, CheckpointWriter(tmp_path, state, RUN) as saving:
         patch.setattr(store, "write", fail)
         save(saving, state, "best.pt")
         assert saving._write is not None
@@ -112,11 +116,11 @@ def test_exit_waits_for_a_write_in_progress(state: TrainState, tmp_path: Path, m
     held = Held(monkeypatch)
 
     def save_and_fail() -> None:
-        with CheckpointWriter(tmp_path, state, {}) as saving:
+        with CheckpointWriter(tmp_path, state, RUN) as saving:
             save(saving, state)
             threading.Timer(0.1, held.may_write.set).start()
             raise KeyError  # any error that ends a run
 
     with pytest.raises(KeyError):
         save_and_fail()
-    assert store.load(tmp_path / "last.pt")["position"] == POSITION
+    assert store.load(tmp_path / "last.pt")["position"] == asdict(POSITION)

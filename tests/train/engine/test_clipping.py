@@ -104,7 +104,7 @@ def test_four_micro_steps_of_64_equal_one_step_of_256(
         aug = AugConfig(crop="pad", flip=0.5)
         loader = build_train_loader(section, aug, seed=3, device=CPU, accumulation_steps=passes)
         for _ in range(2):
-            train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
+            train_epoch(state, loader, seed=0, rank=0)
         assert loader.position == Position(2)
         assert len(loader) == 2 * passes  # four steps
         weights.append(state.network.state_dict())

@@ -19,7 +19,7 @@ from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
-from train.engine.epoch import train_epoch
+from train.engine.epoch import train_epoch, training_steps
 from train.engine.state import TrainState
 from train.optim.schedule import Timeline, learning_rate
 
@@ -42,7 +42,7 @@ def test_learning_rate_changes_per_optimizer_step(npy_data: Path) -> None:
     state.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     noted: list[tuple[int, float]] = []
     for _ in range(2):
-        train_epoch(state, loader, seed=0, rank=0, after_step=lambda *update: noted.append(update))
+        noted += training_steps(state, loader, seed=0)
     expected = [learning_rate(update, Timeline.even(2, 4), state.config) for update in range(8)]
     assert used == expected
     assert noted == list(enumerate(expected))
@@ -52,7 +52,7 @@ def test_learning_rate_changes_per_optimizer_step(npy_data: Path) -> None:
 def test_epoch_equals_plain_loop_over_loader(npy_data: Path) -> None:
     state = make_state(build_model("lenet", 12, mean=[0.5] * 3, std=[0.3] * 3), epochs=1, schedule="constant")
     model = copy.deepcopy(state.network)
-    times = train_epoch(state, train_loader(npy_data), seed=0, rank=0, after_step=lambda *_: None)
+    times = train_epoch(state, train_loader(npy_data), seed=0, rank=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.ndim > 1]
     optimizer.add_param_group({"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0})
@@ -72,7 +72,8 @@ class Interrupted(Exception):
 
 def train_both_epochs(state: TrainState, loader: Loader, after_step: Callable[[int, float], None]) -> None:
     while loader.position.epoch < 2:
-        train_epoch(state, loader, seed=0, rank=0, after_step=after_step)
+        for step, lr in training_steps(state, loader, seed=0):
+            after_step(step, lr)
 
 
 def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int = 0, rank: int = 0) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int =
     state = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
     loader = train_loader(data, batch_size=50, accumulation_steps=accumulation_steps)
     for _ in range(epochs):
-        train_epoch(state, loader, seed=seed, rank=rank, after_step=lambda *_: None)
+        train_epoch(state, loader, seed=seed, rank=rank)
     return state.network.state_dict()
 
 

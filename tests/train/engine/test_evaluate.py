@@ -127,7 +127,7 @@ def test_evaluation_changes_nothing_that_training_uses(npy_data: Path) -> None:
     assert all(torch.equal(before[0][name], value) for name, value in state.network.state_dict().items())
     assert torch.equal(before[1], state.sums)
     loader = train_loader(npy_data)
-    train_epoch(state, loader, seed=0, rank=0, after_step=lambda *_: None)
+    train_epoch(state, loader, seed=0, rank=0)
     assert state.network.training  # train_epoch turns dropout on again
 
 

@@ -29,7 +29,7 @@ from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks, process_group
 from train.engine import cuda_graph, execution, warm_up
-from train.engine.epoch import train_epoch
+from train.engine.epoch import training_steps
 from train.engine.evaluate import evaluate
 from train.engine.execution import build_plan
 from train.engine.losses import identity_mix
@@ -110,7 +110,7 @@ def assert_equal_trees(ours: Any, theirs: Any) -> None:
 
 
 def plain_steps(state: TrainState, count: int, first: int = 0) -> None:
-    """Train like train_epoch, with the generator seeded for each batch."""
+    """Train like training_steps, with the generator seeded for each batch."""
     accumulation = state.config.accumulation_steps
     for step in range(first, first + count):
         torch.manual_seed(step)
@@ -396,7 +396,8 @@ def train_epochs(
     state: TrainState, loader: TrainLoader, seed: int = 0, after_step: Callable[[int, float], None] = lambda *_: None
 ) -> dict[str, torch.Tensor]:
     while loader.position.epoch < 2:
-        train_epoch(state, loader, seed=seed, rank=0, after_step=after_step)
+        for step, lr in training_steps(state, loader, seed=seed):
+            after_step(step, lr)
     return {**state.network.state_dict(), "sums": state.sums}
 
 
@@ -518,7 +519,7 @@ def test_evaluation_between_captured_steps_changes_nothing(npy_data: Path, gpu: 
         def after_step(*_: Any) -> None:
             if evaluates:
                 evaluate(state, val_loader, 107)
-                state.forward.train()  # like train_epoch at its start
+                state.forward.train()  # like training_steps at its start
 
         return train_epochs(state, loader, after_step=after_step)
 

@@ -20,7 +20,7 @@ from tools.inference.trained_model import load_trained_model
 from tools.runs.records import comparison_rows, curve_rows, read_run
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
-from train.engine.epoch import train_epoch
+from train.engine.epoch import training_steps
 from train.engine.evaluate import evaluate
 from train.engine.state import TrainState, restart_in_place
 from train.engine.step import train_step
@@ -95,8 +95,8 @@ def test_average_counts_steps_from_start_of_run(npy_data: Path) -> None:
         loader = build_train_loader(DataConfig(path=str(npy_data), batch_size=350), seed=3, device=CPU)
         loader.position = Position(first)
         seen: list[State] = []
-        train_epoch(state, loader, seed=0, rank=0,
-                    after_step=lambda *_, t=state, s=seen: s.append(copy_of(t.network.state_dict())))  # fmt: skip
+        for _ in training_steps(state, loader, seed=0):
+            seen.append(copy_of(state.network.state_dict()))
         assert state.ema is not None
         averages.append((state.ema.state(), seen))
     for average, (begun, then) in averages:

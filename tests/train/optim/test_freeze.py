@@ -194,7 +194,7 @@ def test_epoch_keeps_frozen_norms_in_eval_mode(monkeypatch: pytest.MonkeyPatch) 
             yield random_batch(4)
 
     model.eval()
-    loop.train_epoch(state, Empty(), seed=0, rank=0, after_step=lambda *_: None)  # type: ignore[arg-type]
+    loop.train_epoch(state, Empty(), seed=0, rank=0)  # type: ignore[arg-type]
     assert not model.network.layer1[0].bn1.training
     assert model.network.layer1.training
     assert state.device == CPU

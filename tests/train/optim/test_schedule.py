@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from configs.utils.errors import UserError
 from helpers.training import DIGITS, run_here, strict_lines
 from train import trainer
 from train.checkpoint import store
-from train.engine.epoch import train_epoch
+from train.engine.epoch import training_steps
 from train.optim.schedule import (
     Plateau,
     Timeline,
@@ -29,7 +30,6 @@ from train.optim.schedule import (
     learning_rate,
     lr_factor,
     scale_learning_rates,
-    update_plateau,
     whitening_learning_rate,
 )
 
@@ -328,19 +328,19 @@ def test_plateau_equals_torchs_reduce_lr_on_plateau(metric: Any, mode: Any, data
         min_lr=0.01,
         eps=0,
     )
-    state: dict[str, Any] = {}
+    plateau = Plateau()
     for value in values:
         theirs.step(value)
-        state = update_plateau(state, {metric: value}, options)
-        ours = learning_rate(3, Timeline.even(10, 5), config, state["decays"])
+        plateau = plateau.after(value, options)
+        ours = learning_rate(3, Timeline.even(10, 5), config, plateau.decays)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 def test_plateau_ignores_epoch_without_metric() -> None:
-    state = update_plateau({}, {"val_loss": 1.0}, ScheduleConfig())
-    assert state == {"best": 1.0, "bad_epochs": 0, "decays": 0}
-    assert update_plateau(state, {"val_loss": None}, ScheduleConfig()) == state
-    assert Plateau(**state).after(2.0, ScheduleConfig(patience=0)) == Plateau(1.0, 0, 1)
+    plateau = Plateau().after(1.0, ScheduleConfig())
+    assert plateau == Plateau(1.0, 0, 0)
+    assert plateau.after(None, ScheduleConfig()) == plateau
+    assert plateau.after(2.0, ScheduleConfig(patience=0)) == Plateau(1.0, 0, 1)
 
 
 def test_plateau_keeps_warm_up_and_min_lr() -> None:
@@ -371,14 +371,12 @@ def test_learning_rates_resume_within_epoch(
 ) -> None:
     noted: list[tuple[int, float]] = []
 
-    def train_epoch_noted(*parts: Any, after_step: Any, **options: Any) -> Any:
-        def note(update: int, lr: float) -> None:
-            noted.append((update, lr))
-            after_step(update, lr)
+    def noted_steps(*parts: Any, **options: Any) -> Iterator[tuple[int, float]]:
+        for step, lr in training_steps(*parts, **options):
+            noted.append((step, lr))
+            yield step, lr
 
-        return train_epoch(*parts, after_step=note, **options)
-
-    monkeypatch.setattr(trainer, "train_epoch", train_epoch_noted)
+    monkeypatch.setattr(trainer, "training_steps", noted_steps)
     opts = [*RUN, f"train.schedule={kind}", f"train.warmup_epochs={0 if kind == 'one-cycle' else 0.67}"]
 
     def command(output: Path) -> list[str | Path]:

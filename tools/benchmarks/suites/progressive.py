@@ -50,7 +50,7 @@ def measure_stage_changes(config: Config, ranks: Ranks, rounds: int) -> list[Row
             shape = (loader.image_size, loader.plan.batch_size)
             pair = []
             for _ in range(2):
-                times = train_epoch(state, loader, seed=config.seed, rank=0, after_step=lambda *_: None)
+                times = train_epoch(state, loader, seed=config.seed, rank=0)
                 pair.append(times.micro_steps * shape[1] / times.time_s)
             if epoch >= warm_up_epochs:
                 rates.setdefault(shape, []).append((pair[0], pair[1]))

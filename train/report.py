@@ -1,0 +1,86 @@
+"""Log the start and the results of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import isnan
+from pathlib import Path
+
+from pipelines.interfaces import Position
+from train.build import Job
+from train.distributed import collectives
+from train.engine.warm_up import warm_up
+from train.optim.averaging import eval_weights, uses_ema
+from train.optim.schedule import config_warnings
+from train.reporting.run_info import Facts, collect_run_info, stage_warnings, summary_line
+from train.reporting.run_log import RunLog
+from train.reporting.sample_images import show_predictions, show_samples
+from train.trainer import Trainer
+
+
+def open_log(job: Job, folder: Path) -> RunLog:
+    """Open the log of a run in its folder. Only rank 0 writes it."""
+    ranks = job.ranks
+    return RunLog(folder if ranks.is_first else None, peers_wait=ranks.world_size > 1, loss=job.config.train.loss)
+
+
+def log_start(trainer: Trainer, position: Position, source: Path | None, resume: str | None) -> Facts:
+    """Write config.yaml and facts.json, and log where the run starts, a summary, and warnings.
+
+    Args:
+        trainer: The trainer of the run.
+        position: Position at which training starts.
+        source: The checkpoint that was loaded, or None for a new run.
+        resume: The value of --resume.
+
+    Returns:
+        The contents of facts.json.
+    """
+    job, log = trainer.job, trainer.log
+    facts = collect_run_info(job.config, job.dataset, trainer.state, trainer.train_loader, job.ranks)
+    log.write_config(trainer.run.config, facts)
+    log.drop_epochs_from(position.epoch)
+    if source is not None:
+        trainer.checkpoints.mark_saved(source, trainer.timeline.done(position))
+        log.info(f"resumed from {source} at {asdict(position)}")
+    elif resume is not None:
+        log.info(f"starting a new run, since --resume {resume} found no checkpoint")
+    log.info(summary_line(job.config, facts, job.device))
+    warnings = (*stage_warnings(job.config), *config_warnings(job.config.train, trainer.timeline))
+    for note in (*trainer.state.notes, *warnings):
+        log.info(note)
+    return facts
+
+
+def prepare(trainer: Trainer, position: Position, facts: Facts) -> None:
+    """Start the trackers, compile and capture the step, and show pictures of the training data."""
+    config, log, state = trainer.config, trainer.log, trainer.state
+    done = trainer.timeline.done(position)
+    log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
+    prepared_s = warm_up(state, trainer.train_loader, trainer.val_loader, config.eval.tta)
+    if state.plan.needs_warmup:
+        log.info(f"compiled{' and captured' if state.plan.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
+    if config.log.images and done == trainer.timeline.first_step(config.train.first_epoch):
+        show_samples(log, trainer.train_loader, trainer.job.dataset.classes)
+
+
+def log_results(trainer: Trainer, duration_s: float) -> None:
+    """Log the best accuracy and the times, and show predictions. All ranks must call this function."""
+    config, state, log, run = trainer.config, trainer.state, trainer.log, trainer.run
+    progress, clock = run.progress, run.clock
+    if progress.left_out:
+        log.info(f"steps skipped in total: {progress.left_out} of {trainer.timeline.total}")
+    which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
+    log.info(
+        f"done in {duration_s:.1f} s: best {config.data.val_split} top1{which} {progress.best_top1:.4f}; "
+        f"the run is in {trainer.checkpoints.folder}"
+    )
+    if not isnan(clock.training_s):
+        log.info(f"epochs and last evaluation {clock.training_s:.2f} s")
+        log.update_summary({"training_s": clock.training_s})
+    log.info(f"whole command {clock.command_s:.2f} s")
+    log.update_summary({"command_s": clock.command_s})
+    if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):
+        classes, step = trainer.job.dataset.classes, trainer.timeline.total
+        with eval_weights(state.ema, config.eval.weights):
+            show_predictions(log, state, trainer.val_loader, config, classes, step=step)
