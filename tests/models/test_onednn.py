@@ -22,6 +22,7 @@ from helpers.training import CLEAN, ROOT, alone, make_state, random_batch, recor
 from models import build_model, onednn
 from models.onednn import avoid_narrow_strided_convs, block_channels, is_affected
 from pipelines.loader.batches import Batch
+from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
 from train.engine.step import train_step
 
@@ -200,7 +201,7 @@ def test_log_names_changed_layers_and_reason(monkeypatch: pytest.MonkeyPatch) ->
     with_block(monkeypatch, 16)
     overrides = ["model.name=resnet18", "model.options={width: 4}", "model.freeze=[conv1.*]"]
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", overrides)
-    dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
+    dataset = ModelDataset("plain", ("a", "b"), (0.5,) * 3, (0.5,) * 3)
     with alone() as device:
         training = build_all(config, dataset, 32, device)
     assert [note.split(":")[0] for note in training.notes[:1]] == ["frozen"]
@@ -211,7 +212,7 @@ def test_log_names_changed_layers_and_reason(monkeypatch: pytest.MonkeyPatch) ->
 def test_evaluated_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     with_block(monkeypatch, 16)
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.name=resnet18", "model.options={width: 4}"])
-    dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
+    dataset = ModelDataset("plain", ("a", "b"), (0.5,) * 3, (0.5,) * 3)
     with alone() as device:
         changed, plain = (build_all(config, dataset, 32, device, trains=trains) for trains in (True, False))
     assert any(module._forward_pre_hooks for module in changed.network.modules())

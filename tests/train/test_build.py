@@ -13,6 +13,7 @@ from configs.schema import Config
 from helpers.training import CPU, ROOT, alone
 from models import build_from_config
 from pipelines.augment.mixup import check_mixing, mixing_enabled
+from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
 from train.engine.hard_samples import check_proxy
 from train.optim.factory import build_optimizer
@@ -66,7 +67,7 @@ def test_training_state_has_configured_parts_and_scaled_rates() -> None:
         "train.lr_batch_size=32",
     ]
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", options)
-    dataset = {"classes": list("0123456789"), "mean": [0.5] * 3, "std": [0.25] * 3}
+    dataset = ModelDataset("plain", tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
     with alone():
         state = build_all(config, dataset, 32, CPU)
         plain = build_all(load_config(ROOT / "configs" / "digits_lenet.yaml"), dataset, 32, CPU)

@@ -22,6 +22,7 @@ from helpers.memory_source import CLASSES, MemoryRows, memory_source, write
 from helpers.training import DIGITS, ROOT, alone, broken_after
 from models import build_model
 from pipelines.convert.source import Source
+from pipelines.storage.dataset import ModelDataset
 from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
@@ -347,7 +348,7 @@ def test_misfits_outside_the_head_are_named_and_nothing_is_loaded(tmp_path: Path
 
 def test_without_pretrained_builds_random_weights(data: dict[int, Path], tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / "digits_lenet.yaml", ["model.finetune=/nowhere", "model.drop_rate=0.1"])
-    dataset = {"classes": list("ab"), "mean": [0.5] * 3, "std": [0.5] * 3}
+    dataset = ModelDataset("two", ("a", "b"), (0.5,) * 3, (0.5,) * 3)
     with alone() as device:
         state = build_all(without_pretrained(config), dataset, 32, device)
         assert state.notes == ()
