@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ def serve(pipe: Connection, candidate: Candidate, seconds: float) -> None:
                 counts = {name: _attempt(_calibrate, workload, seconds) for name, workload in workloads.items()}
                 pipe.send({name: count if isinstance(count, str) else None for name, count in counts.items()})
                 while (name := pipe.recv()) is not None:
-                    duration_s = _attempt(_time_round, workloads[name], counts[name])
-                    units = counts[name] * workloads[name].units_per_item
-                    pipe.send(duration_s if isinstance(duration_s, str) else units / duration_s)
+                    pipe.send(_attempt(_measure_round, workloads[name], counts[name]))
                 pipe.send({name: workload.details() for name, workload in workloads.items()})
                 pipe.recv()
         except (BrokenPipeError, EOFError):
@@ -86,7 +86,7 @@ def _end_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+def _attempt(function: Callable[..., T], *arguments: object) -> T | str:
     """Return the result of the function, or the error as text if it raises an exception."""
     try:
         return function(*arguments)
@@ -105,19 +105,19 @@ def _calibrate(workload: Workload, seconds: float) -> int:
     The number is at least 2, or at least 1 if the workload does not prefetch and its first item takes at least
     `seconds`. In the latter case, the first item is the only warm-up.
     """
-    min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
+    count = min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
     if min_count == 2:
         _time_items(workload.items, 3)
-    count = min_count
     while (duration_s := _time_items(workload.items, count)) < seconds / 4:
         count *= 2
     return max(min_count, round(count * seconds / duration_s))
 
 
-def _time_round(workload: Workload, count: int) -> float:
+def _measure_round(workload: Workload, count: int) -> float:
+    """Return the rate of one round of `count` items, in units/s."""
     if workload.prefetches:  # a loader has prefetched while other candidates ran
         _time_items(workload.items, 1)
-    return _time_items(workload.items, count)
+    return count * workload.units_per_item / _time_items(workload.items, count)
 
 
 def _time_items(items: Iterator[object], count: int) -> float:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -35,6 +35,7 @@ JOIN_TIMEOUT_S = 10.0
 # in processes forked after CUDA has started.
 PRELOADED = ["torch", "torchvision", "pipelines.build", "train.engine.epoch"]
 PRELOADED_ON_GPU = ["torch", "torchvision"]
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Measurement:
     candidate: str
     workload: str
     rates: list[float] = field(default_factory=list)  # units/s, one per round
-    details: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -114,7 +115,7 @@ def measure(
     return measurements
 
 
-def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: float | None = None) -> Any:
+def run_in_subprocess(function: Callable[..., T], *arguments: object, deadline: float | None = None) -> T:
     """Call a function in a subprocess and return its result.
 
     The function can use CUDA without initializing it in this process.
@@ -132,11 +133,12 @@ def run_in_subprocess(function: Callable[..., Any], *arguments: Any, deadline: f
         raise RuntimeError(measurement.error)
     if "result" not in measurement.details:
         raise RuntimeError(f"the result could not be sent: {measurement.details.get('details_error')}")
-    return measurement.details["result"]
+    result: T = measurement.details["result"]
+    return result
 
 
 @contextmanager
-def _call_once(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[dict[str, Workload]]:
+def _call_once(function: Callable[..., object], arguments: tuple[object, ...]) -> Iterator[dict[str, Workload]]:
     result = function(*arguments)
     yield {"": Workload(itertools.repeat(None), 1, lambda: {"result": result}, prefetches=False)}
 
@@ -153,8 +155,11 @@ class _CandidateProcess:
         self._pipe, child_pipe = context.Pipe()
         arguments = (child_pipe, replace(self._candidate, monitor=None), self._seconds)
         self._process = context.Process(target=serve, args=arguments)
-        with _sigint_blocked():
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # only this process handles Ctrl-C
+        try:
             forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
         self._process.start()
         child_pipe.close()
         return self
@@ -176,12 +181,12 @@ class _CandidateProcess:
         If the warm-up of a workload failed, its measurement has the error. If the candidate cannot be built or does not
         reply in time, a single measurement with the error is returned.
         """
-        name = self._candidate.name
         reply = self._receive(timeout_s, timeout_error)
         if isinstance(reply, str):
-            return [Measurement(name, "", error=reply)]
-        self._signal(signal.SIGSTOP)
-        return [Measurement(name, workload, error=error) for workload, error in reply.items()]
+            reply = {"": reply}
+        else:
+            self._signal(signal.SIGSTOP)
+        return [Measurement(self._candidate.name, workload, error=error) for workload, error in reply.items()]
 
     def run_round(self, measurement: Measurement, timeout_s: float, timeout_error: str | None) -> None:
         """Run one round and record its rate or error in the measurement."""
@@ -199,9 +204,8 @@ class _CandidateProcess:
         has_rates = any(measurement.rates for measurement in measurements)
         details = self._request(None, DETAILS_TIMEOUT_S) if has_rates else {}
         for measurement in measurements:
-            measurement.details = (
-                {"details_error": details} if isinstance(details, str) else details.get(measurement.workload, {})
-            )
+            failed = isinstance(details, str)
+            measurement.details = {"details_error": details} if failed else details.get(measurement.workload, {})
 
     def _request(self, request: str | None, timeout_s: float, timeout_error: str | None = None) -> Any:
         self._signal(signal.SIGCONT)
@@ -216,36 +220,21 @@ class _CandidateProcess:
 
         The process is killed if it does not reply within `timeout_s` or if the monitor returns a reason.
         """
-        end, monitor = time.monotonic() + timeout_s, self._candidate.monitor
+        end, monitor, reason = time.monotonic() + timeout_s, self._candidate.monitor, None
         try:
-            while not self._pipe.poll(timeout_s if monitor is None else MONITOR_INTERVAL_S):
+            while reason is None and (left_s := end - time.monotonic()) > 0:
+                if self._pipe.poll(left_s if monitor is None else MONITOR_INTERVAL_S):
+                    return self._pipe.recv()
                 reason = monitor(self._process.pid) if monitor and self._process.pid else None
-                if reason is not None:
-                    self._signal(signal.SIGKILL)
-                    return reason
-                if time.monotonic() >= end:
-                    break
-            else:
-                return self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(JOIN_TIMEOUT_S)
             code = self._process.exitcode
             how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
             return f"the process ended with {how}"
         self._signal(signal.SIGKILL)
-        return timeout_error or f"no answer within {timeout_s:.0f} s"
+        return reason or timeout_error or f"no answer within {timeout_s:.0f} s"
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
             if self._process.pid is not None:
                 os.killpg(self._process.pid, number)
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Block SIGINT in processes started in this context, so that only this process handles Ctrl-C."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -28,16 +28,6 @@ RATES: Columns = (
     ("what binds", "remark", ""),
 )
 LEFT_ALIGNED = ("name", "device", "placement", "of the bound", "what binds")  # of RATES
-LIMITS: Columns = (("limit", "name", ""), ("measured", "measured", ""))
-SCALE: Columns = (
-    ("samples", "name", ""),
-    ("µs/sample", "total_us", ".3g"),
-    ("loader", "loader_us", ".3g"),
-    ("order", "order_us", ".3g"),
-    ("draws", "draws_us", ".3g"),
-    ("open to first batch, s", "first_batch_s", ".3g"),
-    ("memory, MiB", "memory_mib", ".3g"),
-)
 AUGMENTATIONS: Columns = (
     ("augmentation", "kind", ""),
     ("ours, images/s", "ours", ""),
@@ -45,13 +35,24 @@ AUGMENTATIONS: Columns = (
     ("torchvision v2 + DataLoader", "peer", ""),
     ("ours / this", "ratio", ".1f"),
 )
-STAGES: Columns = (
-    ("stage", "name", ""),
-    ("images/s after a change", "after_change", ",.0f"),
-    ("of the next epoch", "images_per_s", ",.0f"),
-    ("ratio", "ratio", ".3f"),
-    ("changes", "changes", ""),
-)
+COLUMNS: dict[str, Columns] = {  # of other stages
+    "scale": (
+        ("samples", "name", ""),
+        ("µs/sample", "total_us", ".3g"),
+        ("loader", "loader_us", ".3g"),
+        ("order", "order_us", ".3g"),
+        ("draws", "draws_us", ".3g"),
+        ("open to first batch, s", "first_batch_s", ".3g"),
+        ("memory, MiB", "memory_mib", ".3g"),
+    ),
+    "stages": (
+        ("stage", "name", ""),
+        ("images/s after a change", "after_change", ",.0f"),
+        ("of the next epoch", "images_per_s", ",.0f"),
+        ("ratio", "ratio", ".3f"),
+        ("changes", "changes", ""),
+    ),
+}
 
 
 def run_markdown(run: Run) -> str:
@@ -104,15 +105,11 @@ def table(entry: Entry) -> str:
     rows = entry["rows"]
     if "columns" in entry:
         return _columns_table(rows, entry["columns"])
+    if entry["stage"] in COLUMNS:
+        return text_table(*_cells(COLUMNS[entry["stage"]], rows))
     if entry["stage"] == "limits":
-        return text_table(*_cells(LIMITS, [{**row, "measured": _limit(row)} for row in rows]))
-    if entry["stage"] == "stages":
-        return text_table(*_cells(STAGES, rows))
-    if entry["stage"] == "augment":
-        return _augmentations_table(rows)
-    if entry["stage"] == "scale":
-        return text_table(*_cells(SCALE, rows))
-    return _rates_table(rows)
+        return text_table(("limit", "measured"), [(row["name"], _limit(row)) for row in rows])
+    return _augmentations_table(rows) if entry["stage"] == "augment" else _rates_table(rows)
 
 
 def _cells(columns: Columns, rows: Sequence[Mapping[str, object]]) -> tuple[list[str], list[list[str]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,12 +13,12 @@ from configs.schema import AugConfig, Config, DataConfig
 from pipelines import build_train_loader
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
-from pipelines.storage.dataset import DatasetInfo, SourceInfo, load_dataset
+from pipelines.storage.dataset import ModelDataset, load_dataset
 from pipelines.storage.open import open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
-from train.build import Job
+from train.build import Job, build_all
+from train.checkpoint.finetune import without_pretrained
 from train.distributed.process_group import Ranks, process_group
 from train.engine.losses import identity_mix
 from train.engine.metrics import GIB, device_memory_bytes
@@ -31,6 +31,7 @@ OURS = "Model Zhu"  # name of our candidates
 RESIDENT = "resident batch"
 PLAIN = AugConfig(crop="none", flip=0.0)  # no augmentation
 WARM_ITEMS = 4  # items after which memory usage is stable
+Details = dict[str, object]  # additional fields of a row
 Variants = Mapping[str, Mapping[str, object]]  # overrides of config section `data` by name of the workload
 DISTINCT_IMAGES = 2048  # maximum number of distinct images in a resident batch; a larger batch repeats them
 READ_BATCH_SIZE = 256  # batch size for reading the distinct images
@@ -55,7 +56,7 @@ def loading(
     """
 
     def workload(changes: Mapping[str, object]) -> Workload:
-        details: dict[str, object] = {}
+        details: Details = {}
 
         def batches() -> Iterator[Batch]:
             torch_device = torch.device(device)
@@ -82,18 +83,35 @@ def training(config: Config, variants: Variants) -> Iterator[dict[str, Workload]
         variants: Maps the name of each end-to-end workload to its overrides of `config.data`.
     """
     with process_group(Ranks()) as device:
-        state, loader = _build(config, device)
+        job = Job(config, load_dataset(config.data.path), Ranks(), device)
+        loader = job.train_loader().at(0)
+        state = job.build_state(loader.image_size, pretrained=False)
+        warm_up(state, loader)
+        set_training_mode(state.forward)
         resident_batch = next(iter(loader))
         loader.position = Position(0)
-        batch_size = config.data.batch_size
-        precision = str(state.plan.amp or torch.float32).removeprefix("torch.")
-        common: dict[str, object] = {"batch_size": batch_size, "precision": precision}
-        details = dict(common)
-        steps = _with_memory(_steps(state, itertools.repeat(resident_batch)), device, details)
-        workloads = {RESIDENT: Workload(steps, batch_size * config.train.accumulation_steps, lambda: details)}
-        for name, changes in variants.items():
-            workloads[name] = _end_to_end(config, changes, state, common)
+
+        def workload(batches: Callable[[Details], Iterator[Batch]]) -> Workload:
+            precision = str(state.plan.amp or torch.float32).removeprefix("torch.")
+            details: Details = {"batch_size": config.data.batch_size, "precision": precision}
+            steps = _with_memory(_steps(state, batches(details)), device, details)
+            return Workload(steps, config.data.batch_size * config.train.accumulation_steps, lambda: details)
+
+        workloads = {RESIDENT: workload(lambda details: itertools.repeat(resident_batch))}
+        workloads |= {name: workload(partial(_batches, config, changes, device)) for name, changes in variants.items()}
         yield workloads
+
+
+def _batches(config: Config, changes: Mapping[str, object], device: torch.device, details: Details) -> Iterator[Batch]:
+    """Yield the batches of a train loader, and set `data_wait_s` in `details`.
+
+    The loader is built when the first batch is taken, so that a failure affects only this workload.
+    """
+    data = config.data.model_copy(update=changes)
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)
+    for batch in endless_batches(loader):
+        details["data_wait_s"] = round(loader.wait_s, 4)
+        yield batch
 
 
 @contextmanager
@@ -120,7 +138,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         images = distinct.images.permute(0, 2, 3, 1)[indices].permute(0, 3, 1, 2)  # channels last
         batch = Batch(images, distinct.labels[indices])
         del distinct, images, indices
-        state = Job(config, dataset, Ranks(), device).build_state(side, pretrained=False)
+        state = build_all(without_pretrained(config), dataset, side, device)
         if state.plan.needs_warmup:
             warm_up_training(state, blank_batch(batch_size, side, device))
         if state.plan.mixes:
@@ -131,7 +149,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
         yield {RESIDENT: Workload(steps, images_per_step, memory, prefetches=False)}
 
 
-def _images(config: Config, device: torch.device) -> tuple[Batch, DatasetInfo]:
+def _images(config: Config, device: torch.device) -> tuple[Batch, ModelDataset]:
     """Return up to DISTINCT_IMAGES images from the train loader of `config`, and their data set."""
     samples = len(open_split(config.data.path, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
@@ -144,34 +162,18 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, DatasetInfo]:
     return Batch(images, labels), load_dataset(config.data.path)
 
 
-def _noise(config: Config, device: torch.device) -> tuple[Batch, DatasetInfo]:
+def _noise(config: Config, device: torch.device) -> tuple[Batch, ModelDataset]:
     """Return random images with random labels, and a matching stand-in for their data set."""
-    count, side, classes = (
-        min(config.data.batch_size, READ_BATCH_SIZE),
-        config.data.image_size,
-        config.model.num_classes,
-    )
+    side, classes = config.data.image_size, config.model.num_classes
     assert side is not None
     assert classes is not None
+    count = min(config.data.batch_size, READ_BATCH_SIZE)
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    dataset = DatasetInfo(
-        name="noise",
-        classes=tuple(map(str, range(classes))),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        encoding="npy",
-        image_shape=(side, side, 3),
-        splits={},
-        options={},
-        source=SourceInfo("noise", "", ""),
-        unordered=(),
-        reencoded={},
-        content={},
-    )
+    dataset = ModelDataset("noise", tuple(map(str, range(classes))), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     return Batch(images, torch.randint(0, classes, (count,), device=device)), dataset
 
 
-def _with_memory(items: Iterator[None], device: torch.device, details: dict[str, object]) -> Iterator[None]:
+def _with_memory(items: Iterator[None], device: torch.device, details: Details) -> Iterator[None]:
     """Yield the items. On a GPU, add the memory usage to `details` at item WARM_ITEMS.
 
     The usage includes earlier workloads in this process.
@@ -180,37 +182,6 @@ def _with_memory(items: Iterator[None], device: torch.device, details: dict[str,
         if number == WARM_ITEMS and device.type == "cuda":
             details |= {name: round(gib, 4) for name, gib in process_memory.memory_usage(device).items()}
         yield item
-
-
-def _end_to_end(
-    config: Config, changes: Mapping[str, object], state: TrainState, common: dict[str, object]
-) -> Workload:
-    """Return a workload of end-to-end training.
-
-    The loader is built when the first item is taken, so that a failure affects only this workload.
-    """
-    loaders: list[Loader] = []
-    fields = dict(common)
-
-    def batches() -> Iterator[None]:
-        data = config.data.model_copy(update=changes)
-        loaders.append(build_train_loader(data, config.aug, seed=config.seed, device=state.device).at(0))
-        yield from _steps(state, endless_batches(loaders[0]))
-
-    def details() -> dict[str, object]:
-        return fields | {"data_wait_s": round(sum(loader.wait_s for loader in loaders), 4)}
-
-    images_per_step = config.data.batch_size * config.train.accumulation_steps
-    return Workload(_with_memory(batches(), state.device, fields), images_per_step, details)
-
-
-def _build(config: Config, device: torch.device) -> tuple[TrainState, Loader]:
-    job = Job(config, load_dataset(config.data.path), Ranks(), device)
-    loader = job.train_loader().at(0)
-    state = job.build_state(loader.image_size, pretrained=False)
-    warm_up(state, loader)
-    set_training_mode(state.forward)
-    return state, loader
 
 
 def _steps(state: TrainState, batches: Iterator[Batch]) -> Iterator[None]:

@@ -8,11 +8,10 @@ that a peer needs are written to a scratch folder, in the peer's fastest format,
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.peers.task import Batches, PeerTask
@@ -65,10 +64,11 @@ def _installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
-def load_function(peer: PeerSpec) -> Any:
+def load_function(peer: PeerSpec) -> Callable[..., Iterator[object]]:
     """Import and return the function that builds the peer."""
     module, name = peer.function.split(".")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    function: Callable[..., Iterator[object]] = getattr(import_module(f"{__name__}.{module}"), name)
+    return function
 
 
 @contextmanager

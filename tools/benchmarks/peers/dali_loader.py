@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from nvidia.dali import fn, math, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 
@@ -39,8 +40,8 @@ def dali(task: PeerTask) -> Batches:
     )
     while True:
         for batch in iterator:
-            images, labels = batch[0]["images"], _parse_labels(batch[0]["labels"])
-            yield images, labels.to(images.device, non_blocking=True)
+            images, digits = batch[0]["images"], batch[0]["labels"]
+            yield images, _parse_labels(digits).to(images.device, non_blocking=True)
 
 
 def _parse_labels(digits: torch.Tensor) -> torch.Tensor:
@@ -52,28 +53,29 @@ def _parse_labels(digits: torch.Tensor) -> torch.Tensor:
     return ((digits.long() - ord("0")) * places).sum(1)
 
 
-def _augmented(stored: Any, task: PeerTask) -> Any:
-    aug, size = task.aug, task.image_size
-    random_resized = aug is not None and aug.crop == "random-resized"
-    if task.encoding == "npy":
-        images: Any = fn.reshape(fn.decoders.numpy(stored), layout="HWC")
+def _augmented(stored: DataNode, task: PeerTask) -> DataNode:
+    aug, size, is_raw = task.aug, [task.image_size] * 2, task.encoding == "npy"
+    device = "mixed" if task.on_gpu else "cpu"
+    images: Any
+    if is_raw:
+        images = fn.reshape(fn.decoders.numpy(stored), layout="HWC")
         images = images.gpu() if task.on_gpu else images
-    elif aug is not None and random_resized:
-        device = "mixed" if task.on_gpu else "cpu"
+    elif aug is not None and aug.crop == "random-resized":
         images = fn.decoders.image_random_crop(
             stored, device=device, random_area=list(aug.scale), random_aspect_ratio=list(aug.ratio)
         )
     else:
-        images = fn.decoders.image(stored, device="mixed" if task.on_gpu else "cpu")
+        images = fn.decoders.image(stored, device=device)
     if aug is None:
         return images
-    if random_resized and task.encoding == "npy":
-        crop: dict[str, Any] = {"random_area": list(aug.scale), "random_aspect_ratio": list(aug.ratio)}
-        images = fn.random_resized_crop(images, size=[size, size], **crop)
-    elif random_resized or aug.crop != "pad":
-        images = fn.resize(images, size=[size, size])
-    else:
+    if aug.crop == "random-resized" and is_raw:
+        images = fn.random_resized_crop(
+            images, size=size, random_area=list(aug.scale), random_aspect_ratio=list(aug.ratio)
+        )
+    elif aug.crop == "pad":
         start = fn.random.uniform(range=[-aug.padding, aug.padding + 1], shape=[2])
         start = fn.cast(math.floor(start), dtype=types.DALIDataType.INT32)
-        images = fn.slice(images, start=start, shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad")
+        images = fn.slice(images, start=start, shape=size, axes=[0, 1], out_of_bounds_policy="pad")
+    else:
+        images = fn.resize(images, size=size)
     return fn.flip(images, horizontal=fn.random.coin_flip(probability=aug.flip)) if aug.flip > 0 else images

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -46,7 +44,7 @@ def ffcv(task: PeerTask) -> Batches:
     return endless(loader, "cpu")
 
 
-def _decoded(task: PeerTask) -> list[Any]:
+def _decoded(task: PeerTask) -> list[object]:
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
     from ffcv.transforms import RandomHorizontalFlip, RandomTranslate
 

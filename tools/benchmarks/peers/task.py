@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 from tools.benchmarks.engine.datasets import QUALITY, SPLIT, make_variant
 
-Batches = Iterator[tuple[Any, Any]]
+Batch = tuple[torch.Tensor, torch.Tensor]  # images [B, ...] and labels [B]
+Batches = Iterator[Batch]
 
 
 @lru_cache(maxsize=2)
@@ -66,11 +66,16 @@ class PeerTask:
         return self.split.dataset.mean, self.split.dataset.std
 
     def pil_image(self, index: int) -> Image.Image:
-        return pil_image(self.split, index)
+        if self.encoding == "npy":
+            return Image.fromarray(self.pixels(index))
+        return Image.open(io.BytesIO(self.split.image_bytes(index).tobytes())).convert("RGB")
 
     def pixels(self, index: int) -> np.ndarray:
         """Return the decoded pixels of a sample, uint8 [H, W, 3]."""
-        return pixels(self.split, index)
+        if self.encoding != "npy":
+            return np.asarray(self.pil_image(index))
+        height, width = self.split.image_size(index)
+        return self.split.image_bytes(index)[-height * width * 3 :].reshape(height, width, 3)
 
     def file(self, ending: str) -> Path:
         """Return the path for a peer's copy of this split in the scratch folder, with the given ending."""
@@ -87,33 +92,14 @@ class PeerTask:
         return open_split(out if (out / "dataset.json").exists() else make_variant(self.folder, out), SPLIT)
 
 
-def pil_image(split: Split, index: int) -> Image.Image:
-    if split.encoding == "npy":
-        return Image.fromarray(pixels(split, index))
-    return Image.open(io.BytesIO(_content(split, index))).convert("RGB")
-
-
-def pixels(split: Split, index: int) -> np.ndarray:
-    if split.encoding != "npy":
-        return np.asarray(pil_image(split, index))
-    shape = split.image_shape or ()
-    end = int(split.address[index]) + int(split.size[index])
-    return split.content[end - int(np.prod(shape)) : end].reshape(shape)
-
-
-def _content(split: Split, index: int) -> bytes:
-    start = int(split.address[index])
-    return split.content[start : start + int(split.size[index])].tobytes()
-
-
-def endless(loader: Any, device: str) -> Batches:
+def endless(batches: Iterable[Batch], device: str) -> Batches:
     """Yield the batches of a loader epoch after epoch.
 
     If `device` is "cuda", batches are copied to the GPU. The host does not wait for copies from pinned memory.
     """
     while True:
-        for images, labels in loader:
+        for images, labels in batches:
             if device == "cuda":
-                images = torch.as_tensor(images).to(device, non_blocking=True)
-                labels = torch.as_tensor(labels).to(device, non_blocking=True)
-            yield images, labels
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            else:
+                yield images, labels

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import h5py
 import numpy as np
@@ -13,61 +14,55 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from configs.schema import AugConfig
 from pipelines.augment.ops import blur_radius
-from pipelines.storage.open import open_split
-from pipelines.storage.split import Split
-from tools.benchmarks.engine.datasets import SPLIT
-from tools.benchmarks.peers.task import Batches, PeerTask, endless, pil_image
+from tools.benchmarks.peers.task import Batches, PeerTask, endless
 
+Sample = tuple[Image.Image | torch.Tensor, int]
+Transform = Callable[..., torch.Tensor]
 HOMEWORK_WORKERS = 8  # DATA.NUM_WORKERS of the homework's config, for any number of cores
 MAX_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and larger images from HDF5
 
 
 class PILDataset(torch.utils.data.Dataset):
-    """Samples as (transform(PIL image), label). Each worker process opens the split itself."""
+    """Samples as (transform(PIL image), label), or as PIL images if `transform` is None."""
 
-    def __init__(self, folder: Path, transform: Any) -> None:
-        self.folder, self.transform = folder, transform
-        split = open_split(folder, SPLIT)
-        self.samples = len(split)
-        self.targets = [0] * len(split) if split.labels is None else split.labels.tolist()
-        self.split: Split | None = None
+    def __init__(self, task: PeerTask, transform: v2.Compose | None) -> None:
+        self.task, self.transform = task, transform
+        self.targets = task.labels.tolist()
 
     def __len__(self) -> int:
-        return self.samples
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        if self.split is None:
-            self.split = open_split(self.folder, SPLIT)
-        return self.transform(pil_image(self.split, index)), self.targets[index]
+    def __getitem__(self, index: int) -> Sample:
+        image = self.task.pil_image(index)
+        return image if self.transform is None else self.transform(image), self.targets[index]
 
 
 class PickledImages(torch.utils.data.Dataset):
     """Images from a pickle file, kept in memory and converted to PIL images on access, as in torchvision's CIFAR10."""
 
-    def __init__(self, path: Path, transform: Any) -> None:
+    def __init__(self, path: Path, transform: v1.Compose) -> None:
         content = pickle.loads(path.read_bytes())  # written by `homework_dataset`
         self.images, self.labels, self.transform = content["data"], content["labels"], transform
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> Sample:
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 class Hdf5Rows(torch.utils.data.Dataset):
     """Images [3, H, W] and labels from an HDF5 file, as in the homework's loader for MediumImageNet."""
 
-    def __init__(self, path: Path, samples: int, transform: Any) -> None:
+    def __init__(self, path: Path, samples: int, transform: v1.Compose) -> None:
         self.path, self.samples, self.transform = path, samples, transform
         self.file: h5py.File | None = None
 
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> Sample:
         if self.file is None:
             self.file = h5py.File(self.path, "r")
         return self.transform(torch.from_numpy(self.file["images-train"][index])), int(self.file["labels-train"][index])
@@ -79,9 +74,8 @@ def torchvision_v2(task: PeerTask) -> Batches:
     Settings: torchvision's transforms v2 on PIL images; `task.workers` persistent workers with 2 batches prefetched
     each; on a GPU, pinned memory and non_blocking copies.
     """
-    steps = [*crop_and_flip(v2, task), *_colors(task.aug), v2.PILToTensor()]
-    steps += _erasing(task.aug)
-    return endless(data_loader(PILDataset(task.folder, v2.Compose(steps)), task, task.workers), task.device)
+    dataset = PILDataset(task, v2.Compose(uint8_transforms(task)))
+    return endless(data_loader(dataset, task, task.workers), task.device)
 
 
 def homework(task: PeerTask) -> Batches:
@@ -92,15 +86,9 @@ def homework(task: PeerTask) -> Batches:
     Settings: torchvision's transforms v1; 8 workers, as in the homework's config, restarted in every epoch; on a GPU,
     pinned memory and blocking copies.
     """
-    loader = homework_loader(task)
-    while True:
-        for images, labels in loader:
-            yield images.to(task.device), labels.to(task.device)
-
-
-def homework_loader(task: PeerTask) -> torch.utils.data.DataLoader:
-    """Build the homework's DataLoader. The batches stay on the host."""
-    return data_loader(homework_dataset(task), task, HOMEWORK_WORKERS, keep=False)
+    loader = data_loader(homework_dataset(task), task, HOMEWORK_WORKERS, keep=False)
+    for images, labels in endless(loader, "cpu"):
+        yield images.to(task.device), labels.to(task.device)
 
 
 def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
@@ -109,24 +97,23 @@ def homework_dataset(task: PeerTask) -> torch.utils.data.Dataset:
     Images with a height of up to MAX_PICKLED_SIDE pixels are pickled. Larger images are read from HDF5 and, as in the
     homework, their pixels are divided by 256 instead of 255. Without augmentation, pixels stay uint8.
     """
-    mean, std = task.stats
-    after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(mean, std)]
-    if task.split.heights.max() <= MAX_PICKLED_SIDE:
-        path = task.file(".pickle")
+    split = task.split
+    is_small = split.heights.max() <= MAX_PICKLED_SIDE
+    path = task.file(".pickle" if is_small else ".hdf5")
+    after = [] if task.aug is None else [*crop_and_flip(v1, task), v1.Normalize(*task.stats)]
+    if is_small:
         if not path.exists():
-            images = np.stack([task.pixels(index) for index in range(len(task.split))])
+            images = np.stack([task.pixels(index) for index in range(len(split))])
             path.write_bytes(pickle.dumps({"data": images, "labels": task.labels.tolist()}, protocol=4))
         return PickledImages(path, v1.Compose([v1.PILToTensor() if task.aug is None else v1.ToTensor(), *after]))
-    path = task.file(".hdf5")
     if not path.exists():
         with h5py.File(path, "w") as file:
-            height, width = int(task.split.heights[0]), int(task.split.widths[0])
-            images = file.create_dataset("images-train", (len(task.split), 3, height, width), np.uint8)
-            for index in range(len(task.split)):
+            images = file.create_dataset("images-train", (len(split), 3, *split.image_size(0)), np.uint8)
+            for index in range(len(split)):
                 images[index] = task.pixels(index).transpose(2, 0, 1)
             file["labels-train"] = task.labels
     to_float = [] if task.aug is None else [v1.Lambda(_divided_by_256)]
-    return Hdf5Rows(path, len(task.split), v1.Compose([*to_float, *after]))
+    return Hdf5Rows(path, len(split), v1.Compose([*to_float, *after]))
 
 
 def _divided_by_256(pixels: torch.Tensor) -> torch.Tensor:
@@ -147,12 +134,12 @@ def data_loader(
     )
 
 
-def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
+def crop_and_flip(transforms: ModuleType, task: PeerTask) -> list[Transform]:
     """Build the crop and flip of the task. `transforms` is torchvision.transforms or torchvision.transforms.v2."""
     aug, size = task.aug, task.image_size
     if aug is None:
         return []
-    steps: list[Any] = []
+    steps: list[Transform] = []
     if aug.crop == "pad":
         if task.split.image_shape != (size, size, 3):
             steps += [transforms.Resize(size, antialias=True), transforms.CenterCrop(size)]
@@ -164,15 +151,18 @@ def crop_and_flip(transforms: Any, task: PeerTask) -> list[Any]:
     return [*steps, transforms.RandomHorizontalFlip(aug.flip)] if aug.flip > 0 else steps
 
 
-def _colors(aug: AugConfig | None) -> list[Any]:
-    """Build the policy, color and blur transforms for PIL images. They are slower on single-image tensors.
+def uint8_transforms(task: PeerTask) -> list[Transform]:
+    """Build the augmentation of the task, which takes a PIL image and returns a tensor, uint8 [3, H, W].
+
+    The policy, color and blur transforms are applied to PIL images, since they are slower on single-image tensors.
+    Random erasing accepts only tensors.
 
     Raises:
         ValueError: torchvision does not have the policy.
     """
+    aug, steps = task.aug, crop_and_flip(v2, task)
     if aug is None:
-        return []
-    steps: list[Any] = []
+        return [v2.PILToTensor()]
     auto, jitter = aug.auto, aug.color_jitter
     if auto.policy == "randaugment":
         steps.append(v2.RandAugment(auto.num_ops, auto.magnitude, auto.bins))
@@ -189,27 +179,15 @@ def _colors(aug: AugConfig | None) -> list[Any]:
     if aug.blur.probability > 0:
         kernel = 2 * blur_radius(aug.blur.sigma[1]) + 1
         steps.append(v2.RandomApply([v2.GaussianBlur(kernel, aug.blur.sigma)], aug.blur.probability))
+    steps.append(v2.PILToTensor())
+    if aug.erase.probability > 0:
+        steps.append(v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio))
     return steps
 
 
-def _erasing(aug: AugConfig | None) -> list[Any]:
-    """Build random erasing, which accepts only tensors."""
-    if aug is None or aug.erase.probability == 0:
-        return []
-    return [v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio)]
-
-
-def float_transform(task: PeerTask) -> Any:
+def float_transform(task: PeerTask) -> v2.Compose:
     """Build the augmentation of torchvision's reference training.
 
     The transform takes a PIL image and returns a normalized tensor, float32 [3, H, W].
     """
-    mean, std = task.stats
-    steps = [
-        *crop_and_flip(v2, task),
-        *_colors(task.aug),
-        v2.PILToTensor(),
-        *_erasing(task.aug),
-        v2.ToDtype(torch.float32, scale=True),
-    ]
-    return v2.Compose([*steps, v2.Normalize(mean, std)])
+    return v2.Compose([*uint8_transforms(task), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*task.stats)])

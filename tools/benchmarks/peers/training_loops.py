@@ -15,8 +15,9 @@ from configs.schema import Config
 from models import build_from_config
 from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.peers import PeerSpec, load_function
-from tools.benchmarks.peers.task import PeerTask
-from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_transform, homework_loader
+from tools.benchmarks.peers.task import PeerTask, endless
+from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_transform
+from tools.benchmarks.peers.torch_loader import homework as homework_batches
 
 
 @contextmanager
@@ -40,23 +41,19 @@ def homework(task: PeerTask, config: Config) -> Iterator[float]:
     Settings: the homework's DataLoader (8 workers, pinned memory on a GPU); float32; NCHW; AdamW with torch's defaults
     except for the learning rate. The loss and the number of correct predictions are read back after every step.
     """
-    device = torch.device(task.device)
-    network = _network(task, config).to(device)
+    network = _network(task, config).to(task.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
     criterion = nn.CrossEntropyLoss()
-    loader = homework_loader(task)
     loss_sum, correct = 0.0, 0
-    while True:
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            logits = network(images)
-            loss = criterion(logits, labels)
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.item()
-            correct += (logits.argmax(1) == labels).sum().item()
-            yield loss_sum
+    for images, labels in homework_batches(task):
+        optimizer.zero_grad()
+        logits = network(images)
+        loss = criterion(logits, labels)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item()
+        correct += (logits.argmax(1) == labels).sum().item()
+        yield loss_sum
 
 
 def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
@@ -72,20 +69,18 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
     optimizer = torch.optim.SGD(network.parameters(), lr=config.train.lr, momentum=0.9, weight_decay=1e-4)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
     scaler = torch.amp.GradScaler(device.type, enabled=task.on_gpu)
-    loader = data_loader(PILDataset(task.folder, float_transform(task)), task, task.workers)
-    while True:
-        for images, labels in loader:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype=torch.float16, enabled=task.on_gpu):
-                logits = network(images)
-                loss = criterion(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            _, best = logits.topk(min(5, logits.shape[1]), 1, True, True)
-            correct = (best == labels[:, None])[:, :1].flatten().sum().item()
-            yield loss.item() + correct
+    loader = data_loader(PILDataset(task, float_transform(task)), task, task.workers)
+    for images, labels in endless(loader, task.device):
+        with torch.autocast(device.type, dtype=torch.float16, enabled=task.on_gpu):
+            logits = network(images)
+            loss = criterion(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        _, best = logits.topk(min(5, logits.shape[1]), 1, True, True)
+        correct = (best == labels[:, None])[:, :1].flatten().sum().item()
+        yield loss.item() + correct
 
 
 def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
@@ -106,8 +101,7 @@ def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
     optimizer = create_optimizer_v2(network, opt="sgd", lr=config.train.lr, weight_decay=2e-5, momentum=0.9)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
     random_resized = aug.crop == "random-resized"
-    mean, std = task.stats
-    dataset = PILDataset(task.folder, None)
+    dataset = PILDataset(task, None)
     loader = create_loader(
         dataset,  # type: ignore[arg-type]
         input_size=(3, size, size),
@@ -117,25 +111,22 @@ def timm(task: PeerTask, config: Config) -> Iterator[torch.Tensor]:
         ratio=aug.ratio if random_resized else (1.0, 1.0),
         hflip=aug.flip,
         color_jitter=0.0,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=task.stats[0],
+        std=task.stats[1],
         num_workers=task.workers,
         pin_memory=task.on_gpu,
         device=device,
         persistent_workers=task.workers > 0,
     )
-    step = 0
     total = torch.zeros((), device=device)
-    while True:
-        for images, labels in loader:
-            images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=task.on_gpu):
-                loss = criterion(network(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            total += loss.detach()
-            step += 1
-            if step % 50 == 0:
-                total.item()
-            yield total
+    for step, (images, labels) in enumerate(endless(loader, "cpu"), 1):  # the loader has copied them to the device
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=task.on_gpu):
+            loss = criterion(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.detach()
+        if step % 50 == 0:
+            total.item()
+        yield total

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torchvision.transforms import v2
@@ -39,5 +37,5 @@ def webdataset(task: PeerTask) -> Batches:
 class _ToPlanes(torch.nn.Module):
     """Convert a uint8 array [H, W, 3] to a tensor [3, H, W]."""
 
-    def forward(self, pixels: Any) -> torch.Tensor:
+    def forward(self, pixels: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -15,6 +15,7 @@ from pipelines.convert.writer import write_dataset
 from tools.benchmarks.engine.datasets import make_variant
 from tools.benchmarks.engine.roofline import DISK_FILE_BYTES
 from tools.benchmarks.suites.settings import Settings, check_time
+from tools.sources.cifar import open_cifar
 from tools.sources.digits import open_digits
 
 ROOT = Path(__file__).parents[3]
@@ -33,18 +34,11 @@ def small_dataset(settings: Settings) -> Path:
     Raises:
         UserError: Raw CIFAR-10 is needed but missing, unreadable, incomplete or damaged.
     """
-    given = settings.small or ROOT / "data" / "cifar10"
-    if (given / "dataset.json").is_file():
-        return given
     out = settings.data / ("digits" if settings.source is None else "cifar10")
-    if (out / "dataset.json").is_file():
-        return out
-    if settings.source is not None:
-        from tools.sources.cifar import open_cifar
-
-        opened = open_cifar("cifar10", settings.source)
-    else:
-        opened = open_digits()
+    for folder in (settings.small or ROOT / "data" / "cifar10", out):
+        if (folder / "dataset.json").is_file():
+            return folder
+    opened = open_digits() if settings.source is None else open_cifar("cifar10", settings.source)
     write_dataset(opened, out, Options(Encoding("npy")), len(os.sched_getaffinity(0)), out.name)
     return out
 
@@ -72,10 +66,8 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
         TimeoutError: Too little time is left to generate the data set.
         UserError: Raw CIFAR-10 is needed but missing, unreadable, incomplete or damaged.
     """
-    if (side, encoding) == (32, "npy"):
-        return small_dataset(settings)
     base = small_dataset(settings) if side == 32 else medium_dataset(settings)
-    if (side, encoding) == (96, "npy"):
+    if (side, encoding) in ((32, "npy"), (96, "npy")):
         return base
     samples = settings.samples or SAMPLES["cuda"]
     out = settings.data / f"{base.name}-{side}-{encoding}-{samples}"

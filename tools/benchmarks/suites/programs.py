@@ -38,27 +38,11 @@ from train.reporting.metrics_file import counted_accuracy, read_metrics
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # time between two reads of a program's output
 TERMINATE_S = 5.0  # time between SIGTERM and SIGKILL
-SPEEDRUN_FIGURES = (
-    "top1_mean",
-    "top1_std",
-    "time_s_mean",
-    "time_s_std",
-    "first_result_s",
-    "memory_gib",
-    "device_memory_gib",
-)
+MEMORY = ("memory_gib", "device_memory_gib")
+SPEEDRUN_FIGURES = ("top1_mean", "top1_std", "time_s_mean", "time_s_std", "first_result_s", *MEMORY)
 SPEEDRUN_COLUMNS = ("runs", *SPEEDRUN_FIGURES, "ratio")
-ACCURACY_COLUMNS = (
-    "top1",
-    "target",
-    "epochs",
-    "epochs_per_s",
-    "images_per_s",
-    "training_s",
-    "target_reached_s",
-    "memory_gib",
-    "device_memory_gib",
-)
+TIMES = ("epochs_per_s", "images_per_s", "training_s", "target_reached_s")
+ACCURACY_COLUMNS = ("top1", "target", "epochs", *TIMES, *MEMORY)
 PROFILE_COLUMNS = ("ms", "share", "images_per_s", "mfu", "mfu_of_data_sheet")
 REFERENCE = "airbench94_muon.py"
 
@@ -138,12 +122,14 @@ class Program:
         return (self.row(name, read_figures(), **fields) for _ in self.run())
 
 
-def _command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+def _program(settings: Settings, name: str, script: str, *arguments: object) -> Program:
+    """Return the program of one of this project's scripts. Its log is NAME.log in the scratch folder."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return Program(command, settings.scratch / f"{name}.log", settings.deadline)
 
 
-def _config_path(name: str) -> Path:
-    return ROOT / "configs" / f"{name}.yaml"
+def _data_arguments(settings: Settings, name: str) -> tuple[object, ...]:
+    return ("--cfg", ROOT / "configs" / f"{name}.yaml", "--data-path", small_dataset(settings))
 
 
 def speedrun(settings: Settings, name: str) -> Iterator[Row]:
@@ -152,8 +138,7 @@ def speedrun(settings: Settings, name: str) -> Iterator[Row]:
     Once the program has written its JSON file, each row contains the file's content as `result`.
     """
     output = settings.scratch / f"{name}.json"
-    options = ("--cfg", _config_path(name), "--data-path", small_dataset(settings))
-    command = _command("tools/speedrun.py", *options, "--runs", settings.seeds, "--json", output)
+    options = (*_data_arguments(settings, name), "--runs", settings.seeds, "--json", output)
 
     def figures() -> dict[str, object]:
         if not output.exists():
@@ -165,7 +150,7 @@ def speedrun(settings: Settings, name: str) -> Iterator[Row]:
             **{key: rounded(result[key], 5) for key in SPEEDRUN_FIGURES if key in result},
         }
 
-    return Program(command, settings.scratch / f"{name}.log", settings.deadline).rows(name, figures)
+    return _program(settings, name, "tools/speedrun.py", *options).rows(name, figures)
 
 
 def reference(settings: Settings, our_time_s: float | None) -> Iterator[Row]:
@@ -241,10 +226,9 @@ def train_to_accuracy(settings: Settings, name: str, target: float) -> Iterator[
     train.epochs, and warmup is disabled.
     """
     output, epochs = settings.scratch / "accuracy", settings.epochs
-    options = ("--cfg", _config_path(name), "--data-path", small_dataset(settings), "--output", output)
-    shorter = [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
-    command = _command("train/ddp.py", *options, *shorter)
-    program = Program(command, settings.scratch / f"{name}.log", settings.deadline)
+    options = [*_data_arguments(settings, name), "--output", output]
+    options += [] if epochs is None else ["--opts", f"train.epochs={epochs}", "train.warmup_epochs=0"]
+    program = _program(settings, name, "train/ddp.py", *options)
     return program.rows(name, lambda: accuracy_fields(read_metrics(output / name), target), target=target)
 
 
@@ -267,7 +251,7 @@ def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> dict[str, o
         "training_s": time_s,
         "target_reached_s": training_time_s(metrics[:first]) if first is not None else None,
     }
-    figures |= {key: metrics[-1][key] for key in ("memory_gib", "device_memory_gib") if key in metrics[-1]}
+    figures |= {key: metrics[-1][key] for key in MEMORY if key in metrics[-1]}
     return {key: rounded(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
 
 
@@ -280,8 +264,7 @@ def profile(settings: Settings, config: Config, steps: int) -> Iterator[Row]:
     out, file = settings.scratch / "profile", settings.scratch / "profile.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     options = ("--cfg", file, "--steps", steps, "--seconds", 3 * settings.seconds, "--out", out)
-    command = _command("tools/benchmark.py", "profile", *options)
-    program = Program(command, settings.scratch / "profile.log", settings.deadline)
+    program = _program(settings, "profile", "tools/benchmark.py", "profile", *options)
     for _ in program.run():
         pass
     if not (out / "profile.json").exists():

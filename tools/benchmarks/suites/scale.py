@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import os
 import time
-from collections import deque
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,18 +77,22 @@ def measure_loader(scratch: Path, samples: int, side: int, seconds: float) -> di
     memory = private_bytes() - before
     count = min(BATCHES, len(loader)) - 1
 
-    def epoch_part_us() -> float:
-        """Return the loader's time in µs for up to BATCHES batches of epoch 0, excluding the first."""
+    def take_first() -> None:
+        nonlocal batches
         loader.position = Position(0)
-        remaining = iter(loader)
-        next(remaining)
-        return _microseconds(lambda: deque(itertools.islice(remaining, count), maxlen=0))
+        batches = iter(loader)
+        next(batches)
 
-    epoch_part_us()  # map the pages
+    def take_others() -> None:
+        for _ in range(count):
+            next(batches)
+
+    take_first()
+    take_others()  # map the pages
     indices = order.permutation(samples, 0, 0)[:BATCH_SIZE]
-    loader_us = _minimum(epoch_part_us, seconds) / (count * BATCH_SIZE)
-    order_us = _minimum(lambda: _microseconds(lambda: order.permutation(samples, 0, 1)), seconds) / samples
-    draws_us = _minimum(lambda: _microseconds(lambda: _draws(indices)), seconds) / len(indices)
+    loader_us = _min_us(take_others, seconds, take_first) / (count * BATCH_SIZE)
+    order_us = _min_us(lambda: order.permutation(samples, 0, 1), seconds) / samples
+    draws_us = _min_us(lambda: _draws(indices), seconds) / len(indices)
     figures = {
         "loader_us": loader_us,
         "order_us": order_us,
@@ -107,22 +110,16 @@ def _draws(indices: np.ndarray) -> None:
     geometry.pad_crop_offsets(indices, 0, 0, 4)
 
 
-def _microseconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1e6
-
-
-def _minimum(measure_once: Callable[[], float], seconds: float) -> float:
-    """Call `measure_once` for `seconds`, at least three times, and return the smallest value.
+def _min_us(work: Callable[[], object], seconds: float, setup: Callable[[], object] = lambda: None) -> float:
+    """Time `work`, each time after `setup`, for `seconds`, at least three times. Return the smallest time in µs.
 
     Noise only ever makes a value larger.
     """
-    values = [measure_once()]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(values) < 3:
-        values.append(measure_once())
-    return min(values)
+    timer, end = timeit.Timer(work, setup), time.perf_counter() + seconds
+    times: list[float] = []
+    while time.perf_counter() < end or len(times) < 3:
+        times.append(timer.timeit(1))
+    return 1e6 * min(times)
 
 
 def private_bytes() -> int:
