@@ -15,7 +15,7 @@ from models.layers import ACTIVATIONS, Normalize, PixelClassifier, check_image_s
 from models.lenet import LeNet
 from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
-from models.timm_models import build_timm_model
+from models.timm_models import Options, timm_arguments
 
 MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "lenet": LeNet,
@@ -81,14 +81,17 @@ def build_model(
 
     if activation is not None and activation not in ACTIVATIONS:
         raise UserError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    settings = {"drop_rate": drop_rate, "activation": activation}
     if name.startswith("timm/"):
-        network = build_timm_model(name.removeprefix("timm/"), num_classes, image_size=image_size, **settings, **kwargs)
+        import timm
+
+        plain = name.removeprefix("timm/")
+        arguments = timm_arguments(
+            plain, num_classes, kwargs, image_size=image_size, drop_rate=drop_rate, activation=activation
+        )
+        network: nn.Module = timm.create_model(plain, **arguments)
     else:
-        network = _build_builtin_model(name, num_classes, image_size, settings, kwargs)
-    if mean is None or std is None:
-        return network
-    return PixelClassifier(Normalize(mean, std), network)
+        network = _build_builtin_model(name, num_classes, image_size, drop_rate, activation, kwargs)
+    return network if mean is None or std is None else PixelClassifier(Normalize(mean, std), network)
 
 
 def build_from_config(
@@ -115,7 +118,7 @@ def build_from_config(
     return model
 
 
-def model_options(config: ModelConfig) -> dict[str, Any]:
+def model_options(config: ModelConfig) -> Options:
     """Return model.options without its null values, since null means the model's default.
 
     Raises:
@@ -130,37 +133,39 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _build_builtin_model(
-    name: str, num_classes: int, image_size: int | None, settings: dict[str, Any], kwargs: dict[str, Any]
+    name: str,
+    num_classes: int,
+    image_size: int | None,
+    drop_rate: float | None,
+    activation: str | None,
+    options: Options,
 ) -> nn.Module:
-    """Build a built-in model. See `build_model` for the arguments and errors.
-
-    `settings` contains drop_rate and activation. A value of None means the model's default.
-    """
+    """Build a built-in model. See `build_model` for the arguments and errors."""
     if name not in MODELS:
         raise UserError(
             f"model {name!r} is unknown; use one of {', '.join(list_models())}, or timm/NAME for timm's NAME"
         )
     constructor = MODELS[name]
     types = {name: one.annotation for name, one in inspect.signature(constructor, eval_str=True).parameters.items()}
-    if settings["drop_rate"] and "drop_rate" not in types:
+    if drop_rate and "drop_rate" not in types:
         raise UserError(
-            f"drop_rate={settings['drop_rate']} cannot be applied: model {name!r} has no dropout; leave it out or use 0"
+            f"drop_rate={drop_rate} cannot be applied: model {name!r} has no dropout; leave it out or use 0"
         )
-    if settings["activation"] and "activation" not in types:
+    if activation and "activation" not in types:
         raise UserError(
-            f"activation={settings['activation']} cannot be applied: model {name!r} has a fixed activation; "
-            "leave it out"
+            f"activation={activation} cannot be applied: model {name!r} has a fixed activation; leave it out"
         )
-    options = [option for option in types if option not in ("num_classes", *settings)]
-    for argument, value in kwargs.items():
-        if argument not in options:
-            raise UserError(f"{argument}={value!r} is not an option of model {name!r}; it has {options or 'none'}")
-        if type(value) is not types[argument]:
+    known = [option for option in types if option not in ("num_classes", "drop_rate", "activation")]
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(f"{option}={value!r} is not an option of model {name!r}; it has {known or 'none'}")
+        if type(value) is not types[option]:
             raise UserError(
-                f"{argument}={value!r} has the wrong type for model {name!r}; use {TYPE_NAMES[types[argument]]}"
+                f"{option}={value!r} has the wrong type for model {name!r}; use {TYPE_NAMES[types[option]]}"
             )
+    settings = {"drop_rate": drop_rate, "activation": activation}
     given = {setting: value for setting, value in settings.items() if value is not None and setting in types}
-    network = constructor(num_classes, **given, **kwargs)
+    network = constructor(num_classes, **given, **options)
     if image_size is not None:
         check_image_size(name, image_size, image_size, network.min_image_size, network.max_image_size)
     return network

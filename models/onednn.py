@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +43,7 @@ def avoid_narrow_strided_convs(network: nn.Module, channels: int | None = None) 
         height, width = module.stride
         module.register_forward_pre_hook(partial(_select_positions, height, width))
         module.stride = (1, 1)
-    names = ", ".join(name for name, _ in affected[:MAX_NAMES_SHOWN]) + (
-        ", …" if len(affected) > MAX_NAMES_SHOWN else ""
-    )
+    names = ", ".join([name for name, _ in affected[:MAX_NAMES_SHOWN]] + ["…"] * (len(affected) > MAX_NAMES_SHOWN))
     return (
         f"stride moved out of {len(affected)} of {len(convs)} convolutions ({names}): oneDNN's backward pass of a "
         f"strided 1x1 convolution with fewer than {channels} input channels corrupts memory on this CPU"
@@ -96,8 +93,7 @@ def isa_limit() -> str:
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 
 
-def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+def _select_positions(height: int, width: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Select every `height`-th row and every `width`-th column of a module's input. Used as a forward pre-hook."""
     del module
-    images: Tensor = inputs[0]
-    return images[..., ::height, ::width]
+    return inputs[0][..., ::height, ::width]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from configs.utils.errors import UserError
 from models.factory import build_from_config, model_options
 from models.layers import PixelClassifier
 from models.timm_models import timm_arguments
-from models.weights import LoadResult, copy_weights, head_layers, read_weights
+from models.weights import copy_weights, head_layers, read_weights
 from models.weights_config import NAME, WeightsConfig, read_weights_config
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -57,30 +60,25 @@ def build_pretrained(
     is_file = isinstance(config.pretrained, str)
     path = Path(config.pretrained) if isinstance(config.pretrained, str) else published_file(config.name)
     weights = read_weights(path)
-    described = read_weights_config(path) if is_file else None
+    described = (read_weights_config(path) if is_file else None) or WeightsConfig(path.parent / NAME)
     by = "the data set's"
-    if described is not None and described.mean is not None and described.std is not None:
+    if described.mean is not None and described.std is not None:
         mean, std, by = described.mean, described.std, f"as specified by {described.path}"
     elif timm_name is not None:
         published = published_config(timm_name)
         mean, std, by = list(published.mean), list(published.std), f"timm's for {timm_name}"
-    if is_file and (described is None or described.mean is None):
+    if is_file and described.mean is None:
         by += f", since no {NAME} beside the file specifies others"
     model = build_from_config(config, num_classes, image_size=image_size, mean=mean, std=std)
-    old_classes = None if described is None else described.classes
-    new_head = old_classes is not None and classes is not None and old_classes != list(classes)
-    if timm_name is None:
-        head = head_layers(model.network)
-        result = copy_weights(model.network, weights, head, f"weights {path}", new_head=new_head)
-    else:
-        result = copy_weights_with_timm(
-            model.network, config, num_classes, image_size, weights, path, described, new_head
-        )
+    if timm_name is not None:
+        weights = convert_with_timm(config, num_classes, image_size, weights, path, described.num_classes)
+    new_head = classes is not None and described.classes not in (None, list(classes))
+    result = copy_weights(model.network, weights, head_layers(model.network), f"weights {path}", new_head=new_head)
     notes = [result.summary(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
-    if described is not None and described.image_size not in (None, image_size):
+    if described.image_size not in (None, image_size):
         notes.append(f"the weights were trained at {described.image_size} pixels, and images here have {image_size}")
     arguments = model_options(config) | ({} if config.activation is None else {"activation": config.activation})
-    if described is not None and described.arguments not in (None, arguments):
+    if described.arguments not in (None, arguments):
         notes.append(
             f"the weights were trained with the arguments {format_value(described.arguments)}, "
             f"and the model here has {arguments}"
@@ -92,7 +90,7 @@ def _numbers(numbers: Sequence[float]) -> str:
     return f"[{', '.join(f'{number:g}' for number in numbers)}]"
 
 
-def published_config(name: str) -> Any:
+def published_config(name: str) -> PretrainedCfg:
     """Return timm's PretrainedCfg of a model, or an empty one if timm does not know the model.
 
     `name` has no timm/ prefix.
@@ -149,31 +147,26 @@ def published_file(name: str) -> Path:
     )
 
 
-def copy_weights_with_timm(
-    network: nn.Module,
+def convert_with_timm(
     config: ModelConfig,
     num_classes: int,
     image_size: int,
     weights: dict[str, Tensor],
     path: Path,
-    described: WeightsConfig | None,
-    new_head: bool,
-) -> LoadResult:
-    """Load weights into a temporary timm model, and copy them from there to `network`.
+    described_classes: int | None,
+) -> dict[str, Tensor]:
+    """Return the weights as timm loads them into a temporary model that `config` describes.
 
     The temporary model has as many classes as the weights, so all tensors must match. If the number of classes
     differed, timm would replace the head and silently skip other tensors that do not match.
 
     Args:
-        network: The network to copy to, with the architecture that `config` describes. Only its head may differ from
-            the weights.
         config: Config section `model`.
-        num_classes: Number of logits of `network`.
+        num_classes: Number of logits of the model that gets the weights.
         image_size: Height and width in pixels.
         weights: Tensors by name.
         path: Path of the weights file, for error messages.
-        described: Content of the config.json beside the file, or None if there is none.
-        new_head: Whether the head keeps its initial values even if the shapes match.
+        described_classes: Number of classes in the config.json beside the file, or None if unknown.
 
     Raises:
         UserError: The weights do not match the model, or `timm_arguments` rejects a setting.
@@ -181,18 +174,17 @@ def copy_weights_with_timm(
     import timm
 
     name = config.name.removeprefix("timm/")
-    arguments = timm_arguments(
-        name, num_classes, image_size=image_size, activation=config.activation, **model_options(config)
-    )
-    classes = num_classes_in(weights, published_config(name), None if described is None else described.num_classes)
+    options = model_options(config)
+    arguments = timm_arguments(name, num_classes, options, image_size=image_size, activation=config.activation)
+    classes = num_classes_in(weights, published_config(name), described_classes)
+    arguments |= {
+        "num_classes": classes,
+        "pretrained": True,
+        "pretrained_cfg_overlay": {"state_dict": weights, "num_classes": classes},
+    }
     try:
         with torch.random.fork_rng([]):  # must not change later random numbers
-            source = timm.create_model(
-                name,
-                **{**arguments, "num_classes": classes},
-                pretrained=True,
-                pretrained_cfg_overlay={"state_dict": weights, "num_classes": classes},
-            )
+            converted: nn.Module = timm.create_model(name, **arguments)
     except Exception as error:  # timm's conversion of names raises many types of errors on unknown names
         reasons = [line.strip().rstrip(".") for line in str(error).splitlines()] or [type(error).__name__]
         reason = reasons[1] if len(reasons) > 1 else reasons[0]
@@ -200,10 +192,10 @@ def copy_weights_with_timm(
             f"weights {path} do not fit model {config.name!r}: {reason[:300]}; take weights of the same architecture "
             "and options"
         ) from None
-    return copy_weights(network, source.state_dict(), head_layers(network), f"weights {path}", new_head=new_head)
+    return converted.state_dict()
 
 
-def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | None) -> int:
+def num_classes_in(weights: dict[str, Tensor], published: PretrainedCfg, described: int | None) -> int:
     """Return the number of classes that weights were trained on.
 
     `published` is timm's PretrainedCfg of the model. `described` is the number of classes in config.json, or None if
@@ -213,9 +205,7 @@ def num_classes_in(weights: dict[str, Tensor], published: Any, described: int | 
     heads = published.classifier or ()
     for head in [heads] if isinstance(heads, str) else heads:
         if (weight := weights.get(f"{head}.weight")) is not None:
-            classes = len(weight)
             # some weights start with an additional background class, which timm removes
-            return (
-                published.num_classes if classes == published.num_classes + (published.label_offset or 0) else classes
-            )
+            has_background = len(weight) == published.num_classes + (published.label_offset or 0)
+            return published.num_classes if has_background else len(weight)
     return int(published.num_classes) if described is None else described

@@ -28,10 +28,6 @@ class BasicBlock(nn.Module):
         self.activation = build_activation(activation)
         self.downsample = shortcut(in_channels, width * self.expansion, stride)
 
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn2
-
     def forward(self, features: Tensor) -> Tensor:
         residual = self.activation(self.bn1(self.conv1(features)))
         residual = self.bn2(self.conv2(residual))
@@ -58,10 +54,6 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.activation = build_activation(activation)
         self.downsample = shortcut(in_channels, width * self.expansion, stride)
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn3
 
     def forward(self, features: Tensor) -> Tensor:
         residual = self.activation(self.bn1(self.conv1(features)))
@@ -146,8 +138,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
-                nn.init.zeros_(module.last_norm.weight)
+            elif zero_init_residual and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+            elif zero_init_residual and isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         check_image_size("ResNet", images.shape[2], images.shape[3], self.min_image_size)

@@ -18,40 +18,29 @@ from configs.utils.errors import UserError
 CANDIDATE_SIZES = (*range(1, 97), *range(112, 513, 16))
 
 
-def build_timm_model(name: str, num_classes: int, **settings: Any) -> nn.Module:
-    """Build the timm model `name`: images float [B, 3, H, W] -> logits [B, num_classes].
-
-    `settings` are the keyword arguments of `timm_arguments`.
-
-    Raises:
-        UserError: `timm_arguments` rejects an argument.
-    """
-    import timm
-
-    network: nn.Module = timm.create_model(name, **timm_arguments(name, num_classes, **settings))
-    return network
+Options = dict[str, Any]  # keyword arguments of a model's constructor
 
 
 def timm_arguments(
     name: str,
     num_classes: int,
+    options: Options,
     *,
     image_size: int | None = None,
     drop_rate: float | None = None,
     activation: str | None = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
+) -> Options:
     """Return the arguments for timm.create_model(name), after trying them on the meta device.
 
     Args:
         name: Name of the model without timm/.
         num_classes: Number of logits.
+        options: Further arguments of the constructor.
         image_size: Height and width in pixels that the model must support. It is passed on as img_size if the
             constructor has such an argument (ViT, Swin and other models built for one size). If None, the size is not
             checked.
         drop_rate: Dropout probability, or None for the model's default.
         activation: A key of `models.layers.ACTIVATIONS`, or None for the model's default.
-        kwargs: Further arguments of the constructor.
 
     Raises:
         UserError: The name is unknown, or the model does not support the size or an argument.
@@ -62,7 +51,7 @@ def timm_arguments(
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"close names: {', '.join('timm/' + match for match in close)}" if close else "see timm.list_models()"
         raise UserError(f"model 'timm/{name}' is unknown to timm {timm.__version__}; {hint}")
-    arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
+    arguments: Options = {"num_classes": num_classes, **options}
     if drop_rate is not None:
         arguments["drop_rate"] = drop_rate
     problem = caught_error(build_shapes_only, name, arguments)
@@ -75,11 +64,11 @@ def timm_arguments(
     if image_size is not None:
         if takes_img_size(name, arguments, image_size):
             arguments.setdefault("img_size", image_size)
-        check_size(name, arguments, image_size, kwargs)
+        check_size(name, arguments, image_size, options)
     return arguments
 
 
-def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str | type[nn.Module]:
+def find_act_layer(name: str, arguments: Options, activation: str) -> str | type[nn.Module]:
     """Return the value of the argument act_layer: the activation's name, or its class if the name does not work.
 
     The name is preferred, since timm writes it to config.json.
@@ -109,7 +98,7 @@ def find_act_layer(name: str, arguments: dict[str, Any], activation: str) -> str
     raise UserError(f"activation={activation} cannot be applied to model 'timm/{name}': {problem}; leave it out")
 
 
-def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> bool:
+def takes_img_size(name: str, arguments: Options, image_size: int) -> bool:
     """Return True if the constructor has an argument img_size.
 
     The constructor is called on the meta device to find out, since the signatures of timm's entry points accept any
@@ -119,7 +108,7 @@ def takes_img_size(name: str, arguments: dict[str, Any], image_size: int) -> boo
     return problem is None or "unexpected keyword argument" not in problem
 
 
-def check_size(name: str, arguments: dict[str, Any], image_size: int, options: dict[str, Any]) -> None:
+def check_size(name: str, arguments: Options, image_size: int, options: Options) -> None:
     """Check on the meta device that the model computes logits from an image of `image_size`.
 
     If the model fails at its default size too, and `options` are not the cause, the size is not checked.
@@ -152,7 +141,7 @@ def check_size(name: str, arguments: dict[str, Any], image_size: int, options: d
     )
 
 
-def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
+def find_min_size(name: str, arguments: Options) -> int | None:
     """Return the smallest of CANDIDATE_SIZES that works, or None if none does.
 
     The sizes are tried in ascending order rather than by bisection, since a size above a working one may fail.
@@ -164,7 +153,7 @@ def find_min_size(name: str, arguments: dict[str, Any]) -> int | None:
     return next((size for size in CANDIDATE_SIZES if caught_error(run_one_image, network, size, classes) is None), None)
 
 
-def build_shapes_only(name: str, arguments: dict[str, Any]) -> nn.Module:
+def build_shapes_only(name: str, arguments: Options) -> nn.Module:
     """Build the model on the meta device in evaluation mode, without downloading or loading weights."""
     import timm
 
@@ -187,7 +176,7 @@ def run_one_image(network: nn.Module, image_size: int, num_classes: int) -> None
         raise ValueError(f"its output is {shape} instead of [1, {num_classes}]")
 
 
-def build_and_run(name: str, arguments: dict[str, Any], image_size: int) -> None:
+def build_and_run(name: str, arguments: Options, image_size: int) -> None:
     run_one_image(build_shapes_only(name, arguments), image_size, arguments["num_classes"])
 
 

@@ -28,10 +28,10 @@ _MARK = object()
 class SkippedObject:
     """Placeholder for a NumPy object in a torch file. The object itself is not loaded."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -41,7 +41,7 @@ class SkippedDict:
     Calling the class returns a plain OrderedDict, since torch's unpickler does not set items of OrderedDict subclasses.
     """
 
-    def __new__(cls, *_: Any) -> OrderedDict[object, Any]:  # type: ignore[misc]
+    def __new__(cls, *_: object) -> OrderedDict[object, object]:  # type: ignore[misc]
         return OrderedDict({_MARK: None})
 
 
@@ -59,7 +59,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return {_strip_wrappers(name): value for name, value in load_file(path).items()}
-        content: Any = _load_tensors(path)
+        content = _load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"weights {path} do not exist; give the path of a .safetensors, .pth or .bin file") from None
     except pickle.UnpicklingError:
@@ -81,18 +81,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {_strip_wrappers(str(name)): value for name, value in content.items()}
 
 
-def _load_tensors(path: Path) -> Any:
+def _load_tensors(path: Path) -> object:
     """Read a torch file, with a placeholder for each object that torch does not load safely."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins: list[Any] = [(SkippedObject if name.startswith("numpy.") else SkippedDict, name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
+        placeholders = [(SkippedObject if name.startswith("numpy.") else SkippedDict, name) for name in names]
+        with torch.serialization.safe_globals([*placeholders]):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _is_skipped(value: Any) -> bool:
+def _is_skipped(value: object) -> bool:
     return isinstance(value, SkippedObject) or (isinstance(value, OrderedDict) and _MARK in value)
 
 
@@ -146,30 +146,24 @@ def copy_weights(
     Raises:
         UserError: Tensors outside the head are missing, unexpected or of the wrong shape. The message names them.
     """
-    own = network.state_dict()
-
-    def in_head(name: str) -> bool:
-        return any(name.startswith(f"{layer}.") for layer in head)
-
+    own, head_prefixes = network.state_dict(), tuple(f"{layer}." for layer in head)
     fitting: dict[str, Tensor] = {}
+    others: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
     reinitialized: list[str] = []
-    missing: list[str] = []
-    shapes: list[str] = []
     for name, tensor in own.items():
-        weight = weights.get(name)
-        if weight is not None and weight.shape == tensor.shape and not (new_head and in_head(name)):
+        weight, in_head = weights.get(name), name.startswith(head_prefixes)
+        if weight is not None and weight.shape == tensor.shape and not (new_head and in_head):
             fitting[name] = weight
-        elif in_head(name):
+        elif in_head:
             reinitialized.append(name)
         elif weight is None:
-            missing.append(name)
+            others["missing"].append(name)
         else:
-            shapes.append(f"{name} is {list(weight.shape)} there and {list(tensor.shape)} here")
-    unexpected = [name for name in weights if name not in own and not in_head(name)]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if problems := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
+            others["of another shape"].append(f"{name} is {list(weight.shape)} there and {list(tensor.shape)} here")
+    others["unexpected"] = [name for name in weights if name not in own and not name.startswith(head_prefixes)]
+    if problems := [f"{kind}: {_some(names)}" for kind, names in others.items() if names]:
         advice = ""
-        if missing and [one.shape for one in weights.values()] == [one.shape for one in own.values()]:
+        if others["missing"] and [one.shape for one in weights.values()] == [one.shape for one in own.values()]:
             advice = (
                 " (all shapes agree in order, so perhaps only names differ; docs/recipes.md shows how to rename them)"
             )

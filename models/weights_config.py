@@ -27,7 +27,7 @@ class WeightsConfig:
     image_size: int | None = None  # image height in pixels that the weights were trained with
     num_classes: int | None = None
     classes: list[str] | None = None  # in the order of the logits; written by tools/export.py only
-    arguments: dict[str, Any] | None = None  # of the constructor
+    arguments: dict[str, object] | None = None  # of the constructor
 
 
 def read_weights_config(weights: Path) -> WeightsConfig | None:
@@ -77,7 +77,7 @@ def _three_numbers(path: Path, section: dict[str, Any], key: str) -> list[float]
     return [float(value) for value in values]
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
