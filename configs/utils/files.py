@@ -82,9 +82,19 @@ def read_small_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEX
 # Writing. If `write` fails, existing files stay unchanged.
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace the file at `path` with the output of `write`, after the output has been flushed to disk."""
-    _rename(_write_temporary(path, write), path)
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, sync: bool = True, writer: str = "") -> None:
+    """Replace the file at `path` with the output of `write`, after the output has been flushed to disk.
+
+    Args:
+        path: The file.
+        write: Called with the open temporary file, which lies beside `path`.
+        sync: Whether to flush the directory as well. Without this, the new file may be lost in a power failure, but the
+            old one is not damaged. To write many files, pass False and call `sync_folder` once.
+        writer: Name of the writer, if several processes may write the file at the same time.
+    """
+    _write_temporary(path, write, writer).rename(path)
+    if sync:
+        sync_folder(path.parent)
 
 
 def replace_and_keep(path: Path, previous: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -128,19 +138,18 @@ def finish_replace(path: Path, previous: Path, is_intact: Callable[[Path], bool]
 
 def remove_temporary(path: Path) -> None:
     """Remove the temporary file that a killed `atomic_write` left, if there is one."""
-    with suppress(FileNotFoundError):
-        _temporary(path).unlink()
+    _temporary(path).unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _write_temporary(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    remove_temporary(path)  # a leftover may be a link, which would be followed
-    temporary = _temporary(path)
+def _write_temporary(path: Path, write: Callable[[BinaryIO], object], writer: str = "") -> Path:
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     try:
-        with temporary.open("xb") as file:
+        temporary.unlink(missing_ok=True)  # a leftover may be a link, which would be followed
+        with temporary.open("xb", buffering=2**20) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -154,11 +163,16 @@ def _write_temporary(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 def _rename(source: Path, target: Path) -> None:
     """Rename a file, and flush the directory of `target` to disk."""
     source.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a directory to disk, so that renames in it survive a power failure. File contents are not flushed."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL:  # file systems that cannot fsync directories
             raise
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from configs.utils.errors import UserError, printable
-from configs.utils.files import read_small_text
+from configs.utils.files import atomic_write, read_small_text
+from configs.utils.process import acquire_lock
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.source import Source
-from pipelines.convert.spool import commit
 from pipelines.storage import tar_format
 
 
@@ -70,7 +68,7 @@ def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
 
 
 @contextmanager
-def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
+def lock_output(out: Path, request: dict[str, object]) -> Iterator[Path]:
     """Create and lock the spool folder of this conversion and yield its path.
 
     `request` is recorded in the folder, and temporary files of an interrupted conversion are deleted.
@@ -92,10 +90,8 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
     with (spool / "lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is converting into {out}; wait for it or stop it") from None
+        if not acquire_lock(lock):
+            raise UserError(f"another process is converting into {out}; wait for it or stop it")
         if (out / "dataset.json").exists():
             raise UserError(
                 f"another process has just finished converting into {out}; run the command again to compare"
@@ -106,13 +102,13 @@ def lock_output(out: Path, request: dict[str, Any]) -> Iterator[Path]:
                 f"{out} contains an unfinished conversion of another source, or of this one before it was changed, or "
                 "with other options; choose another --out or delete the folder"
             )
-        for left in [*spool.rglob("*.tmp"), *spool.rglob("*.tar")]:  # files of a killed conversion may fill the disk
+        for left in [*out.glob("*.tmp"), *spool.rglob("*.tmp")]:  # files of a killed conversion may fill the disk
             left.unlink(missing_ok=True)
-        commit(record, json.dumps(request).encode(), spool)
+        atomic_write(record, lambda file: file.write(json.dumps(request).encode()), sync=False)
         yield spool
 
 
-def _read_request(record: Path) -> Any:
+def _read_request(record: Path) -> object:
     """Return the recorded request of an unfinished conversion, or None if the record is damaged.
 
     Raises:

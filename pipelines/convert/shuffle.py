@@ -8,23 +8,24 @@ shard is finished once its table has been renamed to its final name, so an inter
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write, sync_folder
 from pipelines.convert.encode import Defect, Encoded, encode
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.source import SplitSource
-from pipelines.convert.spool import commit, commit_npz, commit_pieces, load_table, spool_damage_hint, sync_folder
+from pipelines.convert.spool import Table, load_table, spool_damage_hint, write_payloads, write_table
 from pipelines.order import permutation
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import EXTENSIONS
-from pipelines.storage.index import INDEX_COLUMNS
+
+SAMPLE_COLUMNS = ("position", "row", "size", "height", "width")  # arrays of a block's table with one item per sample
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class SplitInput:
     rows: SplitSource
 
 
-def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
+SplitInputs = dict[str, SplitInput]  # by name of the split
+
+
+def partition(splits: SplitInputs, task: tuple[str, int]) -> int:
     """Encode the rows of a block, write them to the spool sorted by destination, then write the block's table.
 
     Args:
@@ -49,53 +53,57 @@ def partition(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
         UserError: The source cannot be read or returns the wrong number of rows, npy images differ in shape, or a
             sample is defective and `Options.strict` is set.
     """
-    layout, rows, block = splits[task[0]].layout, splits[task[0]].rows, task[1]
+    split, block = splits[task[0]], task[1]
+    layout = split.layout
+    encoded, defects = _encode_block(split, block)
+    reencoded = Counter(sample.reencoded for sample in encoded.values() if sample.reencoded is not None)
+    rows = np.array([*encoded], np.int64)
+    positions = _positions(layout.rows, layout.options.seed, layout.shuffled)[rows]
+    order = np.argsort(positions)
+    rows, positions = rows[order], positions[order]
+    samples = [encoded[row] for row in rows.tolist()]
+    group_of = positions // layout.shard_rows // layout.group_shards
+    for group in range(layout.groups):
+        payloads = [samples[i].payload for i in np.flatnonzero(group_of == group)]
+        write_payloads(layout.block_group(block, group), payloads)
+    sync_folder(layout.spool)  # the samples must reach the disk before their table
+    table = {
+        "row": rows,
+        "position": positions,
+        "size": np.array([len(sample.payload) for sample in samples], np.int64),
+        "height": np.array([sample.height for sample in samples], np.int32),
+        "width": np.array([sample.width for sample in samples], np.int32),
+        "sums": sum((sample.sums for sample in samples), np.zeros((2, 3), np.int64)),
+        "defect_row": np.array([*defects], np.int64),
+        "defect_reason": np.array([*defects.values()], dtype=str),
+        "reencoded_reason": np.array([*reencoded], dtype=str),
+        "reencoded_count": np.array([*reencoded.values()], np.int64),
+    }
+    write_table(layout.block_table(block), table)
+    return block
+
+
+def _encode_block(split: SplitInput, block: int) -> tuple[dict[int, Encoded], dict[int, str]]:
+    """Encode the rows of a block. Return the encoded samples and the reasons of defects, both by source row."""
+    layout, rows = split.layout, split.rows
     start = block * layout.block_rows
     stop = start + layout.block_size(block)
-    positions = _positions(layout.rows, layout.options.seed, layout.shuffled)[start:stop]
-    payloads: list[Encoded | None] = []
-    defects: list[tuple[int, str]] = []
-    sums = np.zeros((2, 3), np.int64)
-    reencoded: Counter[str] = Counter()
+    encoded: dict[int, Encoded] = {}
+    defects: dict[int, str] = {}
     for row, sample in enumerate(rows.read(start, stop), start):
         try:
-            encoded = encode(sample, layout.options.encoding)
+            encoded[row] = encode(sample, layout.options.encoding)
         except Defect as defect:
             if layout.options.strict:
                 raise UserError(
                     f"{rows.describe(row)}: {defect}; fix or remove it, or omit --strict, and delete {layout.out}"
                 ) from None
-            defects.append((row, str(defect)))
-            payloads.append(None)
-            continue
-        _check_shape(layout, rows, row, encoded)
-        sums += encoded.sums
-        if encoded.reencoded is not None:
-            reencoded[encoded.reencoded] += 1
-        payloads.append(encoded)
-    if len(payloads) != stop - start:
-        raise UserError(f"{rows.describe(start)}: the source returned {len(payloads)} rows instead of {stop - start}")
-    order = [int(i) for i in np.argsort(positions) if payloads[i] is not None]
-    kept = [payload for i in order if (payload := payloads[i]) is not None]
-    group_of = positions[order] // layout.shard_rows // layout.group_shards
-    for group in range(layout.groups):
-        chosen = np.flatnonzero(group_of == group)
-        commit_pieces(layout.block_group(block, group), [kept[i].payload for i in chosen], layout.spool)
-    table = {
-        "row": np.array([start + i for i in order], np.int64),
-        "position": positions[order].astype(np.int64),
-        "size": np.array([len(sample.payload) for sample in kept], np.int64),
-        "height": np.array([sample.height for sample in kept], np.int32),
-        "width": np.array([sample.width for sample in kept], np.int32),
-        "sums": sums,
-        "defect_row": np.array([row for row, _ in defects], np.int64),
-        "defect_reason": np.array([reason for _, reason in defects], dtype=str),
-        "reencoded_reason": np.array([*reencoded], dtype=str),
-        "reencoded_count": np.array([*reencoded.values()], np.int64),
-    }
-    sync_folder(layout.spool)  # the samples must reach the disk before their table
-    commit_npz(layout.block_table(block), table)
-    return block
+            defects[row] = str(defect)
+        else:
+            _check_shape(layout, rows, row, encoded[row])
+    if (count := len(encoded) + len(defects)) != stop - start:
+        raise UserError(f"{rows.describe(start)}: the source returned {count} rows instead of {stop - start}")
+    return encoded, defects
 
 
 def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Encoded) -> None:
@@ -107,7 +115,7 @@ def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Enco
         )
 
 
-def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
+def merge(splits: SplitInputs, task: tuple[str, int]) -> int:
     """Collect the samples of a shard from every block, write the tar and .idx files, then write the shard's table.
 
     Args:
@@ -120,51 +128,43 @@ def merge(splits: dict[str, SplitInput], task: tuple[str, int]) -> int:
     Raises:
         UserError: A spool file is damaged.
     """
-    layout, labels, shard = splits[task[0]].layout, splits[task[0]].rows.labels, task[1]
-    samples = sorted(_shard_samples(layout, shard), key=lambda sample: sample[0])
+    layout, row_labels, shard = splits[task[0]].layout, splits[task[0]].rows.labels, task[1]
+    samples, payloads = _shard_samples(layout, shard)
     extension = EXTENSIONS[layout.options.encoding.name]
     head = tar_format.npy_header(layout.image_shape) if layout.image_shape else b""
-    writers: dict[int, tar_format.MemberWriter] = {}
-    label_size = None if labels is None else len(tar_format.label_text(0, layout.classes))
-    label_writer = tar_format.MemberWriter("cls", label_size or 0)
-    digest, offset, lines = hashlib.sha256(), 0, []
-    columns: dict[str, list[int]] = {name: [] for name in ("offset", "size", "label", "height", "width")}
-    temporary = layout.spool / f"shard-{shard:06d}.{os.getpid()}.tar"
-    with temporary.open("wb", buffering=2**20) as file:
+    labels = None if row_labels is None else row_labels[samples["row"]]
+    label_digits = None if labels is None else tar_format.count_label_digits(layout.classes)
+    sizes = samples["size"] + len(head)
+    strides = tar_format.sample_bytes(sizes, label_digits)
+    offsets = np.cumsum(strides) - strides + tar_format.BLOCK
+    label_text = None if labels is None or label_digits is None else tar_format.digits(labels, label_digits)
+    pieces = tar_format.shard_pieces(samples["row"], extension, head, payloads, label_text)
+    digest = hashlib.sha256()
 
-        def put(pieces: list[bytes | memoryview]) -> None:
-            nonlocal offset
-            for piece in pieces:
-                file.write(piece)
-                digest.update(piece)
-                offset += len(piece)
+    def write_tar(file: BinaryIO) -> None:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
 
-        for _, row, payload, height, width in samples:
-            key, size = tar_format.key_of(row), len(head) + len(payload)
-            label = -1 if labels is None else int(labels[row])
-            values = (offset + tar_format.BLOCK, size, label, height, width)
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-            lines.append(tar_format.index_line(key, extension, offset + tar_format.BLOCK, size, label_size))
-            if size not in writers:
-                writers[size] = tar_format.MemberWriter(extension, size)
-            put(writers[size].member(key, head, payload))
-            if labels is not None:
-                put(label_writer.member(key, tar_format.label_text(label, layout.classes)))
-        put([tar_format.END_OF_ARCHIVE])
-        file.flush()
-        os.fsync(file.fileno())
-    index = f"{tar_format.INDEX_VERSION} {len(samples)}\n" + "".join(lines)
-    commit(layout.shard_file(shard).with_suffix(".idx"), index.encode(), layout.spool)
-    temporary.rename(layout.shard_file(shard))
-    sync_folder(layout.out)
-    arrays = {name: np.array(values, INDEX_COLUMNS[name]) for name, values in columns.items()}
-    commit_npz(layout.shard_table(shard), {**arrays, "bytes": np.int64(offset), "sha256": np.array(digest.hexdigest())})
+    index = tar_format.index_text(samples["row"], extension, offsets, sizes, label_digits)
+    file = layout.shard_file(shard)
+    atomic_write(file.with_suffix(".idx"), lambda opened: opened.write(index.encode()), sync=False)
+    atomic_write(file, write_tar)
+    table = {
+        "offset": offsets,
+        "size": sizes,
+        "label": np.full(len(sizes), -1) if labels is None else labels,
+        "height": samples["height"],
+        "width": samples["width"],
+        "bytes": np.array(strides.sum() + len(tar_format.END_OF_ARCHIVE)),
+        "sha256": np.array(digest.hexdigest()),
+    }
+    write_table(layout.shard_table(shard), table)
     return shard
 
 
-def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, memoryview, int, int]]:
-    """Yield (position, row, payload, height, width) for each sample of a shard.
+def _shard_samples(layout: SplitLayout, shard: int) -> tuple[Table, list[memoryview]]:
+    """Return the rows of the block tables and the payloads of the samples of a shard, in stored order.
 
     The samples of one block are read at once, since they are contiguous in the spool.
 
@@ -172,29 +172,24 @@ def _shard_samples(layout: SplitLayout, shard: int) -> Iterator[tuple[int, int, 
         UserError: A spool file is damaged.
     """
     group = shard // layout.group_shards
+    tables: list[Table] = []
+    payloads: list[memoryview] = []
     for block in range(layout.blocks):
         table = load_table(layout.block_table(block))
         shard_of = table["position"] // layout.shard_rows
-        in_group = shard_of // layout.group_shards == group
-        chosen = np.flatnonzero(shard_of == shard)
-        if not len(chosen):
-            continue
-        start = int(table["size"][in_group & (shard_of < shard)].sum())
+        before = (shard_of // layout.group_shards == group) & (shard_of < shard)
+        tables.append({name: table[name][shard_of == shard] for name in SAMPLE_COLUMNS})
+        ends = np.cumsum(tables[-1]["size"]).tolist()
+        total = ends[-1] if ends else 0
         with layout.block_group(block, group).open("rb") as file:
-            file.seek(start)
-            content = memoryview(file.read(int(table["size"][chosen].sum())))
-        if len(content) < table["size"][chosen].sum():
+            file.seek(int(table["size"][before].sum()))
+            content = memoryview(file.read(total))
+        if len(content) < total:
             raise UserError(f"{file.name} was truncated; {spool_damage_hint(layout.spool)}")
-        ends = np.cumsum(table["size"][chosen]).tolist()
-        for i, end in zip(chosen.tolist(), ends, strict=True):
-            payload = content[end - int(table["size"][i]) : end]
-            yield (
-                int(table["position"][i]),
-                int(table["row"][i]),
-                payload,
-                int(table["height"][i]),
-                int(table["width"][i]),
-            )
+        payloads += [content[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    samples = {name: np.concatenate([table[name] for table in tables]) for name in SAMPLE_COLUMNS}
+    order = np.argsort(samples["position"])
+    return {name: column[order] for name, column in samples.items()}, [payloads[i] for i in order]
 
 
 @lru_cache(maxsize=1)

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from configs.utils.errors import UserError
+from configs.utils.files import sync_folder
 from pipelines.convert.layout import SplitLayout
-from pipelines.convert.shuffle import merge, partition
-from pipelines.convert.source import Source
-from pipelines.convert.spool import commit, load_table, spool_damage_hint, sync_folder
+from pipelines.convert.shuffle import SplitInputs, merge, partition
+from pipelines.convert.source import Source, SplitSource
+from pipelines.convert.spool import Table, load_table, spool_damage_hint, write_table
 from pipelines.convert.worker_pool import WorkerPool, defer_signals
+from pipelines.storage.dataset import FileInfo, QuarantinedSample, ShardInfo, SplitInfo
 from pipelines.storage.index import INDEX_COLUMNS
-
-Table = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class WrittenSplit:
     """Statistics of a finished split, and its entry in dataset.json."""
 
-    entry: dict[str, Any]
+    info: SplitInfo
     sums: np.ndarray  # int64 [2, 3], see Encoded
     pixels: int
     shapes: set[tuple[int, int]]
@@ -34,7 +32,7 @@ class WrittenSplit:
     reencoded: dict[str, int]  # reason -> number of files re-encoded to jpeg, most frequent first
 
 
-def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> WrittenSplit:
+def write_split(source: Source, layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> WrittenSplit:
     """Run both passes of the shuffle for one split and write the split's index.
 
     Raises:
@@ -43,54 +41,31 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool) -> Writte
     """
     layout.spool.mkdir(exist_ok=True)
     blocks = _encode_blocks(layout, pool)
-    shards, fresh = _merge_shards(layout, pool)
-    rows = source.splits[layout.split]
-    quarantined = [
-        {"row": int(row), "name": rows.describe(int(row)), "reason": str(reason)}
-        for table in blocks
-        for row, reason in zip(table["defect_row"], table["defect_reason"], strict=True)
-    ]
-    samples = sum(len(table["offset"]) for table in shards)
-    if samples + len(quarantined) != layout.rows:
-        raise UserError(
-            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined do not add up "
-            f"to the {layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
-        )
-    if samples == 0:
-        raise UserError(
-            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0]['reason']})"
-        )
-    columns = _index_columns(shards)
-    entry = {
-        "samples": samples,
-        "labelled": rows.labels is not None,
-        "source_rows": layout.rows,
-        "shuffled": layout.shuffled,
-        "quarantined": quarantined,
-        "index": _write_index(layout, columns),
-        "shards": [
-            {
-                "file": layout.shard_file(shard).name,
-                "samples": len(table["offset"]),
-                "bytes": int(table["bytes"]),
-                "sha256": str(table["sha256"]),
-            }
-            for shard, table in enumerate(shards)
-        ],
-    }
+    tables, fresh = _merge_shards(layout, pool)
+    shards = [_shard_info(layout, shard, table) for shard, table in enumerate(tables)]
+    quarantined = _quarantined_samples(source.splits[layout.split], blocks)
+    samples = _check_count(layout, shards, quarantined)
+    columns = _index_columns(tables)
     heights, widths = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
-    shapes = {(int(h), int(w)) for h, w in np.unique(np.stack([heights, widths], axis=1), axis=0)}
     return WrittenSplit(
-        entry=entry,
+        info=SplitInfo(
+            samples=samples,
+            labelled=source.splits[layout.split].labels is not None,
+            source_rows=layout.rows,
+            shuffled=layout.shuffled,
+            quarantined=quarantined,
+            index=_write_index(layout, columns),
+            shards=tuple(shards),
+        ),
         sums=sum((table["sums"] for table in blocks), np.zeros((2, 3), np.int64)),
         pixels=int(heights @ widths),
-        shapes=shapes,
-        fresh={layout.shard_file(shard).name: str(shards[shard]["sha256"]) for shard in fresh},
+        shapes={(int(h), int(w)) for h, w in np.unique(np.stack([heights, widths], axis=1), axis=0)},
+        fresh={shards[shard].file: shards[shard].sha256 for shard in fresh},
         reencoded=_count_reencoded(blocks),
     )
 
 
-def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
+def _encode_blocks(layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> list[Table]:
     """Run pass 1 for each block that has no table yet, and return the tables of all blocks."""
     missing = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
     with _progress_bar(layout, "read") as bar:
@@ -100,7 +75,7 @@ def _encode_blocks(layout: SplitLayout, pool: WorkerPool) -> list[Table]:
     return [load_table(layout.block_table(block)) for block in range(layout.blocks)]
 
 
-def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], list[int]]:
+def _merge_shards(layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> tuple[list[Table], list[int]]:
     """Run pass 2 for the unfinished shards.
 
     Returns:
@@ -122,22 +97,50 @@ def _merge_shards(layout: SplitLayout, pool: WorkerPool) -> tuple[list[Table], l
     return [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)], missing
 
 
-def _index_columns(shards: list[Table]) -> Table:
+def _shard_info(layout: SplitLayout, shard: int, table: Table) -> ShardInfo:
+    return ShardInfo(
+        file=layout.shard_file(shard).name,
+        samples=len(table["offset"]),
+        bytes=int(table["bytes"]),
+        sha256=str(table["sha256"]),
+    )
+
+
+def _quarantined_samples(rows: SplitSource, blocks: list[Table]) -> tuple[QuarantinedSample, ...]:
+    return tuple(
+        QuarantinedSample(row, rows.describe(row), reason)
+        for table in blocks
+        for row, reason in zip(table["defect_row"].tolist(), table["defect_reason"].tolist(), strict=True)
+    )
+
+
+def _check_count(layout: SplitLayout, shards: list[ShardInfo], quarantined: tuple[QuarantinedSample, ...]) -> int:
+    """Return the number of written samples. Raise UserError if it is 0 or if samples were lost."""
+    samples = sum(shard.samples for shard in shards)
+    if samples + len(quarantined) != layout.rows:
+        raise UserError(
+            f"split {layout.split!r}: {samples:,} samples written and {len(quarantined):,} quarantined do not add up "
+            f"to the {layout.rows:,} rows of the source; {spool_damage_hint(layout.spool)}"
+        )
+    if samples == 0:
+        raise UserError(
+            f"split {layout.split!r}: none of {layout.rows} images could be decoded ({quarantined[0].reason})"
+        )
+    return samples
+
+
+def _index_columns(tables: list[Table]) -> Table:
     """Return the columns of a split's index. Each column is an array [samples]."""
-    columns = {name: np.concatenate([table[name] for table in shards]) for name in INDEX_COLUMNS if name != "shard"}
-    columns["shard"] = np.repeat(np.arange(len(shards)), [len(table["offset"]) for table in shards])
-    return columns
+    columns = {name: np.concatenate([table[name] for table in tables]) for name in INDEX_COLUMNS if name != "shard"}
+    columns["shard"] = np.repeat(np.arange(len(tables)), [len(table["offset"]) for table in tables])
+    return {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
 
 
-def _write_index(layout: SplitLayout, columns: Table) -> dict[str, Any]:
-    """Write SPLIT.index.npz and return its entry for dataset.json."""
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {name: columns[name].astype(dtype) for name, dtype in INDEX_COLUMNS.items()}
-    np.savez(buffer, **arrays)
-    content = buffer.getvalue()
+def _write_index(layout: SplitLayout, columns: Table) -> FileInfo:
     file = layout.out / f"{layout.split}.index.npz"
-    commit(file, content, layout.spool)
-    return {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_table(file, columns)
+    content = file.read_bytes()
+    return FileInfo(file.name, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _count_reencoded(blocks: list[Table]) -> dict[str, int]:

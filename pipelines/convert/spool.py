@@ -1,9 +1,7 @@
-"""Read and atomically write the files of an unfinished conversion."""
+"""Read and write the tables of an unfinished conversion."""
 
 from __future__ import annotations
 
-import io
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,28 @@ from typing import Any
 import numpy as np
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write
+
+Table = dict[str, np.ndarray]
 
 
-def load_table(file: Path) -> dict[str, np.ndarray]:
+def load_table(file: Path) -> Table:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{file} cannot be read; {spool_damage_hint(file.parent)}") from None
+
+
+def write_table(file: Path, table: Table) -> None:
+    """Write a .npz file atomically, without flushing its directory."""
+    arrays: dict[str, Any] = table  # mypy: np.savez also has a parameter that is not an array
+    atomic_write(file, lambda opened: np.savez(opened, **arrays), sync=False)
+
+
+def write_payloads(file: Path, payloads: list[bytes]) -> None:
+    """Write samples to a file atomically, without flushing its directory."""
+    atomic_write(file, lambda opened: opened.writelines(payloads), sync=False)
 
 
 def spool_damage_hint(spool: Path) -> str:
@@ -28,37 +40,3 @@ def spool_damage_hint(spool: Path) -> str:
     conversion cannot cause this damage; the disk or another program must have.
     """
     return f"{spool} is damaged: delete {spool.parents[1]} and convert again"
-
-
-def commit_npz(file: Path, arrays: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    commit(file, buffer.getvalue(), file.parent)
-
-
-def commit(file: Path, content: bytes, spool: Path) -> None:
-    commit_pieces(file, [content], spool)
-
-
-def commit_pieces(file: Path, pieces: list[bytes], spool: Path) -> None:
-    """Write `pieces` to a file atomically.
-
-    The content is written to a temporary file in the spool and flushed to disk, then the file is renamed. The next
-    conversion deletes temporary files that a killed conversion left in the spool.
-    """
-    temporary = spool / f"{file.name}.{os.getpid()}.tmp"
-    with temporary.open("wb", buffering=2**20) as opened:
-        for piece in pieces:
-            opened.write(piece)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.rename(file)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a directory, so that renames in it survive a power failure. File contents are not flushed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import multiprocessing
 import os
 import pickle
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from configs.utils.errors import UserError
+from configs.utils.process import die_with_parent, handle_signals
 
+Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_shared: Any = None
-_PR_SET_PDEATHSIG = 1
+_shared: Any = None  # in a worker, its copy of the shared object
 
 
 def _init_worker(shared: str, parent: int) -> None:
     global _shared
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel kills a worker whose parent has died
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(signal.SIGKILL, parent)
     with open(shared, "rb") as file:
         _shared = pickle.load(file)  # trusted: written by the parent
 
@@ -43,35 +40,26 @@ def defer_signals() -> Iterator[None]:
 
     The handlers are replaced, since a signal mask covers only one thread, and any thread may receive the signal.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
-        yield
-        return
-    held: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: held.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) not in (None, signal.SIG_IGN)  # None if installed by C code
-    }
+    held: dict[int, object] = {}
     try:
-        yield
+        with handle_signals((signal.SIGINT, signal.SIGTERM), held.setdefault):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for received in dict.fromkeys(held):
-            signal.raise_signal(received)
+        for number in held:
+            signal.raise_signal(number)
 
 
-class WorkerPool:
+class WorkerPool(Generic[Shared]):
     """Pool whose `imap` calls `function(shared, task)` in `workers` processes, or in this process if `workers` is 1."""
 
-    def __init__(self, workers: int, shared: Any) -> None:
+    def __init__(self, workers: int, shared: Shared) -> None:
         self._shared = shared
         self._workers = workers
         self._executor: ProcessPoolExecutor | None = None
         self._memory = -1  # file descriptor of the pickled shared object; -1 before workers start
         self._others: set[multiprocessing.process.BaseProcess] = set()
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> WorkerPool[Shared]:
         self._others = set(multiprocessing.active_children())
         return self
 
@@ -84,7 +72,7 @@ class WorkerPool:
         self._executor.shutdown(cancel_futures=True)
         os.close(self._memory)
 
-    def imap(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+    def imap(self, function: Callable[[Shared, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Yield the results in task order. At most two tasks per worker are pending, to keep disk reads sequential.
 
         Raises:
@@ -108,7 +96,7 @@ class WorkerPool:
                 "it continues where it stopped"
             ) from None
 
-    def _submit(self, function: Callable[[Any, Task], Result], task: Task) -> Future[Result]:
+    def _submit(self, function: Callable[[Shared, Task], Result], task: Task) -> Future[Result]:
         """Submit a task. Signals are deferred, since submitting may start a worker and must not be interrupted.
 
         Raises:

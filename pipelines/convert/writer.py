@@ -16,18 +16,17 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write, sync_folder
 from pipelines.convert import checks
 from pipelines.convert.encode import Defect, Encoded, Encoding, encode
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.shuffle import SplitInput
 from pipelines.convert.source import Options, Source, SplitSource
 from pipelines.convert.split_writer import WrittenSplit, write_split
-from pipelines.convert.spool import commit, sync_folder
 from pipelines.convert.worker_pool import WorkerPool
 from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, DatasetInfo, load_dataset
@@ -63,34 +62,18 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
         OSError: A file in `out` cannot be read or written.
     """
     checks.check_classes(source)
-    request = json.loads(json.dumps({"name": name, "options": asdict(options), "source": _source_entry(source)}))
+    source_entry = {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint}
+    request: dict[str, object] = {"name": name, "options": asdict(options), "source": source_entry}
     if (out / "dataset.json").exists():
-        dataset = load_dataset(out)
-        if {key: dataset.content.get(key) for key in request} == request:
-            print(f"{out} already contains this data set: nothing to do", file=sys.stderr)
-            shutil.rmtree(out / ".spool", ignore_errors=True)
-            return dataset
-        raise UserError(
-            f"{out} already contains the data set {dataset.name!r}, converted from another source or with other "
-            "options; choose another --out or delete the folder"
-        )
+        return _load_finished(out, request)
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
     checks.check_shapes(layouts)
     checks.check_disk(layouts, out)
     with checks.lock_output(out, {**request, "state": source.state, "rules": RULES_VERSION}) as spool:
-        written: dict[str, WrittenSplit] = {}
-        if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
-            workers = 1
-        with WorkerPool(
-            workers, {split: SplitInput(layouts[split], source.splits[split]) for split in layouts}
-        ) as pool:
-            # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
-            for split in sorted(layouts, key=lambda split: split == "train"):
-                written[split] = write_split(source, layouts[split], pool)
-        content = _describe(source, options, request, written)
-        _write_info(out, content, spool)
+        written = _write_splits(source, layouts, workers)
+        _write_json(out / "_info.json", _webdataset_info(written))
         sync_folder(out)  # all files are on disk before dataset.json names them
-        commit(out / "dataset.json", json.dumps(content, indent=1).encode() + b"\n", spool)
+        _write_json(out / "dataset.json", _dataset_content(source, options, request, written))
         sync_folder(out)
         shutil.rmtree(spool)
     dataset = load_dataset(out)
@@ -98,45 +81,70 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     return dataset
 
 
-def _describe(
-    source: Source, options: Options, request: dict[str, Any], written: dict[str, WrittenSplit]
-) -> dict[str, Any]:
+def _load_finished(out: Path, request: dict[str, object]) -> DatasetInfo:
+    """Load the data set in `out`. Raises UserError if it was converted by another `request`."""
+    dataset = load_dataset(out)
+    if {key: dataset.content.get(key) for key in request} != request:
+        raise UserError(
+            f"{out} already contains the data set {dataset.name!r}, converted from another source or with other "
+            "options; choose another --out or delete the folder"
+        )
+    print(f"{out} already contains this data set: nothing to do", file=sys.stderr)
+    shutil.rmtree(out / ".spool", ignore_errors=True)
+    return dataset
+
+
+def _write_splits(source: Source, layouts: dict[str, SplitLayout], workers: int) -> dict[str, WrittenSplit]:
+    """Write the splits, and return them in the order of the source."""
+    if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
+        workers = 1
+    inputs = {split: SplitInput(layouts[split], rows) for split, rows in source.splits.items()}
+    with WorkerPool(workers, inputs) as pool:
+        # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
+        order = sorted(layouts, key=lambda split: split == "train")
+        written = {split: write_split(source, layouts[split], pool) for split in order}
+    return {split: written[split] for split in source.splits}
+
+
+def _dataset_content(
+    source: Source, options: Options, request: dict[str, object], written: dict[str, WrittenSplit]
+) -> dict[str, object]:
     """Return the content of dataset.json."""
     mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
     shapes = set().union(*(part.shapes for part in written.values()))
-    dataset = {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         **request,
-        "classes": list(source.classes),
+        "classes": source.classes,
         "encoding": options.encoding.name,
         "image_shape": [*shapes.pop(), 3] if len(shapes) == 1 else None,
         "mean": mean,
         "std": std,
-        "splits": {split: written[split].entry for split in source.splits},
-        "unordered": list(source.unordered),
+        "splits": {split: asdict(part.info) for split, part in written.items()},
+        "unordered": source.unordered,
     }
     if options.encoding.name == "jpeg":  # not in the entries of splits, which the data set's fingerprint covers
-        dataset["reencoded"] = {split: written[split].reencoded for split in source.splits}
-    return dataset
+        content["reencoded"] = {split: part.reencoded for split, part in written.items()}
+    return content
 
 
-def _write_info(out: Path, dataset: dict[str, Any], spool: Path) -> None:
-    """Write _info.json for other readers of WebDataset folders, such as timm."""
-    info = {
+def _webdataset_info(written: dict[str, WrittenSplit]) -> dict[str, object]:
+    """Return the content of _info.json, for other readers of WebDataset folders, such as timm."""
+    splits = {
         split: {
             "name": split,
-            "num_samples": entry["samples"],
-            "filenames": [shard["file"] for shard in entry["shards"]],
-            "shard_lengths": [shard["samples"] for shard in entry["shards"]],
+            "num_samples": part.info.samples,
+            "filenames": [shard.file for shard in part.info.shards],
+            "shard_lengths": [shard.samples for shard in part.info.shards],
         }
-        for split, entry in dataset["splits"].items()
+        for split, part in written.items()
     }
-    commit(out / "_info.json", json.dumps({"splits": info}, indent=1).encode() + b"\n", spool)
+    return {"splits": splits}
 
 
-def _source_entry(source: Source) -> dict[str, str]:
-    return {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint}
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    atomic_write(file, lambda opened: opened.write(json.dumps(content, indent=1).encode() + b"\n"), sync=False)
 
 
 def _plan_layout(source: Source, split: str, options: Options, name: str, out: Path) -> SplitLayout:

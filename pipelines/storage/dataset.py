@@ -47,8 +47,13 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
-class ShardInfo(FileInfo):
+class ShardInfo:
+    """A shard of a split, as recorded in dataset.json."""
+
+    file: str
     samples: int
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,8 @@ def parse_dataset(content: JsonObject) -> DatasetInfo:
         },
         content=content,
     )
-    files = [file.file for split in dataset.splits.values() for file in (split.index, *split.shards)]
+    files = [split.index.file for split in dataset.splits.values()]
+    files += [shard.file for split in dataset.splits.values() for shard in split.shards]
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
         raise ValueError(f"{_format_value(repeated[0])} is listed twice")
     return dataset
@@ -217,7 +223,7 @@ def _channel_values(content: JsonObject, name: str) -> ChannelValues:
 
 def _split(name: str, entry: JsonObject) -> SplitInfo:
     samples, source_rows = _get(entry, "samples", int), _get(entry, "source_rows", int)
-    shards = tuple(ShardInfo(*_file(shard), _get(shard, "samples", int)) for shard in _get(entry, "shards", list))
+    shards = tuple(_shard(shard) for shard in _get(entry, "shards", list))
     in_shards = sum(shard.samples for shard in shards)
     if in_shards != samples:
         raise ValueError(f"split {_format_value(name)} has {samples} samples, but its shards {in_shards}")
@@ -237,17 +243,21 @@ def _split(name: str, entry: JsonObject) -> SplitInfo:
             QuarantinedSample(_get(sample, "row", int), _get(sample, "name", str), _get(sample, "reason", str))
             for sample in quarantined
         ),
-        index=FileInfo(*_file(_get(entry, "index", dict))),
+        index=_file(_get(entry, "index", dict)),
         shards=shards,
     )
 
 
-def _file(entry: JsonObject) -> tuple[str, int, str]:
-    """Return the fields of a FileInfo."""
+def _shard(entry: JsonObject) -> ShardInfo:
+    file = _file(entry)
+    return ShardInfo(file.file, _get(entry, "samples", int), file.bytes, file.sha256)
+
+
+def _file(entry: JsonObject) -> FileInfo:
     file = _get(entry, "file", str)
     if Path(file).name != file or file in ("", "..") or "\0" in file:
         raise ValueError(f"{_format_value(file)} is not a plain file name")
-    return file, _get(entry, "bytes", int), _get(entry, "sha256", str)
+    return FileInfo(file, _get(entry, "bytes", int), _get(entry, "sha256", str))
 
 
 def _text_list(entry: JsonObject, name: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ cache folder, since the data set may be read-only and must be identical for two 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from configs.utils.errors import UserError
+from configs.utils.files import atomic_write
+from configs.utils.process import acquire_lock
 from configs.utils.warnings import warn
-from pipelines.storage.dataset import DatasetInfo, FileInfo
+from pipelines.storage.dataset import DatasetInfo, ShardInfo
 
 MAX_ENTRIES = 8  # per file; nodes of a cluster may share a home folder and have local copies of the data
 CHUNK_BYTES = 2**20
@@ -72,46 +73,49 @@ def shard_hashes(folder: Path, dataset: DatasetInfo, split: str) -> list[HashedF
     shards = dataset.splits[split].shards
     record = HashCache(folder, dataset)
     found = record.lookup(shards)
-    if None not in found:
-        return [content for content in found if content is not None]
-    with record.exclusive() as heartbeat:
-        found = record.lookup(shards)  # another process may have read them meanwhile
-        missing = [number for number, content in enumerate(found) if content is None]
-        files = [folder / shards[number].file for number in missing]
-        total = sum(shards[number].bytes for number in missing)
-        if total >= NOTE_BYTES and not sys.stderr.isatty():  # without a progress bar, announce what takes minutes
-            print(
-                f"checking {total / 2**30:,.0f} GiB of split {split!r}, once for each copy of a data set; "
-                "data.verify=off skips this",
-                file=sys.stderr,
-            )
-        saved = time.monotonic()
-        try:
-            with tqdm(
-                total=total,
-                desc=f"checking {split}",
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                file=sys.stderr,
-                delay=1,
-                disable=None,
-                leave=False,
-            ) as bar:
-                for number, content in hash_files(files, bar, heartbeat):
-                    if isinstance(content, OSError):
-                        raise UserError(
-                            f"{files[number]} cannot be read ({content.strerror}); fix that and start again, or set "
-                            "data.verify=off"
-                        )
-                    found[missing[number]] = content
-                    record.add(files[number].name, content)
-                    if time.monotonic() - saved > SAVE_INTERVAL_S:
-                        record.save()
-                        saved = time.monotonic()
-        finally:
-            record.save(warn_on_error=True)
+    if None in found:
+        with record.exclusive() as heartbeat:
+            found = record.lookup(shards)  # another process may have read them meanwhile
+            missing = [number for number, content in enumerate(found) if content is None]
+            try:
+                for place, content in _hash_shards(folder, split, [shards[number] for number in missing], heartbeat):
+                    found[missing[place]] = content
+                    record.add(shards[missing[place]].file, content)
+            finally:
+                record.save(warn_on_error=True)
     return [content for content in found if content is not None]
+
+
+def _hash_shards(
+    folder: Path, split: str, shards: Sequence[ShardInfo], heartbeat: Callable[[], None]
+) -> Iterator[tuple[int, HashedFile]]:
+    """Yield the position of each shard in `shards` with its hash, in order of completion. Show the progress."""
+    total = sum(shard.bytes for shard in shards)
+    if total >= NOTE_BYTES and not sys.stderr.isatty():  # without a progress bar, announce what takes minutes
+        print(
+            f"checking {total / 2**30:,.0f} GiB of split {split!r}, once for each copy of a data set; "
+            "data.verify=off skips this",
+            file=sys.stderr,
+        )
+    files = [folder / shard.file for shard in shards]
+    with tqdm(
+        total=total,
+        desc=f"checking {split}",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        file=sys.stderr,
+        delay=1,
+        disable=None,
+        leave=False,
+    ) as bar:
+        for place, content in hash_files(files, bar, heartbeat):
+            if isinstance(content, OSError):
+                raise UserError(
+                    f"{files[place]} cannot be read ({content.strerror}); fix that and start again, or set "
+                    "data.verify=off"
+                )
+            yield place, content
 
 
 def store_hashes(folder: Path, dataset: DatasetInfo, sha256: dict[str, str]) -> None:
@@ -131,12 +135,13 @@ class HashCache:
         self._folder = folder
         self._names = {shard.file for split in dataset.splits.values() for shard in split.shards}
         self._new: dict[str, HashedFile] = {}
+        self._saved_s = time.monotonic()
         self._path: Path | None = None
         with suppress(OSError, RuntimeError):  # no home folder, or the data set was removed
             name = os.fsencode(folder.resolve())
             self._path = cache_folder() / f"{folder.resolve().name}-{hashlib.sha256(name).hexdigest()[:16]}.json"
 
-    def lookup(self, shards: Sequence[FileInfo]) -> list[HashedFile | None]:
+    def lookup(self, shards: Sequence[ShardInfo]) -> list[HashedFile | None]:
         """Return the cached hash of each shard. `shards` are the entries in dataset.json.
 
         The result is None for a shard that is not cached, has changed since it was hashed, or has a cached hash that
@@ -153,13 +158,17 @@ class HashCache:
         return found
 
     def add(self, name: str, content: HashedFile) -> None:
+        """Add an entry, and save all entries if they have not been saved for SAVE_INTERVAL_S."""
         self._new[name] = content
+        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
+            self.save()
 
     def save(self, warn_on_error: bool = False) -> None:
         """Merge the added entries into the cache file, which other processes may have updated in the meantime.
 
         A failure is ignored, or reported as a warning if `warn_on_error` is set.
         """
+        self._saved_s = time.monotonic()
         if not self._new:
             return
         try:
@@ -170,13 +179,10 @@ class HashCache:
                 others = [entry for entry in known.get(name, []) if entry != content]
                 known[name] = [*others, content][-MAX_ENTRIES:]
             files = {name: [[*stamp, sha256] for stamp, sha256 in entries] for name, entries in sorted(known.items())}
+            text = json.dumps({"folder": str(self._folder.resolve()), "files": files})
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
-            try:
-                temporary.write_bytes(json.dumps({"folder": str(self._folder.resolve()), "files": files}).encode())
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            writer = f".{os.uname().nodename}.{os.getpid()}"
+            atomic_write(self._path, lambda file: file.write(text.encode()), sync=False, writer=writer)
         except OSError as error:
             if warn_on_error:
                 warn(
@@ -213,28 +219,14 @@ class HashCache:
             yield lambda: None
             return
         with lock:
-            _acquire(lock.fileno())
+            with suppress(OSError):  # a file system without locks
+                acquire_lock(lock, LOCK_TIMEOUT_S)
 
             def heartbeat() -> None:
                 with suppress(OSError):
                     os.utime(lock.fileno())
 
             yield heartbeat
-
-
-def _acquire(lock: int) -> None:
-    """Lock an open file, or give up silently after `LOCK_TIMEOUT_S` without a heartbeat from the lock's holder."""
-    seen, since = -1, time.monotonic()
-    while time.monotonic() - since < LOCK_TIMEOUT_S:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if (sign := os.fstat(lock).st_mtime_ns) != seen:
-                seen, since = sign, time.monotonic()
-            time.sleep(0.05)
-        except OSError:  # a file system without locks
-            return
 
 
 def cache_folder() -> Path:

@@ -35,8 +35,7 @@ def sample_stride(size: int, labelled: bool, classes: int) -> int:
         labelled: Whether each sample has a label member.
         classes: Number of classes, which determines the number of digits of a label.
     """
-    stride = tar_format.BLOCK + tar_format.padded(size)
-    return stride + tar_format.BLOCK + tar_format.padded(len(tar_format.label_text(0, classes))) if labelled else stride
+    return tar_format.sample_bytes(size, tar_format.count_label_digits(classes) if labelled else None)
 
 
 def check_size(file: Path, expected: int) -> None:

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.utils.errors import UserError, readable
+from pipelines.storage.dataset import MAX_COUNT
 from pipelines.storage.hash_cache import FileStamp
-
-MAX_ADDRESSES = 2**46  # bytes; half of the address space of a process
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -45,15 +44,15 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
         slot: Distance between the starts of consecutive files in bytes, a multiple of the page size.
 
     Raises:
-        UserError: A file cannot be read or mapped, or the range would exceed MAX_ADDRESSES.
+        UserError: A file cannot be read or mapped, or the range would exceed MAX_COUNT.
         ValueError: Too many files are mapped (see `sigbus.register`).
         OSError: The SIGBUS handler cannot be installed.
     """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 
     total = slot * len(files)
-    if total > MAX_ADDRESSES:
-        raise UserError(f"cannot map {total:,} bytes of {files[0].parent}; at most {MAX_ADDRESSES:,} can be addressed")
+    if total > MAX_COUNT:
+        raise UserError(f"cannot map {total:,} bytes of {files[0].parent}; at most {MAX_COUNT:,} can be addressed")
 
     def map_at(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
         result = _libc.mmap(address, size, protection, flags, descriptor, 0)

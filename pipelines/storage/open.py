@@ -8,6 +8,7 @@ writes this format.
 
 from __future__ import annotations
 
+import math
 import mmap
 from pathlib import Path
 from typing import Literal
@@ -18,9 +19,9 @@ from configs.schema import OnBadSample
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage import hash_cache, tar_check
-from pipelines.storage.dataset import RECONVERT, load_dataset
+from pipelines.storage.dataset import RECONVERT, DatasetInfo, load_dataset
 from pipelines.storage.index import check_size, load_index, sample_stride
-from pipelines.storage.memory_map import map_files
+from pipelines.storage.memory_map import MappedShards, map_files
 from pipelines.storage.monitor import ShardMonitor
 from pipelines.storage.split import Split
 
@@ -52,48 +53,60 @@ def open_split(
     dataset = load_dataset(folder)
     if name not in dataset.splits:
         raise UserError(f"{str(folder)!r} has no split {name!r}; it has {', '.join(dataset.splits)}")
-    entry = dataset.splits[name]
-    files = tuple(folder / shard.file for shard in entry.shards)
-    for file, shard in zip(files, entry.shards, strict=True):
+    shards = dataset.splits[name].shards
+    files = tuple(folder / shard.file for shard in shards)
+    for file, shard in zip(files, shards, strict=True):
         check_size(file, shard.bytes)
     index = load_index(folder, dataset, name)
-    unit = mmap.PAGESIZE
+    hashed = hash_cache.shard_hashes(folder, dataset, name) if verify == "changed" else None
+    sha256 = [shard.sha256 for shard in shards] if hashed is None else [content.sha256 for content in hashed]
+    slot_bytes = _slot_bytes(dataset, name, int(index["size"][0]))
+    mapped = map_files(files, [shard.bytes for shard in shards], slot_bytes)
+    split = _build_split(dataset, name, files, index, mapped, slot_bytes, sha256)
+    for number, file in enumerate(files):
+        if hashed is not None and mapped.stamps[number].content_key != hashed[number].stamp.content_key:
+            raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
+        if sha256[number] != shards[number].sha256:
+            _refuse(split, number, sha256[number], on_bad_sample)
+    return split
+
+
+def _slot_bytes(dataset: DatasetInfo, name: str, image_bytes: int) -> int:
+    """Return the distance between the starts of mapped shards: a multiple of the page size and, for npy, the stride."""
+    split, unit = dataset.splits[name], mmap.PAGESIZE
     if dataset.encoding == "npy":
-        stride = sample_stride(int(index["size"][0]), entry.labelled, len(dataset.classes))
-        unit = int(np.lcm(stride, unit))
-    sizes = np.array([shard.bytes for shard in entry.shards], np.int64)
-    slot = -(-int(sizes.max()) // unit) * unit
-    contents = hash_cache.shard_hashes(folder, dataset, name) if verify == "changed" else None
-    content, fault_address, stamps = map_files(files, sizes.tolist(), slot)
-    expected = [shard.sha256 for shard in entry.shards]
-    digests = expected if contents is None else [found.sha256 for found in contents]
-    split = Split(
+        unit = math.lcm(unit, sample_stride(image_bytes, split.labelled, len(dataset.classes)))
+    return -(-max(shard.bytes for shard in split.shards) // unit) * unit
+
+
+def _build_split(
+    dataset: DatasetInfo,
+    name: str,
+    files: tuple[Path, ...],
+    index: dict[str, np.ndarray],
+    mapped: MappedShards,
+    slot_bytes: int,
+    sha256: list[str],
+) -> Split:
+    content, info = mapped.content, dataset.splits[name]
+
+    def mapped_file(number: int) -> np.ndarray:
+        return content[number * slot_bytes :][: info.shards[number].bytes]
+
+    return Split(
         dataset=dataset,
         name=name,
-        labels=index["label"].astype(np.int64) if entry.labelled else None,
+        labels=index["label"].astype(np.int64) if info.labelled else None,
         shard=index["shard"],
         files=files,
         heights=index["height"],
         widths=index["width"],
-        address=index["shard"] * np.int64(slot) + index["offset"],
+        address=index["shard"] * np.int64(slot_bytes) + index["offset"],
         size=index["size"],
         content=content,
-        slot_bytes=slot,
-        monitor=ShardMonitor(
-            name,
-            files,
-            digests,
-            stamps,
-            fault_address,
-            lambda number: content[number * slot : number * slot + int(sizes[number])],
-        ),
+        slot_bytes=slot_bytes,
+        monitor=ShardMonitor(name, files, sha256, mapped.stamps, mapped.fault_address, mapped_file),
     )
-    for number, (file, stamp) in enumerate(zip(files, stamps, strict=True)):
-        if contents is not None and stamp.content_key != contents[number].stamp.content_key:
-            raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
-        if digests[number] != expected[number]:
-            _refuse(split, number, digests[number], on_bad_sample)
-    return split
 
 
 def _refuse(split: Split, number: int, sha256: str, on_bad_sample: OnBadSample) -> None:

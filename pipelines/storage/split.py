@@ -9,7 +9,6 @@ import numpy as np
 
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import DatasetInfo, SplitInfo
-from pipelines.storage.index import sample_stride
 from pipelines.storage.memory_map import advise
 from pipelines.storage.monitor import ShardMonitor
 
@@ -75,7 +74,7 @@ class Split:
         """
         if self.encoding != "npy" or self.image_shape is None:
             raise ValueError(f"split {self.name!r} stores {self.encoding}, which has no constant stride")
-        stride = sample_stride(int(self.size[0]), self.labels is not None, len(self.classes))
+        stride = tar_format.sample_bytes(int(self.size[0]), self.label_digits)
         first = tar_format.BLOCK + len(tar_format.npy_header(self.image_shape))
         pixels = int(np.prod(self.image_shape))
         rows = (len(self.content) - first - pixels) // stride + 1
@@ -87,13 +86,21 @@ class Split:
         assert self.image_shape is not None
         return self.address + len(tar_format.npy_header(self.image_shape))
 
-    def source_rows(self) -> np.ndarray:
-        """Return the source row of each sample, parsed from its key in the tar: int64 [samples].
+    @property
+    def label_digits(self) -> int | None:
+        """Size of a label member in bytes, or None for a split without labels."""
+        return None if self.labels is None else tar_format.count_label_digits(len(self.classes))
+
+    def keys(self, samples: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the keys of samples (by default, of all) from the tar, in ASCII: uint8 [samples, KEY_DIGITS].
 
         This reads one page of each sample, and thus nearly the whole split if the images are small.
         """
-        keys = self.content[(self.address - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
-        return (keys - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
+        return self.content[(self.address[samples] - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
+
+    def source_rows(self, samples: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the source rows of samples, which are their `keys`: int64 [samples]."""
+        return (self.keys(samples) - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
         """Call madvise(2) on whole shards. Failures are ignored.

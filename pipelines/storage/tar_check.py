@@ -7,7 +7,6 @@ of the shard, so use it only to explain a mismatch or to check a data set thorou
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from pipelines.storage.dataset import EXTENSIONS, MAX_PIXELS
 from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, header_error
 from pipelines.storage.split import Split
 
-CHUNK_SAMPLES = 4096  # samples compared at once: 2 MiB of headers
 MAX_LISTED = 3  # samples named in a message
 
 
@@ -69,45 +67,35 @@ def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
     """
     start_byte = number * split.slot_bytes
     content = split.content[start_byte : start_byte + split.info.shards[number].bytes]
-    width = len(tar_format.label_text(0, len(split.classes)))
-    label_bytes = 0 if split.labels is None else tar_format.BLOCK + tar_format.padded(width)
-    sizes = split.size[chosen].astype(np.int64)
-    offsets = split.address[chosen] - start_byte
-    strides = tar_format.BLOCK + -(-sizes // tar_format.BLOCK) * tar_format.BLOCK + label_bytes
+    offsets, sizes = split.address[chosen] - start_byte, split.size[chosen].astype(np.int64)
+    strides = tar_format.sample_bytes(sizes, split.label_digits)
     expected = np.cumsum(strides) - strides + tar_format.BLOCK
     if (wrong := offsets != expected).any():
         return f"the index places {split.describe(int(chosen[np.argmax(wrong)]))} where no member can begin"
     end = int(strides.sum())
     if len(content) != end + len(tar_format.END_OF_ARCHIVE) or content[end:].any():
         return "it does not end where the index says"
-    keys = np.empty((len(chosen), tar_format.KEY_DIGITS), np.uint8)
-    for start in range(0, len(chosen), CHUNK_SAMPLES):
-        some = slice(start, start + CHUNK_SAMPLES)
-        keys[some] = content[(offsets[some] - tar_format.BLOCK)[:, None] + np.arange(tar_format.KEY_DIGITS)]
-        problem = _header_error(split, chosen[some], content, offsets[some], keys[some])
+    for start in range(0, len(chosen), tar_format.CHUNK_SAMPLES):
+        some = slice(start, start + tar_format.CHUNK_SAMPLES)
+        problem = _header_error(split, chosen[some], content, offsets[some])
         if problem is None and split.labels is not None:
-            labels = offsets[some] - tar_format.BLOCK + strides[some] - label_bytes
-            problem = _label_error(split, chosen[some], content, labels, keys[some], width)
+            problem = _label_error(split, chosen[some], content, offsets[some] + tar_format.padded(sizes[some]))
         if problem:
             return problem
-    return _key_error(split, chosen, keys)
+    return _key_error(split, chosen)
 
 
-def _header_error(
-    split: Split, samples: np.ndarray, content: np.ndarray, offsets: np.ndarray, keys: np.ndarray
-) -> str | None:
-    extension = EXTENSIONS[split.encoding]
+def _header_error(split: Split, samples: np.ndarray, content: np.ndarray, offsets: np.ndarray) -> str | None:
     found = content[(offsets - tar_format.BLOCK)[:, None] + np.arange(tar_format.BLOCK)]
-    wrong = (found != tar_format.headers(keys, extension, split.size[samples].astype(np.int64))).any(axis=1)
+    sizes = split.size[samples].astype(np.int64)
+    wrong = (found != tar_format.headers(split.keys(samples), EXTENSIONS[split.encoding], sizes)).any(axis=1)
     if wrong.any():
         row = int(np.argmax(wrong))
         return f"{_describe_header(found[row])} where the index places {split.describe(int(samples[row]))}"
     return None
 
 
-def _label_error(
-    split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray, keys: np.ndarray, width: int
-) -> str | None:
+def _label_error(split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray) -> str | None:
     """Return an error message about a wrong label member, or None if all label members are correct.
 
     Args:
@@ -115,13 +103,12 @@ def _label_error(
         samples: Indices of the samples to check, int64 [N].
         content: Bytes of the shard, uint8 [bytes].
         headers: Offset of each label member's tar header in `content`, int64 [N].
-        keys: Key of each sample in ASCII, uint8 [N, KEY_DIGITS].
-        width: Number of digits of a label.
     """
     assert split.labels is not None
-    found = content[headers[:, None] + np.arange(tar_format.BLOCK + width)]
-    digits = split.labels[samples][:, None] // 10 ** np.arange(width - 1, -1, -1) % 10 + ord("0")
-    expected = tar_format.headers(keys, "cls", np.full(len(samples), width))
+    assert split.label_digits is not None
+    found = content[headers[:, None] + np.arange(tar_format.BLOCK + split.label_digits)]
+    digits = tar_format.digits(split.labels[samples], split.label_digits)
+    expected = tar_format.headers(split.keys(samples), "cls", np.full(len(samples), split.label_digits))
     if (wrong := (found[:, : tar_format.BLOCK] != expected).any(axis=1)).any():
         row = int(np.argmax(wrong))
         return f"{_describe_header(found[row, : tar_format.BLOCK])} as the label of {split.describe(int(samples[row]))}"
@@ -133,14 +120,13 @@ def _label_error(
     return None
 
 
-def _key_error(split: Split, samples: np.ndarray, keys: np.ndarray) -> str | None:
+def _key_error(split: Split, samples: np.ndarray) -> str | None:
     """Return an error message about the first key that is not a source row or is not unique, or None if all are valid.
 
-    `samples` are sample indices, int64 [N], and `keys` their keys in ASCII, uint8 [N, KEY_DIGITS].
+    `samples` are sample indices, int64 [N].
     """
-    digits = keys - np.uint8(ord("0"))
-    rows = digits @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
-    wrong = (digits > 9).any(axis=1) | (rows >= split.info.source_rows)
+    rows = split.source_rows(samples)
+    wrong = (split.keys(samples) - np.uint8(ord("0")) > 9).any(axis=1) | (rows >= split.info.source_rows)
     wrong[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
     if wrong.any():
         sample = int(samples[np.argmax(wrong)])
@@ -185,10 +171,3 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
         except ValueError:
             return UNDECODABLE if decode_with_pillow(file, sides) is None else None
     return None
-
-
-def sample_keys(split: Split, chosen: np.ndarray) -> Iterator[str]:
-    """Yield the keys of the samples `chosen`. The layout of their shards must be intact."""
-    for sample in chosen.tolist():
-        start = int(split.address[sample]) - tar_format.BLOCK
-        yield split.content[start : start + tar_format.KEY_DIGITS].tobytes().decode("ascii")

@@ -124,12 +124,8 @@ def _reason(error: OSError) -> str:
 
 def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
     """Return the content that a shard's DALI index should have, given `SPLIT.index.npz` and the keys in the tar."""
-    extension = EXTENSIONS[split.encoding]
-    label_size = None if split.labels is None else len(tar_format.label_text(0, len(split.classes)))
-    offsets = split.address[chosen] - number * split.slot_bytes
-    rows = zip(tar_check.sample_keys(split, chosen), offsets.tolist(), split.size[chosen].tolist(), strict=True)
-    lines = [tar_format.index_line(key, extension, offset, size, label_size) for key, offset, size in rows]
-    return "".join([f"{tar_format.INDEX_VERSION} {len(chosen)}\n", *lines])
+    rows, offsets = split.source_rows(chosen), split.address[chosen] - number * split.slot_bytes
+    return tar_format.index_text(rows, EXTENSIONS[split.encoding], offsets, split.size[chosen], split.label_digits)
 
 
 def _verify_info(folder: Path, dataset: DatasetInfo) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import pytest
 
+from configs.utils import files
 from configs.utils.errors import UserError
 from helpers.chance import seeded
 from helpers.converter import (
@@ -36,6 +37,8 @@ from helpers.converter import (
 from helpers.memory_source import tiny_source, write
 from helpers.training import restore_signal_handlers
 from pipelines.convert import shuffle, split_writer, writer
+from pipelines.convert.layout import SplitLayout
+from pipelines.convert.spool import Table
 from tools import convert
 
 ENCODINGS = ("npy", "jpeg")
@@ -289,7 +292,12 @@ def test_lost_samples_are_noticed_before_dataset_json_is_written(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collect = shuffle._shard_samples
-    monkeypatch.setattr(shuffle, "_shard_samples", lambda plan, shard: list(collect(plan, shard))[107 - kept :])
+
+    def lose(layout: SplitLayout, shard: int) -> tuple[Table, list[memoryview]]:
+        table, payloads = collect(layout, shard)
+        return {name: column[107 - kept :] for name, column in table.items()}, payloads[107 - kept :]
+
+    monkeypatch.setattr(shuffle, "_shard_samples", lose)
     with pytest.raises(UserError, match=rf"{kept} samples written and 0 quarantined do not add up to the 107 rows"):
         write(tiny_source("npy"), tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
@@ -336,7 +344,7 @@ def test_nothing_is_written_through_a_link_in_a_spool(name: str, tmp_path: Path)
 def test_files_are_on_disk_before_dataset_json_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is flushed before the rename of dataset.json and once more after it."""
     events: list[str] = []
-    rename, sync = Path.rename, shuffle.sync_folder
+    rename, sync = Path.rename, files.sync_folder
 
     def note_rename(file: Path, target: Path) -> Path:
         if target.parent == tmp_path / "out":
@@ -349,7 +357,7 @@ def test_files_are_on_disk_before_dataset_json_names_them(tmp_path: Path, monkey
         sync(folder)
 
     monkeypatch.setattr(Path, "rename", note_rename)
-    monkeypatch.setattr(shuffle, "sync_folder", note_sync)
+    monkeypatch.setattr(files, "sync_folder", note_sync)
     monkeypatch.setattr(writer, "sync_folder", note_sync)
     write(tiny_source("npy"), tmp_path / "out")
     assert events[-3:] == ["sync", "dataset.json", "sync"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import random
@@ -21,7 +22,7 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, tiny_source, write
-from pipelines.convert import checks, layout, writer
+from pipelines.convert import layout, writer
 from pipelines.convert.encode import Defect, Encoding, encode
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -417,14 +418,14 @@ def test_a_second_writer_into_the_same_folder_is_refused(tmp_path: Path, npy_dat
 def test_writer_started_as_another_finishes_changes_nothing(
     tmp_path: Path, npy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock = checks.fcntl.flock
+    flock = fcntl.flock
 
     def finish_first(*arguments: Any) -> None:
-        monkeypatch.setattr(checks.fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", flock)
         write(tiny_source("npy"), tmp_path / "tiny")
         flock(*arguments)
 
-    monkeypatch.setattr(checks.fcntl, "flock", finish_first)
+    monkeypatch.setattr(fcntl, "flock", finish_first)
     with pytest.raises(UserError, match="another process"):
         write(tiny_source("npy"), tmp_path / "tiny")
     assert contents(tmp_path / "tiny") == contents(npy_data)
