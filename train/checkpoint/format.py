@@ -55,7 +55,7 @@ class _HashingFile:
         """Do nothing. The owner of the underlying file flushes that file at the end."""
 
 
-def write(file: BinaryIO, checkpoint: Mapping[str, Any]) -> None:
+def write(file: BinaryIO, checkpoint: Mapping[str, object]) -> None:
     """Write a checkpoint and its manifest to an open file. The tensors of the checkpoint must be on the CPU.
 
     Raises:
@@ -68,13 +68,13 @@ def write(file: BinaryIO, checkpoint: Mapping[str, Any]) -> None:
     file.write(_manifest(hashing.bytes, hashing.sha256.hexdigest(), *_position(checkpoint)))
 
 
-def _position(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:
+def _position(checkpoint: Mapping[str, object]) -> tuple[object, object]:
     """Return the (epoch, step) of a checkpoint, with None for missing values."""
     position = checkpoint.get("position")
     return (position.get("epoch"), position.get("step")) if isinstance(position, dict) else (None, None)
 
 
-def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = True) -> bytes:
+def _manifest(size: int, sha256: str, epoch: object, step: object, *, has_crc: bool = True) -> bytes:
     """Return the manifest as a line of JSON, with a line break before and after it.
 
     If `has_crc` is False, the manifest does not contain a CRC of its fields, as in files written by older versions.
@@ -84,7 +84,7 @@ def _manifest(size: int, sha256: str, epoch: Any, step: Any, *, has_crc: bool = 
     return b"\n" + json.dumps(fields | crc).encode() + b"\n"
 
 
-def read(file: BinaryIO) -> dict[str, Any]:
+def read(file: BinaryIO) -> dict[str, object]:
     """Verify a file and load the checkpoint into host memory.
 
     If the contents are invalid although the checksum is correct, torch.load can raise any exception.
@@ -195,5 +195,5 @@ def _check_archive(file: BinaryIO) -> None:
                 raise pickle.UnpicklingError
 
 
-def _is_allowed(name: Any) -> bool:
+def _is_allowed(name: object) -> bool:
     return name in GLOBALS or str(name).split(" ")[0] == "torch"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -82,7 +81,7 @@ def _check_shapes(entry: str, saved: dict[str, torch.Tensor], expected: dict[str
         raise UserError(f"checkpoint {path} does not fit this config in its {where}; start a new run without --resume")
 
 
-def _has_wrong_shape(value: Any, parameter: torch.Tensor) -> bool:
+def _has_wrong_shape(value: object, parameter: torch.Tensor) -> bool:
     """Return True if `value` is an optimizer state tensor whose shape differs from that of `parameter`.
 
     One-element tensors, such as step counts, are ignored.

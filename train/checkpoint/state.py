@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, cast, get_origin, get_type_hints, is_typeddict
 
 import torch
 
@@ -100,13 +100,13 @@ def to_host(checkpoint: Checkpoint) -> Checkpoint:
         TypeError: The checkpoint contains a value of an unsupported type.
     """
     devices: set[torch.device] = set()
-    copy: Checkpoint = _copy(checkpoint, devices)
+    copy = cast(Checkpoint, _copy(checkpoint, devices))
     for device in devices:
         torch.cuda.synchronize(device)
     return copy
 
 
-def _copy(tree: Any, devices: set[torch.device]) -> Any:
+def _copy(tree: object, devices: set[torch.device]) -> object:
     """Copy nested containers of tensors to host memory, without synchronizing.
 
     The GPUs that hold the tensors are added to `devices`. Synchronize them before reading the copies.
@@ -127,8 +127,9 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
         return copy
     if isinstance(tree, dict):
         return {_copy(key, devices): _copy(value, devices) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)([_copy(value, devices) for value in tree])
+    if type(tree) is list or type(tree) is tuple:
+        values = [_copy(value, devices) for value in tree]
+        return values if type(tree) is list else tuple(values)
     if tree is not None and type(tree) not in (bool, int, float, str, torch.dtype):
         raise TypeError(f"a checkpoint cannot hold a {type(tree).__name__}")
     return tree
