@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float32, int32, uint8
+from numba import float32, int32, uint8, uint64
 
 from pipelines.cpu.byte_intrinsics import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
 from pipelines.cpu.filters import reflect_index
@@ -118,18 +118,22 @@ def crop_flip(
                     copy_bytes(target, row + x * 3, content, source_row + column * 3, 3)
                 else:
                     target[row + x * 3] = target[row + x * 3 + 1] = target[row + x * 3 + 2] = 0
-            at = row + blank * 3
-            begin = source_row + (left + first) * 3
-            if not mirrored:
+            at, begin = row + blank * 3, source_row + (left + first) * 3
+            if mirrored:
+                _copy_mirrored(target, at, content, begin, count)
+            else:
                 copy_bytes(target, at, content, begin, count * 3)
-                continue
-            done = 0
-            while done + PIXELS <= count:
-                mirror_pixels(target, at + done * 3, content, begin + (count - PIXELS - done) * 3)
-                done += PIXELS
-            while done < count:
-                copy_bytes(target, at + done * 3, content, begin + (count - 1 - done) * 3, 3)
-                done += 1
+
+
+@kernel
+def _copy_mirrored(target: np.ndarray, at: int, content: np.ndarray, begin: int, count: int) -> None:
+    """Copy `count` pixels from content[begin:] to target[at:], with the pixels in reverse order."""
+    done = 0
+    while done + PIXELS <= count:
+        mirror_pixels(target, at + done * 3, content, begin + (count - PIXELS - done) * 3)
+        done += PIXELS
+    for pixel in range(done, count):
+        copy_bytes(target, at + pixel * 3, content, begin + (count - 1 - pixel) * 3, 3)
 
 
 @kernel
@@ -158,78 +162,99 @@ def resize(
     """
     size = out.shape[1]
     reach = 2 if cubic else 1
-    room = 0
-    taps = 0
-    for sample in range(len(image_offsets)):
-        for axis in range(2):
-            scale = abs(ends[sample, axis] - starts[sample, axis]) / size
-            radius = reach * (max(scale, 1.0) if antialias else 1.0)
-            taps = max(taps, int(2 * radius) + 2)
-        room = max(room, widths[sample])
-    index = np.empty((2, size), np.int64)
-    weights = np.empty((2, size, taps), np.float32)
-    flat_weights = weights.reshape(-1)
-    columns = size * taps  # start of the weights of the columns
-    line = np.empty((room + 4 * taps + size) * 3 + 1, np.float32)  # one row, with repeated edges
+    scale = np.abs(ends - starts).max() / size  # the largest of all images and axes
+    taps = int(2 * reach * (max(scale, 1.0) if antialias else 1.0)) + 2
+    rows, columns = np.empty(size, np.int64), np.empty(size, np.int64)
+    row_memory, column_memory = np.empty(size * taps, np.float32), np.empty(size * taps, np.float32)
+    line = np.empty((widths.max() + 4 * taps + size) * 3 + 1, np.float32)
     target = out.reshape(-1)
     for sample in range(len(image_offsets)):
         height, width = heights[sample], widths[sample]
-        rows_taps = _filter_weights(starts[sample, 0], ends[sample, 0], reach, antialias, index[0], weights[0])
-        column_taps = _filter_weights(starts[sample, 1], ends[sample, 1], reach, antialias, index[1], weights[1])
-        mirrored = ends[sample, 1] < starts[sample, 1]
-        low, high = index[1, 0], index[1, size - 1] + column_taps
-        left, right = min(max(low, 0), width - 1), max(min(high, width), 1)
-        count = (right - left) * 3
-        inner = line[(left - low) * 3 : (left - low) * 3 + count]
+        (top, left), (bottom, right) = starts[sample], ends[sample]
+        row_weights = _filter_weights(top, bottom, reach, antialias, rows, row_memory)
+        column_weights = _filter_weights(left, right, reach, antialias, columns, column_memory)
+        low, high = columns[0], columns[size - 1] + column_weights.shape[1]  # columns that the filters read
+        first, last = min(max(low, 0), width - 1), max(min(high, width), 1)  # those inside the image
+        image = content[image_offsets[sample] + first * 3 : image_offsets[sample] + height * width * 3]
+        inner = line[(first - low) * 3 : (last - low) * 3]
         for x in range(size):
-            index[1, x] = (index[1, x] - low) * 3
-        image = content[image_offsets[sample] : image_offsets[sample] + height * width * 3]
+            columns[x] = (columns[x] - low) * 3
         for y in range(size):
-            above = min(max(index[0, y], 0), height - 1)
-            below = min(max(index[0, y] + 1, 0), height - 1)
-            first = image[(above * width + left) * 3 : (above * width + right) * 3]
-            second = image[(below * width + left) * 3 : (below * width + right) * 3]
-            weight, other = weights[0, y, 0], weights[0, y, 1]
-            for i in range(count):
-                inner[i] = weight * float32(first[i]) + other * float32(second[i])
-            for tap in range(2, rows_taps):
-                weight = weights[0, y, tap]
-                if weight != 0:
-                    row = min(max(index[0, y] + tap, 0), height - 1)
-                    more = image[(row * width + left) * 3 : (row * width + right) * 3]
-                    for i in range(count):
-                        inner[i] += weight * float32(more[i])
-            for i in range((left - low) * 3):
+            _vertical_pass(image, height, width * 3, rows[y], row_weights, y, inner)
+            for i in range((first - low) * 3):
                 line[i] = inner[i % 3]
-            for i in range((right - low) * 3, (high - low) * 3):
-                line[i] = inner[count - 3 + i % 3]
+            for i in range((last - low) * 3, (high - low) * 3):
+                line[i] = inner[len(inner) - 3 + i % 3]
+            _horizontal_pass(line, columns, column_weights, right < left, target, (sample * size + y) * size * 3)
 
-            at = (sample * size + y) * size * 3
-            if column_taps == 2:
-                for x in range(size - 1):
-                    column = size - 1 - x if mirrored else x
-                    mix_two_pixels(target, at + 3 * x, line, index[1, column], flat_weights, columns + column * taps)
-            elif column_taps == 3:
-                for x in range(size - 1):
-                    column = size - 1 - x if mirrored else x
-                    mix_three_pixels(target, at + 3 * x, line, index[1, column], flat_weights, columns + column * taps)
-            else:
-                for x in range(size - 1):
-                    column = size - 1 - x if mirrored else x
-                    of_column = columns + column * taps
-                    mix_pixels(target, at + 3 * x, line, index[1, column], flat_weights, of_column, column_taps)
-            column = 0 if mirrored else size - 1  # avoids the fourth lane, which would overwrite the next row
-            for channel in range(3):
-                total = HALF
-                for tap in range(column_taps):
-                    total += weights[1, column, tap] * line[index[1, column] + 3 * tap + channel]
-                target[at + 3 * size - 3 + channel] = uint8(int32(min(max(total, float32(0)), float32(255))))
+
+@kernel
+def _vertical_pass(
+    image: np.ndarray, height: int, stride: int, top: int, weights: np.ndarray, y: int, line: np.ndarray
+) -> None:
+    """Filter the pixels of one target row vertically.
+
+    Args:
+        image: uint8, flat, from the first column to filter.
+        height: Rows of the image. Edge pixels are repeated in rows outside the image.
+        stride: Bytes from one row to the next.
+        top: Source row of the first tap.
+        weights: float32 [size, taps], at least two taps.
+        y: Target row.
+        line: float32 [bytes of the row to filter], overwritten.
+    """
+    # Unsigned indices cannot be negative, so the loops are vectorized, without slices and their reference counts.
+    above, below = uint64(min(max(top, 0), height - 1) * stride), uint64(min(max(top + 1, 0), height - 1) * stride)
+    weight, other = weights[y, 0], weights[y, 1]
+    for i in range(len(line)):
+        line[i] = weight * float32(image[above + uint64(i)]) + other * float32(image[below + uint64(i)])
+    for tap in range(2, weights.shape[1]):
+        weight = weights[y, tap]
+        if weight != 0:
+            begin = uint64(min(max(top + tap, 0), height - 1) * stride)
+            for i in range(len(line)):
+                line[i] += weight * float32(image[begin + uint64(i)])
+
+
+@kernel
+def _horizontal_pass(
+    line: np.ndarray, columns: np.ndarray, weights: np.ndarray, mirrored: bool, target: np.ndarray, at: int
+) -> None:
+    """Filter one row horizontally and round it to uint8.
+
+    Args:
+        line: Result of `_vertical_pass`.
+        columns: int64 [size], place in `line` of the first tap of each target pixel.
+        weights: float32 [size, taps].
+        mirrored: Whether to write the row from right to left.
+        target: uint8, flat.
+        at: Place of the row in `target`.
+    """
+    size, taps = weights.shape
+    if taps == 2:
+        for x in range(size - 1):
+            column = size - 1 - x if mirrored else x
+            mix_two_pixels(target, at + 3 * x, line, columns[column], weights, column * taps)
+    elif taps == 3:
+        for x in range(size - 1):
+            column = size - 1 - x if mirrored else x
+            mix_three_pixels(target, at + 3 * x, line, columns[column], weights, column * taps)
+    else:
+        for x in range(size - 1):
+            column = size - 1 - x if mirrored else x
+            mix_pixels(target, at + 3 * x, line, columns[column], weights, column * taps, taps)
+    column = 0 if mirrored else size - 1  # avoids the fourth lane, which would overwrite the next row
+    for channel in range(3):
+        total = HALF
+        for tap in range(taps):
+            total += weights[column, tap] * line[columns[column] + 3 * tap + channel]
+        target[at + 3 * size - 3 + channel] = uint8(int32(min(max(total, float32(0)), float32(255))))
 
 
 @kernel
 def _filter_weights(
-    start: float, end: float, reach: int, antialias: bool, index: np.ndarray, weights: np.ndarray
-) -> int:
+    start: float, end: float, reach: int, antialias: bool, index: np.ndarray, memory: np.ndarray
+) -> np.ndarray:
     """Compute the filter of each target pixel along one axis.
 
     Args:
@@ -237,15 +262,17 @@ def _filter_weights(
         reach: Radius of the filter before widening, 1 for the triangle filter and 2 for Catmull-Rom.
         antialias: Whether to widen the filter by the scale factor when downscaling.
         index: int64 [size], filled with the first source pixel of each target pixel. It can be outside the image.
-        weights: float32 [size, at least taps], filled with the weights of the source pixels.
+        memory: float32 [at least size * taps], overwritten.
 
     Returns:
-        The number of taps, i.e. source pixels per target pixel.
+        The weights of the source pixels as a view of `memory`, float32 [size, taps]. The number of taps is that of the
+        source pixels per target pixel.
     """
     size = len(index)
     scale = abs(end - start) / float32(size)
     stretch = max(scale, float32(1)) if antialias else float32(1)
     taps = math.ceil(2 * reach * stretch)
+    weights = memory[: size * taps].reshape(size, taps)
     origin = min(start, end) + HALF * scale - HALF - reach * stretch
     for i in range(size):
         edge = float32(i) * scale + origin
@@ -266,4 +293,4 @@ def _filter_weights(
             total += weight
         for tap in range(taps):
             weights[i, tap] /= total
-    return taps
+    return weights

@@ -5,125 +5,134 @@ The intrinsics are written in LLVM IR, so they compile for any CPU. They do not 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 from llvmlite import ir
+from llvmlite.ir import IRBuilder, Value
 from numba import types
 from numba.core import cgutils
+from numba.core.base import BaseContext
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 LINE = 64  # bytes per cache line
 PIXELS = 16  # pixels moved at once by `mirror_pixels`, `split_pixels` and `join_pixels`
 
-_I8, _I32 = ir.IntType(8), ir.IntType(32)
-_INDEX = types.intp
+I8, I32 = ir.IntType(8), ir.IntType(32)
+_PLANE, _BLOCK = ir.VectorType(I8, PIXELS), ir.VectorType(I8, 3 * PIXELS)
 
 
-def address(
-    context: Any, builder: ir.IRBuilder, signature: Any, args: Any, array: int, offset: Any, kind: ir.Type
-) -> Any:
-    """Return a pointer to element `offset` of the array args[array], cast to a pointer to `kind`."""
-    data = context.make_array(signature.args[array])(context, builder, args[array]).data
-    return builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
+class Array:
+    """Array argument of an intrinsic: flat memory that the intrinsic's code reads and writes."""
+
+    def __init__(self, context: BaseContext, builder: IRBuilder, kind: types.Array, value: Value) -> None:
+        self._builder = builder
+        self._data = context.make_array(kind)(context, builder, value).data
+        self._align = kind.dtype.bitwidth // 8  # bytes
+
+    def address(self, offset: Value, kind: ir.Type) -> Value:
+        """Return a pointer to element `offset`, cast to a pointer to `kind`."""
+        return self._builder.bitcast(self._builder.gep(self._data, [offset]), kind.as_pointer())
+
+    def load(self, offset: Value, kind: ir.Type) -> Value:
+        """Return the value of type `kind` whose first element is element `offset`."""
+        return self._builder.load(self.address(offset, kind), align=self._align)
+
+    def store(self, value: Value, offset: Value, align: int | None = None) -> ir.Instruction:
+        """Write `value` from element `offset` on. `align` is the alignment of the address, by default one element."""
+        return self._builder.store(value, self.address(offset, value.type), align=align or self._align)
 
 
-@intrinsic
-def copy_bytes(typing: Any, target: Any, at: Any, source: Any, begin: Any, count: Any) -> Any:
+def array_intrinsic(generate: Callable[..., None]) -> Callable[..., None]:
+    """Turn a function that writes LLVM code into an intrinsic without a result.
+
+    The first argument of `generate` is the IRBuilder. The others are the arguments of the intrinsic: an `Array` for
+    each array, an index (64 bits) for each integer and a float32 for each float.
+    """
+
+    @intrinsic
+    @wraps(generate)
+    def declare(typing: object, *given: types.Type) -> tuple[Signature, Callable[..., None]]:
+        def lower(context: BaseContext, builder: IRBuilder, signature: Signature, values: list[Value]) -> None:
+            arguments = [
+                Array(context, builder, kind, value) if isinstance(kind, types.Array) else value
+                for kind, value in zip(signature.args, values, strict=True)
+            ]
+            generate(builder, *arguments)
+
+        return types.void(*map(_parameter_type, given)), lower
+
+    return declare
+
+
+def _parameter_type(given: types.Type) -> types.Type:
+    if isinstance(given, types.Array):
+        return given
+    return types.intp if isinstance(given, types.Integer) else types.float32
+
+
+def shuffle(builder: IRBuilder, first: Value, second: Value | None, lanes: Sequence[int]) -> Value:
+    """Return a vector of `lanes` of two vectors, counted from the first lane of `first`. None: an undefined vector."""
+    order = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+    return builder.shuffle_vector(first, ir.Constant(first.type, ir.Undefined) if second is None else second, order)
+
+
+@array_intrinsic
+def copy_bytes(builder: IRBuilder, target: Array, at: Value, source: Array, begin: Value, count: Value) -> None:
     """Copy source[begin : begin + count] to target[at : at + count]. Both arrays are uint8."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        to = address(context, builder, signature, args, 0, args[1], _I8)
-        cgutils.raw_memcpy(builder, to, address(context, builder, signature, args, 2, args[3], _I8), args[4], 1)
-
-    return types.void(target, _INDEX, source, _INDEX, _INDEX), generate
+    cgutils.raw_memcpy(builder, target.address(at, I8), source.address(begin, I8), count, 1)
 
 
-@intrinsic
-def copy_four(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
+@array_intrinsic
+def copy_four(builder: IRBuilder, target: Array, at: Value, source: Array, begin: Value) -> None:
     """Copy four bytes, a pixel and the byte after it, from source[begin:] to target[at:]. Both arrays are uint8."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        value = builder.load(address(context, builder, signature, args, 2, args[3], _I32), align=1)
-        builder.store(value, address(context, builder, signature, args, 0, args[1], _I32), align=1)
-
-    return types.void(target, _INDEX, source, _INDEX), generate
+    target.store(source.load(begin, I32), at)
 
 
-@intrinsic
-def stream_line(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
+@array_intrinsic
+def stream_line(builder: IRBuilder, target: Array, at: Value, source: Array, begin: Value) -> None:
     """Copy LINE bytes from source[begin:] to target[at:] with a store that bypasses the cache.
 
     The address of target[at] must be a multiple of LINE.
     """
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        line = ir.VectorType(_I8, LINE)
-        value = builder.load(address(context, builder, signature, args, 2, args[3], line), align=1)
-        store = builder.store(value, address(context, builder, signature, args, 0, args[1], line), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
-
-    return types.void(target, _INDEX, source, _INDEX), generate
+    store = target.store(source.load(begin, ir.VectorType(I8, LINE)), at, align=LINE)
+    store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
 
-@intrinsic
-def prefetch(typing: Any, source: Any, begin: Any) -> Any:
+@array_intrinsic
+def prefetch(builder: IRBuilder, source: Array, begin: Value) -> None:
     """Prefetch the cache line of source[begin] into the outer cache. `begin` can be out of bounds."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        pointer = address(context, builder, signature, args, 0, args[1], _I8)
-        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, outer, data = _I32(0), _I32(1), _I32(1)
-        builder.call(function, [pointer, read, outer, data])
-
-    return types.void(source, _INDEX), generate
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, outer, data = I32(0), I32(1), I32(1)
+    builder.call(function, [source.address(begin, I8), read, outer, data])
 
 
-@intrinsic
-def mirror_pixels(typing: Any, target: Any, at: Any, source: Any, begin: Any) -> Any:
+@array_intrinsic
+def mirror_pixels(builder: IRBuilder, target: Array, at: Value, source: Array, begin: Value) -> None:
     """Copy PIXELS pixels of three bytes from source[begin:] to target[at:], with the pixels in reverse order."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        block = ir.VectorType(_I8, 3 * PIXELS)
-        lanes = [3 * (PIXELS - 1 - lane // 3) + lane % 3 for lane in range(3 * PIXELS)]
-        order = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
-        value = builder.load(address(context, builder, signature, args, 2, args[3], block), align=1)
-        mirrored = builder.shuffle_vector(value, ir.Constant(block, ir.Undefined), order)
-        builder.store(mirrored, address(context, builder, signature, args, 0, args[1], block), align=1)
-
-    return types.void(target, _INDEX, source, _INDEX), generate
+    lanes = [3 * (PIXELS - 1 - lane // 3) + lane % 3 for lane in range(3 * PIXELS)]
+    target.store(shuffle(builder, source.load(begin, _BLOCK), None, lanes), at)
 
 
-@intrinsic
-def split_pixels(typing: Any, red: Any, green: Any, blue: Any, at: Any, source: Any, begin: Any) -> Any:
+@array_intrinsic
+def split_pixels(
+    builder: IRBuilder, red: Array, green: Array, blue: Array, at: Value, source: Array, begin: Value
+) -> None:
     """Split PIXELS pixels of source[begin:] into red[at:], green[at:] and blue[at:]. All arrays are uint8."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
-        value = builder.load(address(context, builder, signature, args, 4, args[5], block), align=1)
-        for channel in range(3):
-            lanes = ir.Constant(ir.VectorType(_I32, PIXELS), [3 * pixel + channel for pixel in range(PIXELS)])
-            levels = builder.shuffle_vector(value, ir.Constant(block, ir.Undefined), lanes)
-            builder.store(levels, address(context, builder, signature, args, channel, args[3], plane), align=1)
-
-    return types.void(red, green, blue, _INDEX, source, _INDEX), generate
+    pixels = source.load(begin, _BLOCK)
+    for channel, plane in enumerate((red, green, blue)):
+        plane.store(shuffle(builder, pixels, None, range(channel, 3 * PIXELS, 3)), at)
 
 
-@intrinsic
-def join_pixels(typing: Any, target: Any, at: Any, red: Any, green: Any, blue: Any, begin: Any) -> Any:
+@array_intrinsic
+def join_pixels(
+    builder: IRBuilder, target: Array, at: Value, red: Array, green: Array, blue: Array, begin: Value
+) -> None:
     """Interleave red[begin:], green[begin:] and blue[begin:] into PIXELS pixels of target[at:], all uint8."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> None:
-        block, plane = ir.VectorType(_I8, 3 * PIXELS), ir.VectorType(_I8, PIXELS)
-        planes = [
-            builder.load(address(context, builder, signature, args, 2 + channel, args[5], plane), align=1)
-            for channel in range(3)
-        ]
-        in_a_row = ir.Constant(ir.VectorType(_I32, 2 * PIXELS), list(range(2 * PIXELS)))
-        first = builder.shuffle_vector(planes[0], planes[1], in_a_row)
-        second = builder.shuffle_vector(planes[2], planes[2], in_a_row)
-        order = [PIXELS * (lane % 3) + lane // 3 for lane in range(3 * PIXELS)]
-        value = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(order)), order))
-        builder.store(value, address(context, builder, signature, args, 0, args[1], block), align=1)
-
-    return types.void(target, _INDEX, red, green, blue, _INDEX), generate
+    reds, greens, blues = (plane.load(begin, _PLANE) for plane in (red, green, blue))
+    first = shuffle(builder, reds, greens, range(2 * PIXELS))
+    second = shuffle(builder, blues, blues, range(2 * PIXELS))
+    order = [PIXELS * (lane % 3) + lane // 3 for lane in range(3 * PIXELS)]
+    target.store(shuffle(builder, first, second, order), at)

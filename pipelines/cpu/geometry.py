@@ -20,8 +20,6 @@ from pipelines.cpu.jit import kernel
 FRACTION = 32
 ONE, HALF = 1 << FRACTION, 1 << (FRACTION - 1)
 ROUND = float32(2**23)  # adding and subtracting it rounds to the nearest integer
-SHEAR_X, SHEAR_Y = int(Op.SHEAR_X), int(Op.SHEAR_Y)
-TRANSLATE_X, TRANSLATE_Y = int(Op.TRANSLATE_X), int(Op.TRANSLATE_Y)
 
 
 @kernel
@@ -39,13 +37,13 @@ def warp(
         scratch: uint8, overwritten, at least (side + 2) ** 2 * 3 + 4 bytes.
     """
     across, down = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
-    if op == SHEAR_X:
+    if op == Op.SHEAR_X:
         across = (1.0, value, value / 2)
-    elif op == SHEAR_Y:
+    elif op == Op.SHEAR_Y:
         down = (value, 1.0, value / 2)
-    elif op == TRANSLATE_X:
+    elif op == Op.TRANSLATE_X:
         across = (1.0, 0.0, -value)
-    elif op == TRANSLATE_Y:
+    elif op == Op.TRANSLATE_Y:
         down = (0.0, 1.0, -value)
     else:
         cosine, sine = math.cos(math.radians(value)), math.sin(math.radians(value))

@@ -8,45 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, wraps
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Protocol, TypeVar
 
-import numba
 from numba import cfunc, njit
+from numba.core.base import BaseContext
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.core.compiler import CompileResult
+from numba.core.typing.templates import Signature
 
 # Files whose code or constants are compiled into kernels, relative to pipelines.
 SOURCES = ("cpu/*.py", "augment/ops.py", "jpeg_format.py")
 
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
-def kernel(function: Callable[..., Any]) -> Any:
+
+class NativeCallback(Protocol):
+    """A compiled C function."""
+
+    address: int  # function pointer
+
+
+def kernel(function: Kernel) -> Kernel:
     """Compile a function on its first call. Fast-math is disabled, so that all CPUs produce identical pixels."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled = njit(cache=True, **options)(function)
-        if not _is_readable(compiled._cache.cache_path):
-            with _in_users_cache():
-                compiled = njit(cache=True, **options)(function)
-        cache = compiled._cache
-        # Numba checks only the file of the function itself, but the cached code contains the functions it calls too.
-        cache_file = cache._cache_file
-        cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
-        # Another user may write to the folder at any time, so OSErrors when loading or saving are ignored.
-        cache.load_overload, cache.save_overload = map(_or_none, (cache.load_overload, cache.save_overload))
-        return compiled
-    except (RuntimeError, AttributeError):  # no cache folder, or a Numba version with other internals
-        return njit(**options)(function)
+    compiled = njit(nogil=True, error_model="numpy")(function)
+    with suppress(RuntimeError):  # no cache folder
+        compiled._cache = _KernelCache(function)
+    return compiled
 
 
-def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that compiles a C callback immediately. The callback must not call kernels.
+def native_callback(signature: Signature) -> Callable[[Callable[..., None]], NativeCallback]:
+    """Return a decorator that compiles a C callback immediately. The callback must not call kernels."""
 
-    The attribute `address` of the decorated callback is its function pointer.
-    """
-
-    def compile_(function: Callable[..., Any]) -> Any:
+    def compile_(function: Callable[..., None]) -> NativeCallback:
         try:
             return cfunc(signature, cache=True)(function)
         except (RuntimeError, OSError):  # no cache folder, or an unreadable one
@@ -55,41 +53,52 @@ def native_callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return compile_
 
 
+class _ReadableFolder:
+    """Mixin for Numba's locators of cache folders that skips folders with files that this user cannot read."""
+
+    @classmethod
+    def from_function(cls, function: FunctionType, file: str) -> _ReadableFolder | None:
+        locator = super().from_function(function, file)  # type: ignore[misc]
+        return locator if locator is not None and _is_readable(locator.get_cache_path()) else None
+
+
+class _CacheFolder(CompileResultCacheImpl):
+    _locator_classes = tuple(
+        type(locator.__name__, (_ReadableFolder, locator), {}) for locator in CompileResultCacheImpl._locator_classes
+    )
+
+
+class _KernelCache(FunctionCache):
+    """Numba's cache of machine code, with two differences.
+
+    Numba checks only the file of the function itself, but the code contains the functions that it calls too. Another
+    user may write to the folder at any time, so OSErrors when loading or saving are ignored.
+    """
+
+    _impl_class = _CacheFolder
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, _sources_digest())
+
+    def load_overload(self, signature: Signature, context: BaseContext) -> CompileResult | None:
+        with suppress(OSError):
+            return super().load_overload(signature, context)
+        return None
+
+    def save_overload(self, signature: Signature, compiled: CompileResult) -> None:
+        with suppress(OSError):
+            super().save_overload(signature, compiled)
+
+
 @lru_cache
 def _is_readable(folder: str) -> bool:
-    """Return True if this user can read all compiled code in a folder, or if the folder does not exist."""
+    """Return True if this user can read all compiled code in a folder."""
     try:
         files = [file for file in os.listdir(folder) if file.endswith((".nbi", ".nbc"))]
-    except FileNotFoundError:
-        return True
     except OSError:
         return False
     return all(os.access(os.path.join(folder, file), os.R_OK) for file in files)
-
-
-@contextmanager
-def _in_users_cache() -> Iterator[None]:
-    """Use the user's cache directory for functions that are decorated within this context."""
-    before = numba.config.CACHE_DIR
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    numba.config.CACHE_DIR = str(cache / "numba")
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-def _or_none(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method so that it returns None instead of raising OSError."""
-
-    @wraps(method)
-    def guarded(*arguments: Any) -> Any:
-        try:
-            return method(*arguments)
-        except OSError:
-            return None
-
-    return guarded
 
 
 @lru_cache(maxsize=1)

@@ -11,22 +11,12 @@ import math
 import numpy as np
 
 from pipelines.augment.ops import Op
-from pipelines.cpu import color as color
+from pipelines.cpu import color
 from pipelines.cpu.byte_intrinsics import copy_bytes
 from pipelines.cpu.filters import blur, sharpness
 from pipelines.cpu.float_intrinsics import LANES
 from pipelines.cpu.geometry import warp
 from pipelines.cpu.jit import kernel
-
-IDENTITY, ROTATE, BRIGHTNESS, COLOR, CONTRAST = (
-    int(op) for op in (Op.IDENTITY, Op.ROTATE, Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST)
-)
-SHARPNESS, POSTERIZE, SOLARIZE, SOLARIZE_ADD = (
-    int(op) for op in (Op.SHARPNESS, Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD)
-)
-AUTO_CONTRAST, EQUALIZE, INVERT, HUE, GRAYSCALE, BLUR = (
-    int(op) for op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT, Op.HUE, Op.GRAYSCALE, Op.BLUR)
-)
 
 
 @kernel
@@ -47,35 +37,35 @@ def apply_programs(
         image = images[sample].reshape(-1)
         for slot in range(ops.shape[1]):
             op, value = ops[sample, slot], values[sample, slot]
-            if op == IDENTITY:
+            if op == Op.IDENTITY:
                 continue
-            if op <= ROTATE:  # GEOMETRIC
+            if op <= Op.ROTATE:  # GEOMETRIC
                 warp(image, side, op, value, bilinear, fill, scratch)
-            elif op == BRIGHTNESS:
+            elif op == Op.BRIGHTNESS:
                 color.brightness(image, value)
-            elif op == COLOR:
+            elif op == Op.COLOR:
                 color.saturation(image, value, planes)
-            elif op == CONTRAST:
+            elif op == Op.CONTRAST:
                 color.contrast(image, value, planes)
-            elif op == SHARPNESS:
+            elif op == Op.SHARPNESS:
                 sharpness(image, side, value, scratch)
-            elif op == POSTERIZE:
+            elif op == Op.POSTERIZE:
                 color.posterize(image, int(value))
-            elif op == SOLARIZE:
+            elif op == Op.SOLARIZE:
                 color.solarize(image, math.ceil(value))
-            elif op == SOLARIZE_ADD:
+            elif op == Op.SOLARIZE_ADD:
                 color.solarize_add(image, int(value))
-            elif op == AUTO_CONTRAST:
+            elif op == Op.AUTO_CONTRAST:
                 color.auto_contrast(image, side)
-            elif op == EQUALIZE:
+            elif op == Op.EQUALIZE:
                 color.equalize(image)
-            elif op == INVERT:
+            elif op == Op.INVERT:
                 color.invert(image)
-            elif op == HUE:
+            elif op == Op.HUE:
                 color.hue(image, value, planes)
-            elif op == GRAYSCALE:
+            elif op == Op.GRAYSCALE:
                 color.grayscale(image, planes)
-            elif op == BLUR:
+            elif op == Op.BLUR:
                 blur(image, side, value, radius, scratch)
 
 

@@ -7,10 +7,13 @@ of 64-bit Linux.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.core.base import BaseContext
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from pipelines.cpu.jit import native_callback
@@ -31,22 +34,23 @@ _raise = types.ExternalFunction("raise", types.int32(types.int32))
 
 
 @intrinsic
-def _table_of_process(typing: Any) -> Any:
+def _table_of_process(typing: object) -> tuple[Signature, Callable[..., ir.Value]]:
     """Return a pointer to a global variable that holds the address of the table.
 
-    The address is not a constant of the machine code, so the machine code can be cached on disk.
+    A signal handler has no argument for the address. As a constant of the machine code, it would prevent caching the
+    machine code on disk.
     """
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    def generate(context: BaseContext, builder: ir.IRBuilder, signature: Signature, values: object) -> ir.Value:
         pointer = ir.IntType(64).as_pointer()
-        variable = ir.GlobalVariable(builder.module, pointer, builder.module.get_unique_name("table"))
+        variable = cgutils.add_global_variable(builder.module, pointer, "table")
         variable.linkage, variable.initializer = "internal", ir.Constant(pointer, None)
         return variable
 
     return types.CPointer(_integers)(), generate
 
 
-def _handle(signal: int, information: Any, context: Any) -> None:
+def _handle(signal: int, information: types.CPointer, context: types.CPointer) -> None:
     """Handle SIGBUS. The arguments are those of a handler in sigaction(2).
 
     Before the handler is installed, call it once with TAKE_TABLE as `signal` and the address of the table as
