@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -44,7 +43,7 @@ from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from models import PixelClassifier, model_options
 from tools.common.cli import check_positive
-from tools.common.tables import Row, make_folder, markdown, write_text
+from tools.common.tables import Row, make_folder, markdown, write_json
 from tools.inference.export_check import CPU, ExpectedLogits, expected_logits
 from tools.inference.export_formats import FORMATS, Exportable, usage_snippet
 from tools.inference.exporter import export_format
@@ -154,7 +153,7 @@ def write_report(
         "versions": {package: version(package) for package in PACKAGES},
         "date": date.today().isoformat(),
     }
-    write_text(folder / "export.json", json.dumps(content, indent=2) + "\n")
+    write_json(folder / "export.json", content)
     if rows:
         print(f"\nin {folder}, verified on {expected.source}:\n\n{markdown(rows)}")
         print("\nUse, with images a uint8 tensor [batch, 3, height, width]:")

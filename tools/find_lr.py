@@ -15,7 +15,6 @@ size. The tool writes find_lr.png, find_lr.csv (one row per step) and find_lr.js
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from configs.stages import config_at
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from pipelines.loader.loader import Loader
-from tools.common.tables import make_folder, write_csv, write_text
+from tools.common.tables import make_folder, write_csv, write_json
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import Job
 from train.distributed.process_group import Ranks, process_group
@@ -183,7 +182,7 @@ def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Sugge
         "source": "arXiv:1506.01186",
     }
     write_csv(out / "find_lr.csv", rows)
-    write_text(out / "find_lr.json", json.dumps(content, indent=2) + "\n")
+    write_json(out / "find_lr.json", content)
     figures.save(plot(config, curve, suggestion), out / "find_lr.png")
 
 

@@ -26,7 +26,6 @@ their class, since leaving them out would shift all later ids.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from pathlib import Path
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from tools.common.cli import check_positive, flag_name
-from tools.common.tables import make_folder, write_text
+from tools.common.tables import make_folder, write_json, write_text
 from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
 from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
@@ -137,7 +136,7 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
     write_arrays(out / "predictions.npz", images, classes, logits=logits, **best)
     write_text(out / "predictions.csv", format_table(images, numbers, probabilities, classes))
     metrics = {"split": arguments.split, **build_metrics(models, images, arguments.tta, each, mean)}
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     if mean is not None:
         for model, result in zip(models, each, strict=True):
             print(f"{model.title}: {result.sentence(images.split)}")

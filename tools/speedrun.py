@@ -16,7 +16,6 @@ pixels, save this project's arrays as cifar10/train.pt and cifar10/test.pt: dict
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -34,7 +33,7 @@ from configs.utils.files import path_argument
 from pipelines.interfaces import Position
 from pipelines.loader.loader import Loader
 from pipelines.loader.train_loader import TrainLoader
-from tools.common.tables import write_text
+from tools.common.tables import write_json
 from train.build import Job
 from train.distributed.process_group import Ranks, process_group
 from train.engine.cpu_settings import limit_threads
@@ -93,7 +92,7 @@ def main() -> None:
             result = summary(config, runs, device)
             result |= {"first_result_s": first_result_s, "command_s": timer.command_s}
             if arguments.json is not None:  # after every run, so that an interruption loses at most one
-                write_text(arguments.json, json.dumps(result, indent=2) + "\n")
+                write_json(arguments.json, result)
             del train_loader  # frees resident data before the next loader is built
     print(
         f"{config.name}: top1 {result['top1_mean']:.4f} ± {result['top1_std']:.4f} over {len(runs)} runs of "

@@ -8,9 +8,10 @@ from typing import Any
 
 from configs.load import load_config, to_yaml
 from helpers.training import DIGITS
+from train.reporting.metrics_file import MetricsLine
 
 
-def metrics_line(epoch: int, **changes: Any) -> dict[str, Any]:
+def metrics_line(epoch: int, **changes: Any) -> MetricsLine:
     values = {
         "train_loss": 2 / (epoch + 1),
         "train_top1": 0.3,
@@ -18,10 +19,10 @@ def metrics_line(epoch: int, **changes: Any) -> dict[str, Any]:
         "val_top1": 0.2 + epoch / 10,
     }
     speeds = {"lr": 1e-3, "images_per_s": 100.0 * (epoch + 1), "epoch_time_s": 2.0, "memory_gib": 1.0 + epoch}
-    return {"epoch": epoch, **values, "val_top5": 0.9, **speeds, **changes}
+    return MetricsLine({"epoch": epoch, **values, "val_top5": 0.9, **speeds, **changes})
 
 
-def make_run(folder: Path, *settings: str, lines: list[dict[str, Any]] | None = None, batch: int | None = 64) -> Path:
+def make_run(folder: Path, *settings: str, lines: list[MetricsLine] | None = None, batch: int | None = 64) -> Path:
     """Write a run folder with three epochs."""
     folder.mkdir(parents=True)
     config = load_config(DIGITS, ["train.epochs=3", *settings], name=folder.name, output=str(folder.parent))

@@ -38,6 +38,7 @@ from tools.benchmarks.suites.settings import Settings
 from tools.benchmarks.suites.suite import Part
 from tools.perf import batch_size_search
 from tools.perf.batch_size_search import Trial
+from train.reporting.metrics_file import MetricsLine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -630,7 +631,7 @@ def test_reference_runs_on_the_same_pixels_if_present(digits: Path, tmp_path: Pa
 
 def test_run_reports_best_accuracy_and_time_to_target() -> None:
     lines = [
-        {"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0}
+        MetricsLine({"epoch": n, "val_top1": top1, "epoch_time_s": 2.0, "images_per_s": 100.0, "memory_gib": 1.0})
         for n, top1 in enumerate((0.5, None, 0.8, 0.7))
     ]
     found = programs.accuracy_fields(lines, 0.75)

@@ -1,25 +1,27 @@
-"""Format rows, which are plain dicts, as aligned Markdown tables or CSV, and write files atomically."""
+"""Format rows as aligned Markdown tables or CSV, and write files atomically."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Container, Sequence
+import json
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # cells by column, as written to a file or table
+Table = Sequence[Mapping[str, object]]
 
 
-def column_names(rows: Sequence[Row]) -> list[str]:
+def column_names(rows: Table) -> list[str]:
     """Return the keys of all rows in the order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Table) -> str:
     """Return a Markdown table of all columns. Numeric columns are right-aligned, and None gives an empty cell.
 
     Floats are rounded to four significant digits, or to integers if they have five or more digits before the point.
@@ -54,23 +56,36 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right
     return "\n".join([line_of(lines[0]), f"|{rule}|", *map(line_of, lines[1:])])
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Table) -> None:
     """Write all columns of all rows to a CSV file atomically. None and missing values become empty cells.
 
     Raises UserError if the file cannot be written.
     """
+    columns = column_names(rows)
+    write_text(path, csv_text([columns, *([row.get(column) for column in columns] for row in rows)]))
+
+
+def csv_text(lines: Iterable[Iterable[object]]) -> str:
+    """Return lines of cells as the text of a CSV file. None becomes an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, column_names(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def write_json(path: Path, content: object, *, indent: int = 2, ensure_ascii: bool = True) -> None:
+    """Write a JSON file atomically. Raises UserError if the file cannot be written."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises UserError if the file cannot be written."""
-    content = text.encode(errors="backslashreplace")  # file names can be any bytes
+    write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))  # file names can be any bytes
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write the output of `write` to a file atomically. Raises UserError if the file cannot be written."""
     try:
-        atomic_write(path, lambda file: file.write(content))
+        atomic_write(path, write)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
 
@@ -87,7 +102,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.utils.errors import UserError
-from configs.utils.files import atomic_write
+from tools.common.tables import csv_text, write_file
 from tools.inference.image_sets import ImageSet
 from tools.inference.trained_model import TrainedModel
 from train.engine.evaluate import Evaluation
@@ -27,10 +25,7 @@ def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays:
     """
     labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
     named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
-    try:
-        atomic_write(path, lambda file: np.savez(file, **named))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another --out") from None
+    write_file(path, lambda file: np.savez(file, **named))
 
 
 def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
@@ -44,17 +39,17 @@ def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarra
         probabilities: The probabilities of these classes, float32 [N, K].
         classes: The names of all classes.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     best = [f"{what}_{place}" for place in range(1, numbers.shape[1] + 1) for what in ("class", "probability")]
-    writer.writerow(["row", "file", "label", "number", *best])
-    for sample, row in enumerate(images.rows.tolist()):
+
+    def line(sample: int, row: int) -> list[object]:
         file = images.files[row] if images.files else ""
         label = classes[int(images.labels[sample])] if images.labels is not None else ""
         pairs = zip(numbers[sample].tolist(), probabilities[sample].tolist(), strict=True)
         cells = [cell for number, probability in pairs for cell in (classes[number], f"{probability:.6g}")]
-        writer.writerow([row, file, label, int(numbers[sample, 0]), *cells])
-    return text.getvalue()
+        return [row, file, label, int(numbers[sample, 0]), *cells]
+
+    lines = (line(sample, row) for sample, row in enumerate(images.rows.tolist()))
+    return csv_text(itertools.chain([["row", "file", "label", "number", *best]], lines))
 
 
 def build_metrics(

@@ -7,14 +7,13 @@ Call `build_form` before predicting, since it raises UserError if ids could be a
 from __future__ import annotations
 
 import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from configs.utils.errors import UserError
-from tools.common.tables import write_text
+from tools.common.tables import csv_text, write_text
 from tools.inference.image_sets import ImageSet
 from tools.inference.sample_ids import ASCENDING, check_file_order, match_ids
 
@@ -125,11 +124,8 @@ def write_submission(path: Path, form: SubmissionForm, images: ImageSet, predict
     low, high = int(categories.min()), int(categories.max())
     if not 0 <= low <= high < classes:
         raise RuntimeError(f"predicted classes {low} to {high} of {classes}")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([form.id_column, form.category_column])
-    writer.writerows(zip(form.ids, categories[list(form.rows)].tolist(), strict=True))
-    write_text(path, text.getvalue())
+    lines = zip(form.ids, categories[list(form.rows)].tolist(), strict=True)
+    write_text(path, csv_text([(form.id_column, form.category_column), *lines]))
     filled = f", {len(images.unreadable)} of them filled with {form.fill}" if images.unreadable else ""
     return (
         f"{path}: checked {len(form.ids):,} rows, one per image; {form.id_column} {form.ids[0]} to {form.ids[-1]}, "

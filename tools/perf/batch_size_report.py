@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from tools.benchmarks.engine import process_memory, results
-from tools.common.tables import Row, write_csv, write_text
+from tools.common.tables import Row, write_csv, write_json
 from tools.perf import plots
 from tools.perf.batch_size_search import BatchSizeSearch, Trial
 from train.reporting.figures import save
@@ -135,7 +134,7 @@ def write_results(searches: list[BatchSizeSearch], limit_bytes: int | None, out:
         "sizes": rows,
     }
     write_csv(out / "ramp.csv", rows)
-    write_text(out / "ramp.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "ramp.json", content, indent=1, ensure_ascii=False)
     written = ["ramp.csv", "ramp.json"]
     if any(search.fitting for search in searches):
         limit_line = (limit_gib, "limit") if limit_gib else (gpu_gib, "the GPU's memory") if gpu_gib else None

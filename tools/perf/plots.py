@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.reporting.figures import add_legend, new_figure
+from train.reporting.figures import add_legend, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -37,7 +37,9 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
         limit: Size in GiB and name of the memory limit, drawn as a dashed line, or None for no line.
         machine: Description of the machine, for the title.
     """
-    figure, (rate_axis, memory_axis) = new_figure(1, 2, size=(13, 5))
+    figure, (rate_axis, memory_axis) = new_figure(
+        1, 2, size=(13, 5), title=f"Training step on a resident batch: {machine}"
+    )
     searches = [search for search in searches if search.fitting]
     trials = [trial for search in searches for trial in search.fitting]
     lines = [
@@ -58,12 +60,9 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
     rate_label = "training images/s, median and range of the rounds"
     for axis, label in ((rate_axis, rate_label), (memory_axis, "peak memory, GiB")):
         _powers_of_two(axis, min(sizes), max(sizes))
-        axis.set_xlabel("batch size, images")
+        style_axes(axis, "batch size, images", label)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    add_legend(figure, lines, names, loc="outside lower center", ncols=2, fontsize=9)
-    figure.suptitle(f"Training step on a resident batch: {machine}", parse_math=False)
+    add_legend(figure, lines, names, columns=2)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from configs.schema import Config
 from tools.benchmarks.engine import gpu_specs, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure
-from tools.common.tables import Row, markdown, write_csv, write_text
+from tools.common.tables import Row, markdown, write_csv, write_json
 from tools.perf import plots
 from tools.perf.step_trace import StepProfile
 from train.distributed.process_group import Ranks
@@ -106,7 +105,7 @@ def profile_content(
 def write_results(content: dict[str, Any], out: Path) -> None:
     """Write profile.json, profile.csv and profile.png, and print the tables and the summary."""
     write_csv(out / "profile.csv", content["phases"])
-    write_text(out / "profile.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "profile.json", content, indent=1, ensure_ascii=False)
     save(plots.plot_profile(content), out / "profile.png")
     print(markdown(_phase_rows(content)))
     print()

@@ -35,7 +35,7 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
     """
     colors = _run_colors(records)
     rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
-    figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows))
+    figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows), title=title)
     handles: dict[str, Any] = {}
     dotted: list[Any] = []
     losses = " or ".join(dict.fromkeys(figures.loss_name(record.config.train.loss) for record in records))
@@ -59,17 +59,13 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
             handles.setdefault(name + so_far * (not record.is_finished) if is_colored else OTHERS_LABEL, line)
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names, averages)
-        axis.set_xlabel("epochs trained")
-        axis.set_ylabel(f"{label} ({losses})" if quantity == "train_loss" else label)
+        figures.style_axes(axis, "epochs trained", f"{label} ({losses})" if quantity == "train_loss" else label)
         axis.locator_params(axis="x", integer=True)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, parse_math=False)
     if OTHERS_LABEL in handles:
         handles[OTHERS_LABEL] = handles.pop(OTHERS_LABEL)  # move to the end
     if dotted:
         handles[EMA_LABEL] = dotted[0]
-    options: dict[str, Any] = {"loc": "outside lower center", "ncols": _legend_columns(names), "fontsize": 9}
-    figures.add_legend(figure, list(handles.values()), list(handles), **options)
+    figures.add_legend(figure, list(handles.values()), list(handles), columns=_legend_columns(names))
     return figure
 
 
@@ -80,7 +76,7 @@ def _curve_points(record: RunRecord, quantity: str) -> CurvePoints:
     """
     split = quantity.rpartition("_")[0]
     return [
-        (line["epoch"] + 1, math.nan if line[quantity] is None else line[quantity])
+        (line.epoch + 1, math.nan if (value := line[quantity]) is None else value)
         for line in record.metrics
         if line.get(f"{split}_top1") is not None
     ]

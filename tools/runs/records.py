@@ -19,7 +19,7 @@ from configs.schema import Config, Effect, settings_by_key
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from tools.common.tables import Row
-from train.reporting.metrics_file import counted_accuracy, read_metrics
+from train.reporting.metrics_file import MetricsLine, counted_accuracy, read_metrics
 
 BASE_COLUMNS = {
     "model.name": "model",
@@ -39,12 +39,12 @@ class RunRecord:
 
     folder: Path
     config: Config
-    metrics: list[dict[str, Any]]  # lines of metrics.jsonl
+    metrics: list[MetricsLine]
     global_batch: int | None  # samples per optimizer step over all ranks, or None if not recorded
 
     @property
     def epochs_trained(self) -> int:
-        return self.metrics[-1]["epoch"] + 1 if self.metrics else 0
+        return self.metrics[-1].epoch + 1 if self.metrics else 0
 
     @property
     def is_finished(self) -> bool:
@@ -170,15 +170,15 @@ def uses_ema(record: RunRecord) -> bool:
     return record.config.train.ema.decay is not None and record.config.eval.weights != "raw"
 
 
-def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") -> Row:
+def summarize_metrics(metrics: Sequence[MetricsLine], weights: str = "auto") -> Row:
     """Return the best validation accuracy, the latest training metrics, time, speed and memory.
 
     An unknown `device_memory_gib` is left out, and other unknown values are None. `weights` is the value of
     eval.weights. It selects the validation accuracy of the trained weights or of their moving average.
     """
-    evaluated = [(top1, line["epoch"]) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
+    evaluated = [(top1, line.epoch) for line in metrics if (top1 := counted_accuracy(line, weights)) is not None]
     best = max(evaluated, key=lambda pair: pair[0], default=None)
-    last = metrics[-1] if metrics else {}
+    last = metrics[-1] if metrics else MetricsLine()
     device_gib = _over_epochs(max, metrics, "device_memory_gib")  # only recorded on a GPU
     return {
         "best_val_top1": best[0] if best else None,
@@ -191,7 +191,7 @@ def summarize_metrics(metrics: Sequence[dict[str, Any]], weights: str = "auto") 
     } | ({} if device_gib is None else {"device_memory_gib": device_gib})
 
 
-def training_time_s(metrics: Sequence[dict[str, Any]]) -> float | None:
+def training_time_s(metrics: Sequence[MetricsLine]) -> float | None:
     """Return the total duration of all epochs in seconds, or None if there are no epochs or a duration is unknown."""
     times = [line.get("epoch_time_s") for line in metrics]
     return sum(map(float, times)) if times and None not in times else None  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def curve_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[Row]:
     averages = [name for name in EMA_QUANTITIES if any(name in line for record in records for line in record.metrics)]
     columns = (*QUANTITIES, "val_top5", *averages, "lr", "images_per_s", "epoch_time_s")
     return [
-        {"run": name, "epoch": line["epoch"] + 1, **{column: line.get(column) for column in columns}}
+        {"run": name, "epoch": line.epoch + 1, **{column: line.get(column) for column in columns}}
         for name, record in zip(names, records, strict=True)
         for line in record.metrics
     ]
@@ -218,8 +218,8 @@ def _natural_key(path: Path) -> list[Any]:
     return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
 
 
-def _over_epochs(reduce: Callable[[list[float]], float], metrics: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [float(line[key]) for line in metrics if line.get(key) is not None]
+def _over_epochs(reduce: Callable[[list[float]], float], metrics: Sequence[MetricsLine], key: str) -> float | None:
+    values = [float(value) for line in metrics if (value := line.get(key)) is not None]
     return reduce(values) if values else None
 
 

@@ -75,19 +75,16 @@ def _line_plot(
     if len(lines) > MAX_LINES:
         return None
     named = [label for label in lines if label]
-    figure, axes = figures.new_figure(1, 2, size=(10, 4 + 0.22 * len(named)))
+    figure, axes = figures.new_figure(1, 2, size=(10, 4 + 0.22 * len(named)), title=title)
     for axis, (quantity, label) in zip(axes, MEASURES, strict=True):
         for points in lines.values():
             points.sort(key=lambda point: point[0])
             axis.plot([value for value, _ in points], [_nan_if_none(row[quantity]) for _, row in points], marker="o")
         _set_value_axis(axis, values)
-        axis.set_xlabel(key)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
+        figures.style_axes(axis, key, label)
     axes[1].set_ylim(0, 1.08 * _highest(rows, "training_time_s"))
     if named:
-        figures.add_legend(figure, axes[0].lines, list(lines), loc="outside lower center", fontsize=9)
-    figure.suptitle(title, parse_math=False)
+        figures.add_legend(figure, axes[0].lines, list(lines))
     return figure
 
 
@@ -100,7 +97,7 @@ def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure 
     bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
     if len(bars) > MAX_BARS:
         return None
-    figure, axes = figures.new_figure(1, 2, size=(12, 1.6 + 0.4 * len(bars)))
+    figure, axes = figures.new_figure(1, 2, size=(12, 1.6 + 0.4 * len(bars)), title=title)
     for axis, (quantity, label), digits in zip(axes, MEASURES, ("{:.4f}", "{:.4g}"), strict=True):
         for place, runs in enumerate(bars.values()):
             values = [row[quantity] for row in runs if row[quantity] is not None]
@@ -113,11 +110,10 @@ def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure 
         axis.set_yticks(range(len(bars)), list(bars), fontsize=9, parse_math=False)
         axis.set_ylim(len(bars) - 0.4, -0.6)
         axis.set_xlim(0, 1.18 * _highest(rows, quantity))
-        axis.set_xlabel(label if len(bars) == len(rows) else f"{label}, median and range of the runs")
-        axis.grid(axis="x", alpha=0.3)
+        what = label if len(bars) == len(rows) else f"{label}, median and range of the runs"
+        figures.style_axes(axis, what, grid="x")
         axis.set_axisbelow(True)
     axes[1].tick_params(labelleft=False)
-    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -139,7 +135,7 @@ def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Seq
     horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
     is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
     size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
-    figure, axes = figures.new_figure(1, 2, size=(max(11.0, size[0]), max(4.5, size[1])))
+    figure, axes = figures.new_figure(1, 2, size=(max(11.0, size[0]), max(4.5, size[1])), title=title)
     for axis, (quantity, label) in zip(axes, MEASURES, strict=True):
         values = [_nan_if_none(row[quantity]) for row in rows]
         shown: ScalarMappable
@@ -166,7 +162,6 @@ def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Seq
         figure.colorbar(shown, ax=axis, label=label)
         axis.set_xlabel(keys[0])
         axis.set_ylabel(keys[1])
-    figure.suptitle(title, parse_math=False)
     return figure
 
 

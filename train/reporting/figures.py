@@ -11,16 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write
+from train.reporting.metrics_file import MetricsLine
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 DPI = 120
@@ -32,20 +33,39 @@ NAME_LETTERS = 28  # maximum length of a class name on an axis
 VALIDATION_LOSS = "cross-entropy"  # the validation loss for every train.loss
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Return a new figure of `size` (width, height) in inches, and its rows * columns axes in reading order."""
+def new_figure(
+    rows: int = 1, columns: int = 1, *, size: tuple[float, float], title: str = "", title_size: float | str = "large"
+) -> tuple[Figure, list[Axes]]:
+    """Return a new figure of `size` (width, height) in inches, and its rows * columns axes in reading order.
+
+    Here and below, text is shown verbatim: matplotlib would render text between dollar signs as a formula.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=title_size, parse_math=False)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def add_legend(owner: Figure | Axes, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    """Add a legend that shows all names verbatim to a figure or axes.
+def style_axes(axes: Axes, x: str = "", y: str = "", *, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Label the axes, and draw a light grid."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(axis=grid, alpha=0.3)
 
-    By default, matplotlib omits names with a leading underscore, and renders text between dollar signs as a formula.
-    """
-    legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
+
+def add_legend(
+    figure: Figure,
+    handles: Sequence[Artist],
+    names: Sequence[str],
+    *,
+    columns: int = 1,
+    fontsize: int = 9,
+) -> None:
+    """Add a legend below the axes of a figure, with all names. matplotlib omits names with a leading underscore."""
+    numbers = [str(number) for number in range(len(names))]
+    legend = figure.legend(handles, numbers, loc="outside lower center", ncols=columns, fontsize=fontsize)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False)
 
@@ -68,7 +88,7 @@ def render(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy") -> Figure:
+def curves(metrics: Sequence[MetricsLine], title: str, loss: str = "cross-entropy") -> Figure:
     """Plot the loss and the top-1 accuracy over epochs, for training and validation.
 
     Args:
@@ -76,22 +96,19 @@ def curves(metrics: list[dict[str, Any]], title: str, loss: str = "cross-entropy
         title: Title of the figure.
         loss: The value of train.loss.
     """
-    figure, axes = new_figure(1, 2, size=(10, 4))
+    figure, axes = new_figure(1, 2, size=(10, 4), title=title)
     loss_label = f"{loss_name(loss)} loss" if loss_name(loss) == VALIDATION_LOSS else "loss"
     for axis, quantity, label in ((axes[0], "loss", loss_label), (axes[1], "top1", "top-1 accuracy")):
         of_train, of_val = ("", "") if label != "loss" else (f", {loss_name(loss)}", f", {VALIDATION_LOSS}")
         names = {"train": f"train{of_train}", "val": f"validation{of_val}", "ema_val": "validation, moving average"}
         for split, name in names.items():
-            points = [(line["epoch"] + 1, line.get(f"{split}_{quantity}")) for line in metrics]
-            points = [point for point in points if point[1] is not None]
+            key = f"{split}_{quantity}"
+            points = [(line.epoch + 1, line[key]) for line in metrics if line.get(key) is not None]
             axis.plot(*zip(*points, strict=True), marker=".", label=name) if points else None
-        axis.set_xlabel("epochs trained")
-        axis.set_ylabel(label)
+        style_axes(axis, "epochs trained", label)
         axis.locator_params(axis="x", integer=True)
-        axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -116,13 +133,13 @@ def image_grid(
     rows = max(1, math.ceil(len(images) / columns))
     caption_lines = max((caption.count("\n") + 1 for caption in captions), default=1)
     width = max(1.7 * columns, 0.09 * len(title) + 0.4)  # a grid of few images is narrower than the title
-    figure, axes = new_figure(rows, columns, size=(width, (1.75 + 0.14 * caption_lines) * rows + 0.5))
+    size = (width, (1.75 + 0.14 * caption_lines) * rows + 0.5)
+    figure, axes = new_figure(rows, columns, size=size, title=title, title_size=11)
     for axis in axes:
         axis.set_axis_off()
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes[number].imshow(image, interpolation="nearest")
         axes[number].set_title(caption, fontsize=8, color=colors[number] if colors else "black", parse_math=False)
-    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
@@ -131,34 +148,29 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], title: str) -> 
 
     `counts` contains numbers of samples, int [C, C], indexed by true class and predicted class.
     """
+    from matplotlib.colors import PowerNorm
+
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     many = len(classes) > COUNTED_CLASSES
     inches = 0.11 if many else 0.45  # per class; 200 classes are readable when zoomed in
     side = min(28.0, max(5.0, inches * len(classes) + 2))
     figure, (axis,) = new_figure(size=(side + 1, side))
-    image = axis.imshow(shares, norm=_shares_scale(), cmap="Blues", interpolation="nearest")
+    scale = PowerNorm(0.5, vmin=0, vmax=1)  # makes rare confusions visible beside the diagonal
+    image = axis.imshow(shares, norm=scale, cmap="Blues", interpolation="nearest")
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8, aspect=60 if many else 20, pad=0.02)
     axis.set_xlabel("predicted class", fontsize=14 if many else 10)
     axis.set_ylabel("true class", fontsize=14 if many else 10)
     axis.set_title(title, fontsize=16 if many else 11, parse_math=False)
     if len(classes) <= LABELLED_CLASSES:
         names = [shorten(name) for name in classes]
-        style: dict[str, Any] = {"fontsize": 5 if many else 8, "parse_math": False}
-        axis.set_xticks(range(len(classes)), names, rotation=90, **style)
-        axis.set_yticks(range(len(classes)), names, **style)
+        for set_ticks, rotation in ((axis.set_xticks, 90), (axis.set_yticks, 0)):
+            set_ticks(range(len(classes)), names, rotation=rotation, fontsize=5 if many else 8, parse_math=False)
     if len(classes) <= 20:
         for row, column in np.ndindex(*counts.shape):
             shade = "white" if shares[row, column] > 0.35 else "black"
             axis.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=7, color=shade)
     return figure
-
-
-def _shares_scale() -> Normalize:
-    """Return a square-root color scale for shares, so that rare confusions are visible beside the diagonal."""
-    from matplotlib.colors import PowerNorm
-
-    return PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, title: str) -> Figure:
@@ -174,7 +186,8 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
         order = order[:half] + order[-half:]
     columns = math.ceil(len(order) / BARS_PER_COLUMN)
     rows = math.ceil(len(order) / columns)
-    figure, axes = new_figure(1, columns, size=(max(6, 4 * columns), 0.18 * rows + 1.2))
+    size = (max(6, 4 * columns), 0.18 * rows + 1.2)
+    figure, axes = new_figure(1, columns, size=size, title=title, title_size=11)
     for column, axis in enumerate(axes):
         shown = order[column * rows : (column + 1) * rows]
         bars = axis.barh(range(len(shown)), [values[number] for number in shown], height=0.7)
@@ -182,9 +195,7 @@ def ranked_bars(values: Sequence[float], names: Sequence[str], quantity: str, ti
         axis.set_yticks(range(len(shown)), [shorten(names[number]) for number in shown], fontsize=7, parse_math=False)
         axis.set_ylim(rows - 0.4, -0.6)
         axis.set_xlim(0, 1.12)
-        axis.set_xlabel(quantity)
-        axis.grid(axis="x", alpha=0.3)
-    figure.suptitle(title, fontsize=11, parse_math=False)
+        style_axes(axis, quantity, grid="x")
     return figure
 
 
@@ -196,29 +207,25 @@ def class_counts(counts: Mapping[str, np.ndarray], classes: Sequence[str], title
     """
     named = len(classes) <= COUNTED_CLASSES
     figure, (axis,) = new_figure(size=(max(6.0, 0.35 * len(classes) + 2) if named else 9.0, 4.5))
-    drawn: list[Any] = []
+    drawn: list[Artist] = []
     for number, each in enumerate(counts.values()):
         if named:
             width = 0.8 / len(counts)
-            drawn.append(axis.bar(np.arange(len(classes)) + (number + 0.5) * width - 0.4, each, width))
+            drawn.append(axis.bar(np.arange(len(classes)) + (number + 0.5) * width - 0.4, each, width).patches[0])
         else:
             drawn += axis.step(np.arange(1, len(classes) + 1), np.sort(each)[::-1], where="mid")
     if named:
         axis.set_xticks(range(len(classes)), list(map(shorten, classes)), rotation=90, fontsize=8, parse_math=False)
-        axis.set_xlabel("class")
-    else:
-        axis.set_xlabel("classes, from the most to the fewest samples")
-    axis.set_ylabel("samples")
+    style_axes(axis, "class" if named else "classes, from the most to the fewest samples", "samples", grid="y")
     axis.set_ylim(bottom=0)
-    axis.grid(axis="y", alpha=0.3)
     labels = [
         f"{split}: {each.min():,} to {each.max():,}, median {np.median(each):,.0f}" for split, each in counts.items()
     ]
-    add_legend(figure, drawn, labels, loc="outside lower center", ncols=2, fontsize=8)  # beside the bars
+    add_legend(figure, drawn, labels, columns=2, fontsize=8)
     axis.set_title(title, fontsize=11, parse_math=False)
     return figure
 
 
-def shorten(name: str) -> str:
-    """Shorten a class name to at most NAME_LETTERS characters, to leave room for the plot."""
-    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}…"
+def shorten(name: str, letters: int = NAME_LETTERS) -> str:
+    """Shorten a name to at most `letters` characters, to leave room for the plot."""
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"

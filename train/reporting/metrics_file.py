@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, each as a dict that maps names to numbers or None.
+class MetricsLine(dict[str, float | None]):
+    """Line of a run's metrics.jsonl: the numbers of one epoch, by name. Numbers that were not finite are None."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0."""
+        return int(self["epoch"] or 0)
+
+
+def read_metrics(folder: Path) -> list[MetricsLine]:
+    """Return the lines of a run's metrics.jsonl.
 
     Reading ends at the first line that is not valid JSON, e.g. a last line that is truncated because the run was
     killed. If the file is missing, the list is empty.
@@ -27,7 +36,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         lines = []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); repair or remove it") from None
-    metrics = []
+    metrics: list[MetricsLine] = []
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
@@ -35,15 +44,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             break
         if not isinstance(line, dict) or type(line.get("epoch")) is not int or not all(map(_is_metric, line.values())):
             raise UserError(f"{path}:{number} is not a line of a run's metrics (numbers by name); repair or remove it")
-        metrics.append(line)
+        metrics.append(MetricsLine(line))
     return metrics
 
 
-def _is_metric(value: Any) -> bool:
+def _is_metric(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not abs(value) > sys.float_info.max)
 
 
-def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
+def best_results(metrics: Sequence[MetricsLine]) -> dict[str, float]:
     """Return the lowest validation loss, the highest top-1 validation accuracy, and the first epoch with this accuracy.
 
     The best results of a moving average have separate keys. Results that were never evaluated are omitted. `metrics` is
@@ -52,8 +61,8 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for average in ("", "ema_"):
         loss, accuracy = f"{average}val_loss", f"{average}val_top1"
-        top1 = [(line[accuracy], -line["epoch"]) for line in metrics if line.get(accuracy) is not None]
-        losses = [line[loss] for line in metrics if line.get(loss) is not None]
+        top1 = [(value, -line.epoch) for line in metrics if (value := line.get(accuracy)) is not None]
+        losses = [value for line in metrics if (value := line.get(loss)) is not None]
         if losses:
             found[f"best_{loss}"] = min(losses)
         if top1:
@@ -62,11 +71,9 @@ def best_results(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def counted_accuracy(line: dict[str, Any], weights: str) -> float | None:
+def counted_accuracy(line: MetricsLine, weights: str) -> float | None:
     """Return the top-1 validation accuracy of the weights that eval.weights selects, or None if it is missing.
 
-    `line` is an element of `read_metrics`, and `weights` is the value of eval.weights.
+    `weights` is the value of eval.weights.
     """
-    key = "ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1"
-    value: float | None = line.get(key)
-    return value
+    return line.get("ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1")

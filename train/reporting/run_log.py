@@ -22,7 +22,7 @@ from configs.utils import files
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from train.reporting import figures
-from train.reporting.metrics_file import best_results, read_metrics
+from train.reporting.metrics_file import MetricsLine, best_results, read_metrics
 from train.reporting.tensorboard_tracker import TensorBoardTracker
 from train.reporting.trackers import Tracker, single_line
 from train.reporting.wandb_tracker import start_wandb
@@ -151,7 +151,7 @@ class RunLog:
         """
         if self._folder is None:
             return
-        kept = [line for line in read_metrics(self._folder) if line["epoch"] < first]
+        kept = [line for line in read_metrics(self._folder) if line.epoch < first]
         _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, values: Mapping[str, float], step: int) -> None:
@@ -211,7 +211,7 @@ class RunLog:
         """Set results of the whole run, such as the best accuracy, in the trackers."""
         self._each(lambda tracker: tracker.update_summary(values))
 
-    def draw_curves(self, metrics: list[dict[str, Any]] | None = None) -> None:
+    def draw_curves(self, metrics: list[MetricsLine] | None = None) -> None:
         """Draw curves.png from the lines of metrics.jsonl, which are read if `metrics` is None.
 
         Errors when reading or writing these files are logged, not raised.
@@ -241,7 +241,7 @@ class RunLog:
         for handler in self._logger.handlers:
             handler.close()
 
-    def _metrics(self) -> list[dict[str, Any]]:
+    def _metrics(self) -> list[MetricsLine]:
         """Return the lines of metrics.jsonl. If they cannot be read, log the error and return an empty list."""
         assert self._folder is not None
         try:

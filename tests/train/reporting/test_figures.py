@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from train.reporting import figures
+from train.reporting.metrics_file import MetricsLine
 
 
-def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
-    return {"epoch": epoch, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.7, "val_top1": 0.4, **changes}
+def metrics(epoch: int, **changes: Any) -> MetricsLine:
+    values = {"epoch": epoch, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.7, "val_top1": 0.4, **changes}
+    return MetricsLine(values)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
     ],
     ids=["one epoch", "several", "no validation in an epoch", "a loss of nan"],
 )
-def test_curves_are_drawn_for_any_epochs(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_curves_are_drawn_for_any_epochs(lines: list[MetricsLine], tmp_path: Path) -> None:
     figures.save(figures.curves(lines, "test"), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size == (1200, 480)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from configs.utils.errors import UserError
-from train.reporting.metrics_file import best_results, read_metrics
+from train.reporting.metrics_file import MetricsLine, best_results, read_metrics
 
 
-def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
-    return {"epoch": epoch, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.7, "val_top1": 0.4, **changes}
+def metrics(epoch: int, **changes: Any) -> MetricsLine:
+    values = {"epoch": epoch, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.7, "val_top1": 0.4, **changes}
+    return MetricsLine(values)
 
 
 def test_endless_metrics_are_one_user_error(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import TypedDict
 
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.results import Entry, Environment
-from tools.common.tables import write_text
+from tools.common import tables
 
 
 class Part(TypedDict):
@@ -58,7 +57,7 @@ def new_run(environment: Environment, missing: list[str]) -> Run:
 
 def write_json(run: Run, path: Path) -> None:
     """Write a run to a JSON file atomically."""
-    write_text(path, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    tables.write_json(path, run, indent=1, ensure_ascii=False)
 
 
 class RunFile:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, new_row, roun
 from tools.benchmarks.suites.datasets import small_dataset
 from tools.benchmarks.suites.settings import Settings
 from tools.runs.records import summarize_metrics, training_time_s
-from train.reporting.metrics_file import counted_accuracy, read_metrics
+from train.reporting.metrics_file import MetricsLine, counted_accuracy, read_metrics
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.5  # time between two reads of a program's output
@@ -232,7 +231,7 @@ def train_to_accuracy(settings: Settings, name: str, target: float) -> Iterator[
     return program.rows(name, lambda: accuracy_fields(read_metrics(output / name), target), target=target)
 
 
-def accuracy_fields(metrics: list[dict[str, Any]], target: float) -> dict[str, object]:
+def accuracy_fields(metrics: list[MetricsLine], target: float) -> dict[str, object]:
     """Return the best accuracy, rates and memory of a run so far, and the training time until `target` was reached.
 
     The time is None if the target has not been reached. The result is empty before the end of the first epoch.
