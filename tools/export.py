@@ -35,7 +35,6 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -55,30 +54,17 @@ PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=path_argument, required=True, metavar="RUN", help="run folder or .pt file")
-    parser.add_argument(
-        "--format",
-        nargs="+",
-        choices=list(FORMATS),
-        default=list(FORMATS),
-        help="formats to write (default: all)",
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, required=True, metavar="RUN", help="run folder or .pt file")
+    add("--format", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="formats to write (default: all)")
+    add("--out", type=path_argument, metavar="FOLDER", help="output folder (default: export, beside the checkpoint)")
+    add("--verify-images", type=int, default=256, metavar="N", help="images to verify on (default: %(default)s)")
+    tolerance = (
+        "largest allowed difference of logits (default: 1e-4, or a millionth of the largest logit if that is more)"
     )
-    parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="output folder (default: export, beside the checkpoint)"
-    )
-    parser.add_argument(
-        "--verify-images", type=int, default=256, metavar="N", help="images to verify on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-4,
-        help="largest allowed difference of logits (default: 1e-4, or a millionth of the largest logit if that is "
-        "more)",
-    )
-    parser.add_argument(
-        "--data-path", type=path_text, metavar="FOLDER", help="converted data set, if it was moved since training"
-    )
+    add("--tolerance", type=float, default=1e-4, help=tolerance)
+    data = "converted data set, if it was moved since training"
+    add("--data-path", type=path_text, metavar="FOLDER", help=data)
     return parser.parse_args(arguments)
 
 
@@ -93,7 +79,8 @@ def main() -> int:
     exportable = build_exportable(trained)
     folder = make_folder(arguments.out or trained.path.parent / "export")
 
-    print(f"{exportable.name} of {trained.title}: {len(trained.classes)} classes, {trained.image_size} pixels")
+    size = f"{len(exportable.classes)} classes, {exportable.image_size} pixels"
+    print(f"{exportable.name} of {trained.title}: {size}")
     if (tta := trained.config.eval.tta) != "none":
         print(f"eval.tta={tta} is not exported: expect the accuracy of a single view")
     rows: list[Row] = []
@@ -121,13 +108,13 @@ def build_exportable(trained: TrainedModel) -> Exportable:
         model=model,
         name=settings.name,
         arguments={**model_options(settings), **activation},
-        classes=trained.classes,
-        image_size=trained.image_size,
+        classes=trained.dataset.classes,
+        image_size=trained.dataset.image_size,
         interpolation=trained.config.data.interpolation,
         crop_mode=evaluation.crop_mode,
         crop_fraction=evaluation.crop_fraction if evaluation.crop_mode == "center" else 1.0,
         origin={
-            "dataset": trained.name,
+            "dataset": trained.dataset.name,
             "epochs": trained.epochs,
             "checkpoint": str(trained.path),
             "checkpoint_sha256": hashlib.sha256(trained.path.read_bytes()).hexdigest(),
@@ -144,7 +131,7 @@ def write_report(
     written.
     """
     snippets = {row["format"]: usage_snippet(row["format"], exportable, folder) for row in rows}
-    content: dict[str, Any] = {
+    content = {
         **exportable.metadata,
         "formats": [row | {"use": snippets[row["format"]].splitlines()} for row in rows],
         "failed": failed,

@@ -19,7 +19,7 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from configs.stages import config_at
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from pipelines.loader.loader import Loader
-from tools.common.tables import make_folder, write_csv, write_json
+from tools.common.tables import csv_text, make_folder, write_json, write_text
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import Job
 from train.distributed.process_group import Ranks, process_group
@@ -165,23 +165,22 @@ def title(config: Config) -> str:
 
 def write_results(out: Path, config: Config, curve: LossCurve, suggestion: Suggestion) -> None:
     """Write find_lr.csv, find_lr.json and find_lr.png."""
-    rows = [
-        {"update": step, "lr": float(lr), "loss": float(loss), "smoothed_loss": float(smoothed)}
-        for step, (lr, loss, smoothed) in enumerate(zip(curve.lr, curve.loss, curve.smoothed, strict=True))
-    ]
-    content: dict[str, Any] = {
+    columns = ("update", "lr", "loss", "smoothed_loss")
+    steps = range(len(curve.lr))
+    lines = zip(steps, curve.lr.tolist(), curve.loss.tolist(), curve.smoothed.tolist(), strict=True)
+    content = {
         "name": config.name,
         "model": config.model.name,
         "data": config.data.path,
         "optimizer": config.train.optimizer.name,
         "global_batch": global_batch(config, 1),
-        "updates": len(rows),
+        "updates": len(steps),
         "diverged": divergence_index(curve.smoothed) is not None,
         "suggestion": {**asdict(suggestion), "tenth_of_minimum": suggestion.tenth_of_minimum},
         "opts": None if suggestion.lr is None else options_for(config, suggestion.lr),
         "source": "arXiv:1506.01186",
     }
-    write_csv(out / "find_lr.csv", rows)
+    write_text(out / "find_lr.csv", csv_text([columns, *lines]))
     write_json(out / "find_lr.json", content)
     figures.save(plot(config, curve, suggestion), out / "find_lr.png")
 
@@ -198,21 +197,19 @@ def plot(config: Config, curve: LossCurve, suggestion: Suggestion) -> Figure:
         axis.axvline(suggestion.lr, color=figures.WRONG, label=f"suggestion {suggestion.lr:.2g} (steepest descent)")
         second = f"a tenth of the minimum's: {suggestion.tenth_of_minimum:.2g}"
         axis.axvline(suggestion.tenth_of_minimum, color="grey", linestyle=":", label=second)
-    if curve.lr[0] <= (config_lr := scale_learning_rates(config.train, global_batch(config, 1)).lr) <= curve.lr[-1]:
-        axis.axvline(
-            config_lr, color="grey", linestyle="--", linewidth=0.8, label=f"the config's train.lr {config_lr:.2g}"
-        )
+    configured = scale_learning_rates(config.train, global_batch(config, 1)).lr
+    if curve.lr[0] <= configured <= curve.lr[-1]:
+        label = f"the config's train.lr {configured:.2g}"
+        axis.axvline(configured, color="grey", linestyle="--", linewidth=0.8, label=label)
     finite = curve.loss[np.isfinite(curve.loss)]
     if len(finite):
         low, high = float(finite.min()), float(finite[: max(10, len(finite) // 5)].max())
         axis.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))  # room for the legend
     axis.set_xscale("log")
     axis.set_xlim(curve.lr[0], curve.lr[-1])
-    axis.set_xlabel("learning rate")
-    axis.set_ylabel("training loss")
+    figures.style_axes(axis, "learning rate", "training loss")
     remark = "" if suggestion.lr is not None else "\nno suggestion: the loss has no clear descent"
     axis.set_title(f"Learning-rate range test: {title(config)}{remark}", fontsize=11, parse_math=False)
-    axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     return figure
 

@@ -46,53 +46,28 @@ MAX_SHOWN = 5
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint",
-        nargs="+",
-        required=True,
-        type=path_argument,
-        metavar="RUN",
-        help="run folders (best.pt, else last.pt) or .pt files; several are averaged",
-    )
-    parser.add_argument(
-        "--split", type=path_text, required=True, metavar="test|val|train|FOLDER", help="split, or folder of pictures"
-    )
-    parser.add_argument(
-        "--data-path", type=path_text, metavar="DIR", help="converted data set (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--tta",
-        choices=["none", "flip", "flip-translate"],
-        help="test-time augmentation (default: the checkpoint's eval.tta)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="images per batch (default: the checkpoint's for evaluation)"
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=5, metavar="K", help="number of best classes to list (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="FOLDER",
-        help="output folder (default: RUN/predictions-SPLIT or RUN/pictures-NAME)",
-    )
-    contest = parser.add_argument_group("submission")
-    contest.add_argument(
-        "--submission",
-        type=path_text,
-        metavar="FILE|none",
-        help="file to write (default: OUT/submission.csv for split test, none otherwise)",
-    )
-    contest.add_argument(
-        "--sample-submission", type=path_argument, metavar="FILE", help="CSV file to take columns and ids from"
-    )
-    contest.add_argument("--id-start", type=int, choices=[0, 1], help="first id (default: 1)")
-    contest.add_argument("--id-column", metavar="NAME", help=f"name of the id column (default: {submission.ID_COLUMN})")
-    contest.add_argument(
-        "--category-column", metavar="NAME", help=f"name of the class column (default: {submission.CATEGORY_COLUMN})"
-    )
-    contest.add_argument("--fill", type=int, metavar="CLASS", help="class number for images that cannot be read")
+    add = parser.add_argument
+    runs = "run folders (best.pt, else last.pt) or .pt files; several are averaged"
+    add("--checkpoint", nargs="+", required=True, type=path_argument, metavar="RUN", help=runs)
+    split = "split, or folder of pictures"
+    add("--split", type=path_text, required=True, metavar="test|val|train|FOLDER", help=split)
+    add("--data-path", type=path_text, metavar="DIR", help="converted data set (default: the checkpoint's)")
+    tta = "test-time augmentation (default: the checkpoint's eval.tta)"
+    add("--tta", choices=["none", "flip", "flip-translate"], help=tta)
+    batch_size = "images per batch (default: the checkpoint's for evaluation)"
+    add("--batch-size", type=int, metavar="N", help=batch_size)
+    add("--top-k", type=int, default=5, metavar="K", help="number of best classes to list (default: %(default)s)")
+    out = "output folder (default: RUN/predictions-SPLIT or RUN/pictures-NAME)"
+    add("--out", type=path_argument, metavar="FOLDER", help=out)
+    add = parser.add_argument_group("submission").add_argument
+    file = "file to write (default: OUT/submission.csv for split test, none otherwise)"
+    add("--submission", type=path_text, metavar="FILE|none", help=file)
+    add("--sample-submission", type=path_argument, metavar="FILE", help="CSV file to take columns and ids from")
+    add("--id-start", type=int, choices=[0, 1], help="first id (default: 1)")
+    add("--id-column", metavar="NAME", help=f"name of the id column (default: {submission.ID_COLUMN})")
+    category = f"name of the class column (default: {submission.CATEGORY_COLUMN})"
+    add("--category-column", metavar="NAME", help=category)
+    add("--fill", type=int, metavar="CLASS", help="class number for images that cannot be read")
     return parser.parse_args(arguments)
 
 
@@ -103,7 +78,7 @@ def main() -> None:
     with process_group(ranks) as device:
         models = [load_trained_model(path, device, compiled=True) for path in arguments.checkpoint]
         for other in models[1:]:
-            check_same_classes(models[0], other.classes, f"checkpoint {other.path}")
+            check_same_classes(models[0], other.dataset.classes, f"checkpoint {other.path}")
         pictures = find_picture_folder(arguments.split, dataset_folder(models[0], arguments.data_path))
         out = make_folder(arguments.out or default_folder(models[0].path, arguments.split, pictures))
         with open_images(arguments.split, pictures, models, arguments.data_path, out) as images:
@@ -112,7 +87,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: ImageSet, out: Path) -> None:
     """Predict the images, write all output files, and print the results."""
-    classes = models[0].classes
+    classes = models[0].dataset.classes
     file = submission_file(arguments, images, out)
     form = None
     if file is not None:  # refuse before predicting
@@ -132,8 +107,7 @@ def run(arguments: argparse.Namespace, models: Sequence[TrainedModel], images: I
 
     logits, each, mean = predict(models, images, arguments.tta, arguments.batch_size)
     numbers, probabilities = top_classes(logits, min(arguments.top_k, len(classes)))
-    best = {"top_classes": numbers, "top_probabilities": probabilities}
-    write_arrays(out / "predictions.npz", images, classes, logits=logits, **best)
+    write_arrays(out / "predictions.npz", images, classes, logits, numbers, probabilities)
     write_text(out / "predictions.csv", format_table(images, numbers, probabilities, classes))
     metrics = {"split": arguments.split, **build_metrics(models, images, arguments.tta, each, mean)}
     write_json(out / "metrics.json", metrics)

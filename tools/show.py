@@ -38,36 +38,19 @@ ACCEPTED_OPTIONS = {
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=path_argument, metavar="RUN", help="run folder (its best.pt) or checkpoint"
-    )
-    parser.add_argument("--cfg", metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument(
-        "--data-path", type=path_text, help="converted data set; with --checkpoint or --cfg: replaces theirs"
-    )
-    parser.add_argument("--split", help="with --checkpoint: the split to predict (default: the run's data.val_split)")
-    parser.add_argument(
-        "--epoch",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="with --cfg: epochs to show, one row each, counted from 0 (default: 0)",
-    )
-    parser.add_argument(
-        "--opts",
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        help="with --cfg: settings that override the file",
-    )
-    parser.add_argument("--count", type=int, default=20, help="maximum images per plot (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="seed for the random choice of samples (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="FOLDER",
-        help="output folder (default: show-SPLIT beside the checkpoint, or output/show/NAME)",
-    )
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, metavar="RUN", help="run folder (its best.pt) or checkpoint")
+    add("--cfg", metavar="FILE", help="config file, configs/….yaml")
+    add("--data-path", type=path_text, help="converted data set; with --checkpoint or --cfg: replaces theirs")
+    add("--split", help="with --checkpoint: the split to predict (default: the run's data.val_split)")
+    epochs = "with --cfg: epochs to show, one row each, counted from 0 (default: 0)"
+    add("--epoch", type=int, nargs="+", metavar="N", help=epochs)
+    opts = "with --cfg: settings that override the file"
+    add("--opts", nargs="+", action="extend", metavar="KEY=VALUE", help=opts)
+    add("--count", type=int, default=20, help="maximum images per plot (default: %(default)s)")
+    add("--seed", type=int, help="seed for the random choice of samples (default: 0)")
+    out = "output folder (default: show-SPLIT beside the checkpoint, or output/show/NAME)"
+    add("--out", type=path_argument, metavar="FOLDER", help=out)
     return parser.parse_args(arguments)
 
 
@@ -76,7 +59,7 @@ def check_arguments(arguments: argparse.Namespace) -> str:
 
     Raises UserError if options are missing, incompatible or invalid.
     """
-    given = [name for name in ("checkpoint", "cfg", "data_path") if getattr(arguments, name) is not None]
+    given = [name for name in ACCEPTED_OPTIONS if getattr(arguments, name) is not None]
     if not given:
         raise UserError(
             "nothing to show; give --checkpoint RUN for predictions, --cfg FILE for training samples, "
@@ -90,9 +73,8 @@ def check_arguments(arguments: argparse.Namespace) -> str:
     for name in ("split", "epoch", "opts", "seed"):
         if getattr(arguments, name) is not None and name not in ACCEPTED_OPTIONS[kind]:
             fitting = " or ".join(flag_name(other) for other, takes in ACCEPTED_OPTIONS.items() if name in takes)
-            fix = "leave it out"
-            if (name, kind) == ("seed", "cfg"):
-                fix = "the config's seed selects the samples: --opts seed=1"
+            is_seed = (name, kind) == ("seed", "cfg")
+            fix = "the config's seed selects the samples: --opts seed=1" if is_seed else "leave it out"
             raise UserError(f"{flag_name(name)} goes with {fitting}, not with {flag_name(kind)}; {fix}")
     check_positive(arguments, "count")
     if arguments.seed is not None and arguments.seed < 0:

@@ -18,10 +18,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +56,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@dataclass(frozen=True)
+class SeedResult:
+    """Result of one run. The time covers whitening, the epochs and the last evaluation."""
+
+    seed: int
+    top1: float  # 0 to 1
+    time_s: float
+
+
 def main() -> None:
     timer = RunTimer()
     arguments = parse_arguments(sys.argv[1:])
@@ -77,7 +85,7 @@ def main() -> None:
         val_loader = job.val_loader()
         state = job.build_state(val_loader.image_size)
         images = whitening_images(state, config.data)
-        runs: list[dict[str, Any]] = []
+        runs: list[SeedResult] = []
         first_result_s = 0.0
         for seed in range(config.seed, config.seed + arguments.runs):
             job = replace(job, config=config.model_copy(update={"seed": seed}))
@@ -86,9 +94,9 @@ def main() -> None:
                 check_image_sizes(state, train_loader, val_loader.image_size)
                 warm_up(state, train_loader, val_loader, config.eval.tta)
             restart_in_place(state, job.build_state(val_loader.image_size))
-            runs.append({"seed": seed, **run(job, state, images, train_loader, val_loader)})
+            runs.append(run(job, state, images, train_loader, val_loader))
             first_result_s = first_result_s or timer.command_s
-            print(f"seed {seed}: top1 {runs[-1]['top1']:.4f}, {runs[-1]['time_s']:.3f} s", flush=True)
+            print(f"seed {seed}: top1 {runs[-1].top1:.4f}, {runs[-1].time_s:.3f} s", flush=True)
             result = summary(config, runs, device)
             result |= {"first_result_s": first_result_s, "command_s": timer.command_s}
             if arguments.json is not None:  # after every run, so that an interruption loses at most one
@@ -103,8 +111,8 @@ def main() -> None:
 
 def run(
     job: Job, state: TrainState, images: Tensor | None, train_loader: TrainLoader, val_loader: Loader
-) -> dict[str, float]:
-    """Whiten, train from the weights of `state`, evaluate, and return top1 (0 to 1) and time_s.
+) -> SeedResult:
+    """Whiten, train from the weights of `state`, and evaluate.
 
     Args:
         job: Config with the seed of this run, and data set.
@@ -121,17 +129,17 @@ def run(
         timer.add(times.time_s)
     with timer, eval_weights(state.ema, config.eval.weights):
         top1 = evaluate(state, val_loader, job.val_samples, config.eval.tta).top1
-    return {"top1": top1, "time_s": timer.training_s}
+    return SeedResult(job.config.seed, top1, timer.training_s)
 
 
-def summary(config: Config, runs: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+def summary(config: Config, runs: list[SeedResult], device: torch.device) -> dict[str, object]:
     """Return the runs, the mean and standard deviation of top1 and time_s, memory, device, versions and date.
 
     The standard deviation of a single run is 0.
     """
-    figures: dict[str, Any] = {"name": config.name, "runs": runs}
+    figures: dict[str, object] = {"name": config.name, "runs": [asdict(run) for run in runs]}
     for name in ("top1", "time_s"):
-        values = [float(run[name]) for run in runs]
+        values = [getattr(run, name) for run in runs]
         figures[f"{name}_mean"] = statistics.fmean(values)
         figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return figures | {

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,34 +47,22 @@ from train.reporting import figures
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "models",
-        type=path_text,
-        nargs="+",
-        metavar="MODEL",
-        help=f"{', '.join(list_models())}, timm/NAME, a config file or a run folder",
+    add = parser.add_argument
+    models = f"{', '.join(list_models())}, timm/NAME, a config file or a run folder"
+    add("models", type=path_text, nargs="+", metavar="MODEL", help=models)
+    size = (
+        "image height and width in pixels, for all models (default: that of the given config or of this project's "
+        "configs with the model; timm: the model's native size)"
     )
-    parser.add_argument(
-        "--size",
-        type=int,
-        help="image height and width in pixels, for all models (default: that of the given config or of this project's "
-        "configs with the model; timm: the model's native size)",
-    )
-    parser.add_argument("--classes", type=int, help=f"number of classes (default: the config's, else {CLASSES})")
-    parser.add_argument("--batch-size", type=int, help=f"images per batch (default: the config's, else {BATCH_SIZE})")
-    parser.add_argument(
-        "--optimizer", choices=("adamw", "sgd", "muon"), help="optimizer (default: the config's, else adamw)"
-    )
-    parser.add_argument(
-        "--precision", choices=tuple(AMP_NAMES), help="precision of training (default: that used on this machine)"
-    )
-    parser.add_argument("--layers", action="store_true", help="also print a table of each model's layers")
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="FOLDER",
-        help="write summary.csv, summary.png and, with --layers, layers-NAME.csv there (default: print only)",
-    )
+    add("--size", type=int, help=size)
+    add("--classes", type=int, help=f"number of classes (default: the config's, else {CLASSES})")
+    add("--batch-size", type=int, help=f"images per batch (default: the config's, else {BATCH_SIZE})")
+    add("--optimizer", choices=("adamw", "sgd", "muon"), help="optimizer (default: the config's, else adamw)")
+    precision = "precision of training (default: that used on this machine)"
+    add("--precision", choices=tuple(AMP_NAMES), help=precision)
+    add("--layers", action="store_true", help="also print a table of each model's layers")
+    out = "write summary.csv, summary.png and, with --layers, layers-NAME.csv there (default: print only)"
+    add("--out", type=path_argument, metavar="FOLDER", help=out)
     return parser.parse_args(arguments)
 
 
@@ -124,11 +111,11 @@ def compute_costs(case: ModelCase, device: torch.device, amp: torch.dtype | None
         case.settings, case.classes, image_size=case.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
     )
     freeze(network, case.settings.freeze)
-    shape: dict[str, Any] = {"batch_size": case.batch_size, "image_size": case.image_size, "device": device}
     try:
         network = to_device(network, device, case.train.channels_last)
-        costs = count_costs(network, case.train, amp=amp, **shape)
-        return costs, measure_memory(network, case.train, **shape) - before if on_gpu else None
+        size = case.batch_size, case.image_size
+        costs = count_costs(network, case.train, *size, device=device, amp=amp)
+        return costs, measure_memory(network, case.train, *size, device=device) - before if on_gpu else None
     except torch.cuda.OutOfMemoryError:
         raise UserError(
             f"{case.label} does not fit into the GPU's memory at batch size {case.batch_size}; give a smaller "

@@ -416,12 +416,16 @@ def test_pictures_are_encoded_like_the_data_set(npy_data: Path, model: Path) -> 
     with alone() as device:
         trained = load_trained_model(model, device)
     assert picture_encoding(trained) == Encoding("npy", size=32), "raw pixels of one size"
-    assert trained.conversion is not None
-    jpeg = {**trained.conversion, "name": "jpeg", "quality": 80}
-    assert picture_encoding(replace(trained, conversion=jpeg)) == Encoding("jpeg", quality=80)
-    assert picture_encoding(replace(trained, conversion={**trained.conversion, "size": 48})) == Encoding("npy", size=48)
-    assert picture_encoding(replace(trained, stored_shape=(32, 40, 3))) == Encoding("jpeg"), "no square to crop to"
-    assert picture_encoding(replace(trained, conversion=None)) == Encoding("jpeg")
+
+    def encoding(**changes: Any) -> Encoding:
+        return picture_encoding(replace(trained, dataset=replace(trained.dataset, **changes)))
+
+    recorded = trained.dataset.conversion
+    assert recorded is not None
+    assert encoding(conversion=replace(recorded, name="jpeg", quality=80)) == Encoding("jpeg", quality=80)
+    assert encoding(conversion=replace(recorded, size=48)) == Encoding("npy", size=48)
+    assert encoding(image_shape=(32, 40, 3)) == Encoding("jpeg"), "no square to crop to"
+    assert encoding(conversion=None) == Encoding("jpeg")
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Shown:
             loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
             self.evaluation = evaluate(trained.state, loader, 360)
             pairs = list(predictions(trained.state, loader))
-        self.classes = trained.classes
+        self.classes = trained.dataset.classes
         self.logits, self.labels = (torch.cat(column) for column in zip(*pairs, strict=True))
         self.predicted = self.logits.argmax(1)
 

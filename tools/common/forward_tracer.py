@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,13 @@ class WeightCasts(TorchDispatchMode):
         self._parameters = {_storage_id(parameter) for parameter in network.parameters()}
         self._copies: dict[int, Tensor] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Tensor],
+        types: Sequence[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> Tensor:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and _storage_id(args[0]) in self._parameters:
             self._copies[_storage_id(result)] = result  # a reference keeps the storage id from being reused
@@ -97,8 +102,8 @@ class ForwardTracer:
         self._stack[-1].flops += total - self._seen_flops
         self._seen_flops = total
 
-    def _entry_hook(self, name: str) -> Any:
-        def enter(module: nn.Module, _: Any) -> None:
+    def _entry_hook(self, name: str) -> Callable[[nn.Module, object], None]:
+        def enter(module: nn.Module, _: object) -> None:
             self._count_flops()
             own = [p for p in module.parameters(recurse=False) if p not in self.counted]
             self.counted.update(own)
@@ -106,7 +111,7 @@ class ForwardTracer:
 
         return enter
 
-    def _exit_hook(self, module: nn.Module, _: Any, output: Any) -> None:
+    def _exit_hook(self, module: nn.Module, _: object, output: object) -> None:
         self._count_flops()
         layer = self._stack.pop()
         is_leaf = next(module.children(), None) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,9 @@ class Costs:
 def count_costs(
     network: nn.Module,
     config: TrainConfig,
-    *,
     batch_size: int,
     image_size: int,
+    *,
     device: torch.device,
     amp: torch.dtype | None,
 ) -> Costs:
@@ -96,9 +97,8 @@ def count_costs(
             forward_flops = counter.get_total_flops()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-        slow = list(lookahead.slow.values()) if lookahead is not None else []
-        average = tensors if config.ema.decay is not None else []
+    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    state += lookahead.slow.values() if lookahead is not None else []
     layers = (*tracer.layers, *uncalled_layers(network, tracer))
     return Costs(
         parameters=sum(p.numel() for p in network.parameters()),
@@ -107,14 +107,14 @@ def count_costs(
         training_flops=counter.get_total_flops(),
         weight_bytes=weight_bytes + casts.bytes,
         gradient_bytes=storage_bytes([p.grad for p in network.parameters() if p.grad is not None]),
-        optimizer_bytes=storage_bytes(state + slow) + storage_bytes(average),
+        optimizer_bytes=storage_bytes(state) + (weight_bytes if config.ema.decay is not None else 0),
         activation_bytes=sum(layer.saved_bytes for layer in layers),
         layers=layers,
     )
 
 
 def measure_memory(
-    network: nn.Module, config: TrainConfig, *, batch_size: int, image_size: int, device: torch.device
+    network: nn.Module, config: TrainConfig, batch_size: int, image_size: int, *, device: torch.device
 ) -> int:
     """Train `network` for a few steps on a GPU, and return the peak allocated memory in bytes.
 
@@ -145,7 +145,9 @@ def free_device_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any, **_: Any) -> int:
+def _backward_flops(
+    grad_shape: Sequence[int], x_shape: Sequence[int], w_shape: Sequence[int], *arguments: Any, **_: object
+) -> int:
     """Return the FLOPs of a convolution's backward pass.
 
     Each required gradient, of the input or of the weight, costs as much as the forward pass. This formula replaces
@@ -153,5 +155,4 @@ def _backward_flops(grad_shape: Any, x_shape: Any, w_shape: Any, *arguments: Any
     """
     _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = arguments[:8]
     positions = math.prod((x_shape if transposed else grad_shape)[2:])
-    forward = 2 * int(x_shape[0]) * positions * math.prod(w_shape)
-    return forward * sum(wanted[:2])
+    return 2 * x_shape[0] * positions * math.prod(w_shape) * sum(wanted[:2])

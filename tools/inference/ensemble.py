@@ -42,7 +42,7 @@ def predict(
         RuntimeError: Some samples were missed or counted twice.
     """
     several = len(models) > 1
-    logits = np.empty((len(images), len(models[0].classes)), np.float32)
+    logits = np.empty((len(images), len(models[0].dataset.classes)), np.float32)
     each: list[Evaluation] = []
     with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False, disable=None) as bar:
         for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):

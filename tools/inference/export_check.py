@@ -56,7 +56,7 @@ def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) 
         kind = trained.config.data.val_split
         source = f"{len(images)} images of split {kind!r} of {path}"
     else:
-        size = (samples, 3, trained.image_size, trained.image_size)
+        size = (samples, 3, trained.dataset.image_size, trained.dataset.image_size)
         images = torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         kind = "random pixels"
         source = f"{samples} images of random pixels, since there is no data set in {path} (see --data-path)"

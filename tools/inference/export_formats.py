@@ -7,11 +7,10 @@ files. A loader takes this folder, and returns a function from uint8 pixels [B, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,8 +34,8 @@ class Exportable:
     interpolation: str
     crop_mode: str  # of evaluation: center or squash, as in timm
     crop_fraction: float
-    origin: dict[str, Any]  # data set, epochs and checkpoint
-    arguments: dict[str, Any] = field(default_factory=dict)  # other arguments of build_model: activation, width …
+    origin: Mapping[str, str | int]  # data set, epochs and checkpoint
+    arguments: Mapping[str, object] = field(default_factory=dict)  # other arguments of build_model: activation, width …
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
@@ -47,7 +46,7 @@ class Exportable:
             return torch.export.export(self.model, (example,), dynamic_shapes=batch)
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """Metadata stored in every format."""
         return {
             "model": self.name,
@@ -69,16 +68,16 @@ def shortest_decimals(numbers: Tensor) -> list[float]:
 
 def write_safetensors(exportable: Exportable, folder: Path) -> str:
     """Write model.safetensors, with the parameter names of the bare network, and config.json, both in timm's layout."""
-    network, metadata = exportable.model.network, exportable.metadata
+    network, normalize = exportable.model.network, exportable.model.normalize
     preprocessing = {
         "input_size": (3, exportable.image_size, exportable.image_size),
         "interpolation": exportable.interpolation,
         "crop_pct": exportable.crop_fraction,
         "crop_mode": exportable.crop_mode,
-        "mean": tuple(metadata["mean"]),
-        "std": tuple(metadata["std"]),
+        "mean": tuple(shortest_decimals(normalize.mean)),
+        "std": tuple(shortest_decimals(normalize.std)),
     }
-    ours = {"label_names": list(exportable.classes), "model_zhu": metadata}
+    ours = {"label_names": list(exportable.classes), "model_zhu": exportable.metadata}
     if exportable.name.startswith("timm/"):
         from timm.models import save_for_hf
 
@@ -89,32 +88,29 @@ def write_safetensors(exportable: Exportable, folder: Path) -> str:
         return "weights, for timm"
     weights = network.state_dict()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    num_features, ends = first_and_last_layers(weights)
     config = {
         "architecture": exportable.name,
         "num_classes": len(exportable.classes),
-        "model_args": exportable.arguments,
-        **first_and_last_layers(weights),
+        "model_args": dict(exportable.arguments),
+        "num_features": num_features,
         **ours,
+        "pretrained_cfg": {**preprocessing, "num_classes": len(exportable.classes), **ends},
     }
-    ends = {"first_conv": config.pop("first_conv"), "classifier": config.pop("classifier")}
-    config["pretrained_cfg"] = {**preprocessing, "num_classes": len(exportable.classes), **ends}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return "weights, for build_model"
 
 
-def first_and_last_layers(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the `first_conv`, `classifier` and `num_features` entries of timm's config.
+def first_and_last_layers(weights: dict[str, Tensor]) -> tuple[int, dict[str, str]]:
+    """Return `num_features`, and the `first_conv` and `classifier` entries of timm's config.
 
     The first convolution is the first weight with 4 dimensions, and the classifier is the last weight with 2.
     `num_features` is the number of inputs of the classifier.
     """
     first_conv = next(name for name, tensor in weights.items() if tensor.dim() == 4)
     classifier = [name for name, tensor in weights.items() if tensor.dim() == 2][-1]
-    return {
-        "num_features": weights[classifier].shape[1],
-        "first_conv": first_conv.removesuffix(".weight"),
-        "classifier": classifier.removesuffix(".weight"),
-    }
+    ends = {"first_conv": first_conv, "classifier": classifier}
+    return weights[classifier].shape[1], {key: name.removesuffix(".weight") for key, name in ends.items()}
 
 
 def load_safetensors(folder: Path) -> PredictFunction:

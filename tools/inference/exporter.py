@@ -40,20 +40,10 @@ def export_format(name: str, exportable: Exportable, expected: ExpectedLogits, t
     form = FORMATS[name]
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as temporary:
         aside = Path(temporary)
-        try:
-            with quiet():
-                contents = form.write(exportable, aside)
-        except Exception as error:  # exporters raise all kinds of errors for unsupported models
-            raise UserError(
-                f"format {name} cannot be exported: {root_cause(error)}; leave it out with --format"
-            ) from None
-        try:
-            with quiet():
-                result = compare_logits(form.load(aside), expected)
-        except Exception as error:
-            raise UserError(
-                f"format {name} was written but cannot be run: {root_cause(error)}; nothing is kept"
-            ) from None
+        with _one_line_errors(f"format {name} cannot be exported", "leave it out with --format"):
+            contents = form.write(exportable, aside)
+        with _one_line_errors(f"format {name} was written but cannot be run", "nothing is kept"):
+            result = compare_logits(form.load(aside), expected)
         allowed = max(tolerance, ROUNDING * expected.max_abs)
         if not result.max_difference <= allowed:  # NaN too
             raise UserError(
@@ -99,13 +89,18 @@ def root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the output, warnings and logs of exporters in this context. Exceptions are not suppressed."""
+def _one_line_errors(what: str, advice: str) -> Iterator[None]:
+    """Silence the output, warnings and logs of exporters in this context, and turn their exceptions into UserError.
+
+    Exporters raise all kinds of exceptions for unsupported models.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
+    except Exception as error:
+        raise UserError(f"{what}: {root_cause(error)}; {advice}") from None
     finally:
         logging.disable(before)

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +104,7 @@ def open_images(
         yield load_split(split, models, [dataset_folder(model, data_path) for model in models])
         return
     with tempfile.TemporaryDirectory(prefix=".pictures-", dir=scratch) as temporary:
-        source = open_image_files(pictures, PICTURES, models[0].classes)
+        source = open_image_files(pictures, PICTURES, models[0].dataset.classes)
         folders: dict[Encoding, Path] = {}
         for model in models:
             encoding = picture_encoding(model)
@@ -132,14 +132,12 @@ def picture_encoding(model: TrainedModel) -> Encoding:
     not resized has a single image size. If this size is square, pictures are resized to it. Otherwise, they are stored
     as JPEG.
     """
-    if model.conversion is None:
-        return Encoding("jpeg")
-    encoding = Encoding(**model.conversion)
+    encoding = model.dataset.conversion or Encoding("jpeg")
     if encoding.name == "jpeg" or encoding.size is not None:
         return encoding
-    assert model.stored_shape is not None  # npy images have one shape
-    height, width, _ = model.stored_shape
-    return Encoding(**{**model.conversion, "size": height}) if height == width else Encoding("jpeg")
+    assert model.dataset.image_shape is not None  # npy images have one shape
+    height, width, _ = model.dataset.image_shape
+    return replace(encoding, size=height) if height == width else Encoding("jpeg")
 
 
 def load_split(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,17 +15,29 @@ from tools.inference.image_sets import ImageSet
 from tools.inference.trained_model import TrainedModel
 from train.engine.evaluate import Evaluation
 
-METRICS = ("loss", "top1", "top5")
 
-
-def write_arrays(path: Path, images: ImageSet, classes: Sequence[str], **arrays: np.ndarray) -> None:
-    """Write `arrays`, the labels and rows of the images, and the names of all classes to an .npz file atomically.
+def write_arrays(
+    path: Path,
+    images: ImageSet,
+    classes: Sequence[str],
+    logits: np.ndarray,
+    top_classes: np.ndarray,
+    top_probabilities: np.ndarray,
+) -> None:
+    """Write predictions.npz: the arrays, the labels and rows of the images, and the names of all classes.
 
     Unknown labels are -1. Raises UserError if the file cannot be written.
     """
-    labels = np.full(len(images), -1, np.int64) if images.labels is None else images.labels
-    named: dict[str, Any] = {"labels": labels, "rows": images.rows, "classes": np.array(classes), **arrays}
-    write_file(path, lambda file: np.savez(file, **named))
+    save = partial(
+        np.savez,
+        labels=np.full(len(images), -1, np.int64) if images.labels is None else images.labels,
+        rows=images.rows,
+        classes=np.array(classes),
+        logits=logits,
+        top_classes=top_classes,
+        top_probabilities=top_probabilities,
+    )
+    write_file(path, save)
 
 
 def format_table(images: ImageSet, numbers: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> str:
@@ -58,7 +70,7 @@ def build_metrics(
     tta: str | None,
     each: Sequence[Evaluation],
     mean: Evaluation | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the contents of metrics.json.
 
     Args:
@@ -68,24 +80,26 @@ def build_metrics(
         each: The evaluation of each model. Empty if there are no labels.
         mean: The evaluation of the averaged predictions, or None if there are no labels.
     """
-    checkpoints: list[dict[str, Any]] = []
-    for place, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
-        own = {key: getattr(each[place], key) if each else None for key in METRICS}
-        data = None if images.files else str(folder)  # converted pictures are deleted
-        checkpoints.append(
-            {
-                "path": str(model.path),
-                "model": model.config.model.name,
-                "image_size": model.image_size,
-                "tta": tta or model.config.eval.tta,
-                "data": data,
-                **own,
-            }
-        )
+    used_tta = [tta or model.config.eval.tta for model in models]
+    checkpoints = [
+        {
+            "path": str(model.path),
+            "model": model.config.model.name,
+            "image_size": model.dataset.image_size,
+            "tta": used_tta[place],
+            "data": None if images.files else str(folder),  # converted pictures are deleted
+            **_scores(each[place] if each else None),
+        }
+        for place, (model, folder) in enumerate(zip(models, images.folders, strict=True))
+    ]
     return {
-        **{key: getattr(mean, key) if mean else None for key in METRICS},
+        **_scores(mean),
         "samples": len(images),
-        "tta": ", ".join(dict.fromkeys(one["tta"] for one in checkpoints)),
+        "tta": ", ".join(dict.fromkeys(used_tta)),
         "checkpoints": checkpoints,
         "unreadable": [asdict(sample) for sample in images.unreadable],
     }
+
+
+def _scores(evaluation: Evaluation | None) -> dict[str, float | None]:
+    return {key: getattr(evaluation, key, None) for key in ("loss", "top1", "top5")}

@@ -7,6 +7,7 @@ Call `build_form` before predicting, since it raises UserError if ids could be a
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,24 +59,7 @@ def build_form(
         UserError: The order of the images is uncertain, `fill` is not a class number, images cannot be read and `fill`
             is None, or the sample cannot be read or does not match the images or the other arguments.
     """
-    _check_rows(images)
-    if images.is_unordered:
-        raise UserError(
-            f"the images of split {images.split!r} are numbered files, stored in the order of their names instead of "
-            "their numbers, so the rows of a submission would be uncertain; give the folder of these images as "
-            "--split, to match its file names with the ids of a --sample-submission, or rename the images with "
-            "leading zeros and convert them again"
-        )
-    if fill is not None and not 0 <= fill < classes:
-        raise UserError(f"--fill={fill} is not a class number; use 0..{classes - 1}")
-    if images.unreadable and fill is None:
-        named = [f"row {sample.row} ({sample.name}: {sample.reason})" for sample in images.unreadable[:MAX_SHOWN]]
-        more = f" and {len(images.unreadable) - MAX_SHOWN} more" if len(images.unreadable) > MAX_SHOWN else ""
-        raise UserError(
-            f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no prediction: "
-            f"{'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or skip the submission with "
-            "--submission none"
-        )
+    _check_images(images, classes, fill)
     if sample is None:
         check_file_order(images.files or ())
         start, rows = 1 if id_start is None else id_start, tuple(range(images.source_rows))
@@ -89,9 +73,8 @@ def build_form(
             f"sample submission {sample} has {len(ids):,} rows below its header {','.join(columns)} for "
             f"{images.source_rows:,} images; use the sample of this split"
         )
-    for option, given, found in zip(
-        ("--id-column", "--category-column"), (id_column, category_column), columns, strict=True
-    ):
+    given_columns = {"--id-column": id_column, "--category-column": category_column}
+    for (option, given), found in zip(given_columns.items(), columns, strict=True):
         if given not in (None, found):
             raise UserError(f"{option}={given}, but sample submission {sample} has {found!r} there; omit one of them")
     matched = match_ids(ids, images, sample)
@@ -150,15 +133,17 @@ def read_sample_submission(path: Path) -> tuple[tuple[str, str], list[str]]:
         found = f"its row {bad + 1} is {','.join(lines[bad])[:80]!r}" if bad is not None else "it is empty"
         raise UserError(f"sample submission {path} must have two columns ({ID_COLUMN},{CATEGORY_COLUMN}), but {found}")
     ids = [line[0] for line in lines[1:]]
-    seen: set[str] = set()
-    twice = next((text for text in ids if text in seen or seen.add(text)), None)  # type: ignore[func-returns-value]
+    twice = next((text for text, count in Counter(ids).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"sample submission {path} has the id {twice!r} twice; use an unchanged copy")
     return (lines[0][0], lines[0][1]), ids
 
 
-def _check_rows(images: ImageSet) -> None:
-    """Raise UserError unless images are in source order and, with the unreadable ones, cover each source row once."""
+def _check_images(images: ImageSet, classes: int, fill: int | None) -> None:
+    """Raise UserError if the order of the images is uncertain, or if an image has neither a prediction nor `fill`.
+
+    With the unreadable images, they must cover each source row once.
+    """
     if not images.in_source_order:
         raise UserError(
             f"split {images.split!r} is stored shuffled, so its images have no order for a submission; use another "
@@ -170,4 +155,21 @@ def _check_rows(images: ImageSet) -> None:
         raise UserError(
             f"split {images.split!r} in {images.folders[0]} does not contain each row of its source once and in order; "
             "convert the source again"
+        )
+    if images.is_unordered:
+        raise UserError(
+            f"the images of split {images.split!r} are numbered files, stored in the order of their names instead of "
+            "their numbers, so the rows of a submission would be uncertain; give the folder of these images as "
+            "--split, to match its file names with the ids of a --sample-submission, or rename the images with "
+            "leading zeros and convert them again"
+        )
+    if fill is not None and not 0 <= fill < classes:
+        raise UserError(f"--fill={fill} is not a class number; use 0..{classes - 1}")
+    if images.unreadable and fill is None:
+        named = [f"row {sample.row} ({sample.name}: {sample.reason})" for sample in images.unreadable[:MAX_SHOWN]]
+        more = f" and {len(images.unreadable) - MAX_SHOWN} more" if len(images.unreadable) > MAX_SHOWN else ""
+        raise UserError(
+            f"{len(images.unreadable)} of {images.source_rows} images cannot be read and have no prediction: "
+            f"{'; '.join(named)}{more}; give them a class with --fill CLASS (a number), or skip the submission with "
+            "--submission none"
         )

@@ -18,19 +18,21 @@ model failed with an error other than out of memory, and 130 after an interrupti
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from configs.load import load_config
+from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
@@ -120,26 +122,24 @@ def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int 
     Raises:
         UserError: A config or its data set cannot be loaded, or the config does not match the data set.
     """
-    targets: list[Target] = []
-
-    def add(name: str, **fields: Any) -> None:
-        taken = [target.name for target in targets]
-        number = next(n for n in range(1, len(taken) + 2) if (name if n == 1 else f"{name}-{n}") not in taken)
-        name = name if number == 1 else f"{name}-{number}"
-        targets.append(Target(name, **fields, on_gpu=on_gpu, limit_bytes=limit_bytes))
-
+    models: list[tuple[str, Config]] = []
     for file in arguments.cfg:
         config = config_at(load_config(file, arguments.opts, **{"data.path": arguments.data_path}), epoch=0)
         check_classes(config, load_dataset(config.data.path))
-        add(str(config.name), config=config)
+        models.append((str(config.name), config))
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "model.yaml"
         base.write_text("data: {path: none}\n", encoding="utf-8")
         for name in arguments.model:
             fields = {"model.name": name, "model.num_classes": arguments.classes, "data.image_size": arguments.size}
-            config = load_config(base, arguments.opts, **fields)
-            add(f"{name} {arguments.size}x{arguments.size}", synthetic=True, config=config)
-    return targets
+            title = f"{name} {arguments.size}x{arguments.size}"
+            models.append((title, load_config(base, arguments.opts, **fields)))
+    targets: dict[str, Target] = {}
+    for number, (title, config) in enumerate(models):
+        candidates = itertools.chain([title], (f"{title}-{count}" for count in itertools.count(2)))
+        name = next(candidate for candidate in candidates if candidate not in targets)
+        targets[name] = Target(name, config, number >= len(arguments.cfg), on_gpu, limit_bytes)
+    return list(targets.values())
 
 
 def search_all(searches: list[BatchSizeSearch], arguments: argparse.Namespace, csv: Path) -> None:
@@ -148,7 +148,7 @@ def search_all(searches: list[BatchSizeSearch], arguments: argparse.Namespace, c
     with tqdm(total=None, unit=" sizes", leave=False, file=sys.stderr) as bar:
         for search in searches:
             trials = search.run(
-                partial(_run_trial, search, arguments, deadline, bar),
+                partial(_run_trial, search, arguments, deadline, bar.set_description),
                 first=arguments.min_batch,
                 maximum=arguments.max_batch,
                 tolerance=0.0 if arguments.exact else TOLERANCE,
@@ -162,11 +162,11 @@ def _run_trial(
     search: BatchSizeSearch,
     arguments: argparse.Namespace,
     deadline: float | None,
-    bar: Any,
+    announce: Callable[[str], None],
     batch_size: int,
     origin: str,
 ) -> Trial:
-    bar.set_description(f"{search.target.name}, batch {batch_size}")
+    announce(f"{search.target.name}, batch {batch_size}")
     images = batch_size * search.target.config.train.accumulation_steps
     step_s = max((images / trial.rate for trial in search.fitting), default=0.0)
     rounds = 1 if origin == "bisection" else arguments.rounds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -149,7 +149,7 @@ def plot_costs(rows: list[Row]) -> Figure:
 
     The shares are plotted on separate axes, since stacked bars on a logarithmic axis would distort them.
     """
-    figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)))
+    figure, axes = figures.new_figure(2, 2, size=(11, 2.6 + 0.9 * len(rows)), title="Models side by side")
     labels = [f"{row['model']}\n{row['image_size']} x {row['image_size']}" for row in rows]
     for axis in axes:
         axis.set_yticks(range(len(rows)), labels, fontsize=9, parse_math=False)
@@ -173,17 +173,15 @@ def plot_costs(rows: list[Row]) -> Figure:
     axes[3].set_xlim(0, 100)
     axes[3].set_xlabel("share of the four kinds of memory, %")
     axes[3].legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.suptitle("Models side by side")
     return figure
 
 
 def _bars(axis: Axes, values: list[float], label: str) -> None:
     axis.barh(range(len(values)), values, color=COLORS[0])
-    axis.set_xlabel(label)
     smallest, largest = min(values), max(values)
     if smallest > 0 and largest / smallest >= MIN_LOG_AXIS_RATIO:
         axis.set_xscale("log")
-        axis.set_xlabel(f"{label}, logarithmic")
+        label += ", logarithmic"
         axis.set_xlim(smallest / 5, largest * 8)  # room for the bars and for the numbers beside them
     else:
         axis.set_xlim(0, largest * 1.2 or 1)
@@ -191,7 +189,7 @@ def _bars(axis: Axes, values: list[float], label: str) -> None:
         axis.annotate(
             _number(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
         )
-    axis.grid(axis="x", alpha=0.3)
+    figures.style_axes(axis, label, grid="x")
     axis.set_axisbelow(True)
 
 
@@ -203,5 +201,5 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
 
 
-def _number(value: Any) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

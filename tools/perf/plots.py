@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from train.reporting.figures import add_legend, new_figure, style_axes
+from train.reporting.figures import add_legend, new_figure, shorten, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tools.perf.batch_size_search import BatchSizeSearch
+    from tools.perf.step_report import StepReport
 
 COLORS = ("#c1440e", "#1f6f8b", "#6a8532", "#7b4b94", "#b08900", "#8a9ba8")
 PHASE_COLORS = {
@@ -23,7 +24,7 @@ PHASE_COLORS = {
     "reduce": "#333333",
     "optimizer": "#6a8532",
 }
-MAX_NAME_LENGTH = 48  # maximum length of an operator's name
+MAX_NAME_LENGTH = 46  # maximum length of an operator's name
 LOG_SCALE_RATIO = 20.0  # ratio of the largest to the smallest rate from which the axis is logarithmic
 
 
@@ -66,40 +67,31 @@ def plot_batch_sizes(searches: list[BatchSizeSearch], limit: tuple[float, str] |
     return figure
 
 
-def plot_profile(profile: dict[str, Any]) -> Figure:
-    """Plot the phases of a step, the step time without the profiler, and the operators that take the most time.
-
-    `profile` is the content of profile.json.
-    """
-    figure, (step_axis, operator_axis) = new_figure(2, 1, size=(11, 6.5))
-    unprofiled = profile["unprofiled_step_ms"]
-    bars = {f"profiled, {profile['steps']} steps": profile["step_ms"]}
-    bars |= {f"without profiler{f', {mode}' if len(unprofiled) > 1 else ''}": ms for mode, ms in unprofiled.items()}
+def plot_profile(report: StepReport) -> Figure:
+    """Plot the phases of a step, the step time without the profiler, and the operators that take the most time."""
+    profile, unprofiled = report.profile, report.unprofiled_step_ms
+    run = f"{report.config.name}, batch {report.config.data.batch_size}, {report.precision}"
+    title = f"{run}: {report.ranks} x {report.environment['device']}"
+    figure, (step_axis, operator_axis) = new_figure(2, 1, size=(11, 6.5), title=title)
+    names = [f"without profiler{f', {mode}' if len(unprofiled) > 1 else ''}" for mode in unprofiled]
     left = 0.0
-    for phase in profile["phases"]:
-        label = f"{phase['phase']} {phase['ms']:.3g} ms, {phase['share']:.0%}"
-        step_axis.barh([0], [phase["ms"]], left=left, color=PHASE_COLORS[phase["phase"]], label=label, height=0.6)
-        left += phase["ms"]
-    step_axis.barh(range(1, len(bars)), list(bars.values())[1:], color="#d9dee2", height=0.6)
-    step_axis.set_yticks(range(len(bars)), list(bars), parse_math=False)
+    for phase in profile.phases:
+        label = f"{phase.phase} {phase.ms:.3g} ms, {phase.share:.0%}"
+        step_axis.barh([0], [phase.ms], left=left, color=PHASE_COLORS[phase.phase], label=label, height=0.6)
+        left += phase.ms
+    step_axis.barh(range(1, len(names) + 1), list(unprofiled.values()), color="#d9dee2", height=0.6)
+    step_axis.set_yticks(range(len(names) + 1), [f"profiled, {profile.steps} steps", *names], parse_math=False)
     step_axis.invert_yaxis()
-    step_axis.set_xlabel("ms per step")
     step_axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9)
-    operators = [(_shortened(operator["name"]), operator["ms"]) for operator in reversed(profile["operators"])]
-    operator_axis.barh(range(len(operators)), [ms for _, ms in operators], color=COLORS[1], height=0.7)
-    operator_axis.set_yticks(range(len(operators)), [name for name, _ in operators], fontsize=8, parse_math=False)
-    operator_axis.set_xlabel("ms per step, without called operators")
+    operators = profile.operators[::-1]
+    names = [shorten(operator.name, MAX_NAME_LENGTH) for operator in operators]
+    operator_axis.barh(range(len(names)), [operator.ms for operator in operators], color=COLORS[1], height=0.7)
+    operator_axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     operator_axis.set_title("operators or kernels that take most time", fontsize=10, loc="left")
-    for axis in (step_axis, operator_axis):
-        axis.grid(axis="x", alpha=0.3)
+    for axis, label in ((step_axis, "ms per step"), (operator_axis, "ms per step, without called operators")):
+        style_axes(axis, label, grid="x")
         axis.set_axisbelow(True)
-    run = f"{profile['name']}, batch {profile['batch_size']}, {profile['precision']}"
-    figure.suptitle(f"{run}: {profile['ranks']} x {profile['environment']['device']}", parse_math=False)
     return figure
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 3]}…"
 
 
 def _legend_text(search: BatchSizeSearch) -> str:
@@ -112,23 +104,23 @@ def _curve(rate_axis: Axes, memory_axis: Axes, search: BatchSizeSearch, color: s
     trials = [trial for trial in search.fitting if trial in search.reliable or trial.batch_size == search.largest]
     sizes = [trial.batch_size for trial in trials]
     rates = [trial.rate for trial in trials]
+    memory = [trial.memory_gib or 0.0 for trial in trials]
     errors = [
         [trial.rate - min(trial.rates) for trial in trials],
         [max(trial.rates) - trial.rate for trial in trials],
     ]
-    style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.5}
-    rate_axis.errorbar(sizes, rates, yerr=errors, capsize=2, **style)
-    (line,) = memory_axis.plot(sizes, [trial.memory_gib or 0.0 for trial in trials], **style)
-    _mark(memory_axis, sizes[-1], trials[-1].memory_gib or 0.0, color, marker="D", markersize=8)
+    rate_axis.errorbar(sizes, rates, yerr=errors, capsize=2, color=color, marker="o", markersize=4, linewidth=1.5)
+    (line,) = memory_axis.plot(sizes, memory, color=color, marker="o", markersize=4, linewidth=1.5)
+    _mark(memory_axis, sizes[-1], memory[-1], color, "D", 8)
     if search.best is not None:
-        _mark(rate_axis, search.best.batch_size, search.best.rate, color, marker="*", markersize=14)
+        _mark(rate_axis, search.best.batch_size, search.best.rate, color, "*", 14)
     return line
 
 
-def _mark(axis: Axes, batch_size: int, height: float, color: str, **style: Any) -> None:
-    axis.plot([batch_size], [height], color=color, linestyle="none", **style)
-    text: dict[str, Any] = {"va": "center", "fontsize": 9, "color": color}
-    axis.annotate(f"{batch_size:,}", (batch_size, height), textcoords="offset points", xytext=(9, 6), **text)
+def _mark(axis: Axes, batch_size: int, height: float, color: str, marker: str, size: int) -> None:
+    axis.plot([batch_size], [height], color=color, linestyle="none", marker=marker, markersize=size)
+    place = (batch_size, height)
+    axis.annotate(f"{batch_size:,}", place, (9, 6), textcoords="offset points", va="center", fontsize=9, color=color)
 
 
 def _powers_of_two(axis: Axes, minimum: int, maximum: int) -> None:

@@ -18,26 +18,29 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from configs.load import load_config
-from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
 from pipelines.loader.loader import Loader
-from tools.common.tables import make_folder
-from tools.perf.step_report import TRACE, flops_utilization, profile_content, write_results
-from tools.perf.step_trace import profile_steps, run_alongside
+from tools.benchmarks.engine import results
+from tools.common.tables import make_folder, markdown, write_csv, write_json
+from tools.perf import plots
+from tools.perf.step_report import StepReport, flops_utilization
+from tools.perf.step_trace import StepProfile, profile_steps, run_alongside
 from train.build import Job
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, process_group
 from train.engine.execution import build_plan
 from train.engine.state import TrainState
+from train.reporting.figures import save
 from train.throughput import measure_images_per_s
 
 WARM_STEPS = 3
+TRACE = "trace.json.gz"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -60,39 +63,44 @@ def main(arguments: argparse.Namespace) -> int:
     job = Job.load(config, ranks)
 
     with process_group(ranks) as device:
-        job = job.on(device)
+        job, plan = job.on(device), build_plan(config.train, device)
         folder = arguments.out or Path("output") / f"{config.name}-profile"
         out = collectives.from_first_rank(lambda: make_folder(folder))
-        captures = build_plan(config.train, device).uses_cuda_graph
-        state, loader = build_training(replace(job, config=without_graph(config)))
-        amp, image_size = state.plan.amp, loader.image_size
-        rates = {"uncaptured": measure_rate(state, loader, ranks, arguments.seconds)}
-        profile = None
-        if ranks.is_first:
-            hidden = out / f".{TRACE}"  # the profiler compresses files with this ending
-            try:
-                profile = profile_steps(state, loader, arguments.steps, hidden)
-                hidden.rename(out / TRACE)
-            finally:
-                hidden.unlink(missing_ok=True)
-        else:
-            run_alongside(state, loader, arguments.steps)
-        del state, loader
-        if captures:
-            state, loader = build_training(job)
-            rates["captured"] = measure_rate(state, loader, ranks, arguments.seconds)
-            del state, loader
+        image_size, rate, profile = profile_uncaptured(job, arguments.steps, arguments.seconds, out / TRACE)
+        rates = {"uncaptured": rate}
+        if plan.uses_cuda_graph:
+            rates["captured"] = measure_rate(*build_training(job), ranks, arguments.seconds)
     if profile is not None:
         utilization = None
         if not config.train.proxy.model:
             rate = rates.get("captured", rates["uncaptured"]) / ranks.world_size
-            utilization = flops_utilization(config, len(job.dataset.classes), image_size, device.type, amp, rate)
-        write_results(profile_content(config, ranks, amp, profile, rates, utilization), out)
+            utilization = flops_utilization(config, len(job.dataset.classes), image_size, device.type, plan.amp, rate)
+        environment = results.environment()
+        report = StepReport(config, ranks.world_size, plan.amp, environment, profile, rates, utilization)
+        write_results(report, out)
     return 0
 
 
-def without_graph(config: Config) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"cuda_graph": "off"})})
+def profile_uncaptured(job: Job, steps: int, seconds: float, trace: Path) -> tuple[int, float, StepProfile | None]:
+    """Measure training without CUDA graphs, and profile it on rank 0. All ranks must call this function.
+
+    Returns:
+        A tuple (image_size, images_per_s, profile). The rate is over all ranks, and the profile is None on other ranks.
+    """
+    train = job.config.train.model_copy(update={"cuda_graph": "off"})
+    state, loader = build_training(replace(job, config=job.config.model_copy(update={"train": train})))
+    rate = measure_rate(state, loader, job.ranks, seconds)
+    profile = None
+    if job.ranks.is_first:
+        hidden = trace.with_name(f".{trace.name}")  # the profiler compresses files with this ending
+        try:
+            profile = profile_steps(state, loader, steps, hidden)
+            hidden.rename(trace)
+        finally:
+            hidden.unlink(missing_ok=True)
+    else:
+        run_alongside(state, loader, steps)
+    return loader.image_size, rate, profile
 
 
 def build_training(job: Job) -> tuple[TrainState, Loader]:
@@ -110,3 +118,13 @@ def measure_rate(state: TrainState, loader: Loader, ranks: Ranks, seconds: float
     All ranks must call this function.
     """
     return measure_images_per_s(state, loader, ranks.world_size, warmup_steps=WARM_STEPS, seconds=seconds)
+
+
+def write_results(report: StepReport, out: Path) -> None:
+    """Write profile.json, profile.csv and profile.png, and print the tables and the summary."""
+    write_csv(out / "profile.csv", [asdict(phase) for phase in report.profile.phases])
+    write_json(out / "profile.json", report.content(), indent=1, ensure_ascii=False)
+    save(plots.plot_profile(report), out / "profile.png")
+    tables = markdown(report.phase_rows()), markdown(report.operator_rows())
+    print("\n\n".join([*tables, "\n".join(report.summary_lines())]))
+    print(f"wrote {', '.join(str(out / name) for name in ('profile.json', 'profile.csv', 'profile.png', TRACE))}")

@@ -1,33 +1,129 @@
-"""Report a step profile: compute the model FLOPs utilization, and write profile.json, profile.csv and profile.png."""
+"""Report a step profile: the content of profile.json, with the model FLOPs utilization, as tables and sentences."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 
 from configs.schema import Config
-from tools.benchmarks.engine import gpu_specs, results, roofline
+from tools.benchmarks.engine import gpu_specs, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure
-from tools.common.tables import Row, markdown, write_csv, write_json
-from tools.perf import plots
+from tools.benchmarks.engine.results import Environment
+from tools.common.tables import Row
 from tools.perf.step_trace import StepProfile
-from train.distributed.process_group import Ranks
-from train.reporting.figures import save
 
-TRACE = "trace.json.gz"
+
+@dataclass(frozen=True)
+class Utilization:
+    """Model FLOPs utilization of one device, and the peak rates that it is compared with. Unknown values are None."""
+
+    training_gflop_per_image: float
+    reached_tflop_per_s: float
+    measured_peak_tflop_per_s: float | None = None  # of a matrix multiplication
+    measured_peak_precision: str | None = None
+    mfu: float | None = None
+    data_sheet: str | None = None  # name of the device in the data sheet
+    data_sheet_tflop_per_s: float | None = None
+    mfu_of_data_sheet: float | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Profile and speed of a training step. Times are in ms per micro-step (one forward and backward pass)."""
+
+    config: Config
+    ranks: int
+    amp: torch.dtype | None  # dtype of autocast, or None for float32
+    environment: Environment
+    profile: StepProfile  # of rank 0
+    rates: dict[str, float]  # images/s over all ranks, without the profiler, by mode: "uncaptured" or "captured"
+    utilization: Utilization | None = None  # None if it was not computed
+
+    @property
+    def precision(self) -> str:
+        return dtype_name(self.amp)
+
+    @property
+    def unprofiled_step_ms(self) -> dict[str, float]:
+        images = self.config.data.batch_size * self.ranks
+        return {mode: significant(1e3 * images / rate) for mode, rate in self.rates.items()}
+
+    def content(self) -> dict[str, object]:
+        """Return the content of profile.json."""
+        use = asdict(self.utilization) if self.utilization is not None else None
+        return {
+            "command": " ".join(["python", *sys.argv]),
+            "environment": self.environment,
+            "name": self.config.name,
+            "ranks": self.ranks,
+            "batch_size": self.config.data.batch_size,
+            "precision": self.precision,
+            "compile": self.config.train.compile,
+            **asdict(self.profile),
+            "images_per_s": {mode: significant(rate) for mode, rate in self.rates.items()},
+            "unprofiled_step_ms": self.unprofiled_step_ms,
+            "arithmetic": use and {name: value for name, value in use.items() if value is not None},
+        }
+
+    def phase_rows(self) -> list[Row]:
+        """Return a row per phase, and one for the whole step."""
+        rows = [{"phase": each.phase, "ms": each.ms, "share": f"{each.share:.1%}"} for each in self.profile.phases]
+        return [*rows, {"phase": "step", "ms": self.profile.step_ms, "share": "100.0%"}]
+
+    def operator_rows(self) -> list[Row]:
+        """Return a row per operator or kernel."""
+        return [
+            {
+                "ms": operator.ms,
+                "calls": operator.calls,
+                "share": f"{operator.ms / self.profile.step_ms:.1%}",
+                "operator or kernel, its own time per step": operator.name[:90],
+            }
+            for operator in self.profile.operators
+        ]
+
+    def summary_lines(self) -> list[str]:
+        """Return sentences with the step times and the model FLOPs utilization."""
+        config, profile, step_ms = self.config, self.profile, self.unprofiled_step_ms
+        lines = [
+            f"{config.name}: batch {config.data.batch_size}, {self.precision}, compile {config.train.compile}, "
+            f"{self.ranks} x {self.environment['device']}; mean of {profile.steps} steps.",
+            f"A step takes {profile.step_ms:.4g} ms in the profile and {step_ms['uncaptured']:.4g} ms without the "
+            f"profiler ({self.rates['uncaptured']:,.0f} images/s).",
+        ]
+        if "captured" in step_ms:
+            lines.append(
+                f"Training replays it as a CUDA graph, whose phases cannot be profiled: {step_ms['captured']:.4g} ms "
+                f"({self.rates['captured']:,.0f} images/s). Profiled with train.cuda_graph=off."
+            )
+        return [*lines, *_utilization_lines(self.utilization)]
+
+
+def _utilization_lines(use: Utilization | None) -> list[str]:
+    if use is None:
+        return ["No model FLOPs utilisation: train.proxy trains on a part of each batch only."]
+    lines = []
+    if use.mfu is not None:
+        lines.append(
+            f"Model FLOPs utilisation {use.mfu:.1%}: {use.training_gflop_per_image:.4g} GFLOP per image, "
+            f"{use.reached_tflop_per_s:.4g} TFLOP/s of {use.measured_peak_tflop_per_s:.4g} TFLOP/s that a matrix "
+            f"multiplication reaches here in {use.measured_peak_precision}."
+        )
+    if use.mfu_of_data_sheet is not None:
+        lines.append(
+            f"Of the {use.data_sheet_tflop_per_s:.4g} TFLOP/s that the {use.data_sheet} states: "
+            f"{use.mfu_of_data_sheet:.1%}."
+        )
+    return lines
 
 
 def flops_utilization(
     config: Config, classes: int, image_size: int, device: str, amp: torch.dtype | None, images_per_s: float
-) -> dict[str, Any]:
-    """Return the model FLOPs utilization of one device, the FLOPs per image, and the peak rates for comparison.
-
-    The peak rate of a matrix multiplication is measured, and the data sheet's peak rate is looked up. Unknown rates are
-    left out.
+) -> Utilization:
+    """Measure the peak rate of a matrix multiplication, look up the data sheet's, and compare the training rate.
 
     Args:
         config: Training config.
@@ -40,129 +136,26 @@ def flops_utilization(
     flops = roofline.training_flops(config.model, classes, image_size)
     reached = flops * images_per_s
     candidate = Candidate("arithmetic", roofline.arithmetic, (device,))
-    limits = roofline.limits_from(measure([candidate], 0.5, 3, show_progress=False))
-    values: dict[str, Any] = {"training_gflop_per_image": flops / 1e9, "reached_tflop_per_s": reached / 1e12}
-    if roofline.ARITHMETIC in limits:
-        peak = limits[roofline.ARITHMETIC]
-        values |= {
-            "measured_peak_tflop_per_s": peak / 1e12,
-            "measured_peak_precision": dtype_name(roofline.MATMUL[device][1]),
-            "mfu": reached / peak,
-        }
+    peak = roofline.limits_from(measure([candidate], 0.5, 3, show_progress=False)).get(roofline.ARITHMETIC)
     specs = gpu_specs.peak_flops(torch.cuda.get_device_name(), amp or torch.float32) if device == "cuda" else None
-    if specs is not None:
-        peak, source = specs
-        values |= {
-            "data_sheet": source,
-            "data_sheet_tflop_per_s": peak / 1e12,
-            "mfu_of_data_sheet": reached / peak,
-        }
-    return {name: value if isinstance(value, str) else float(f"{value:.5g}") for name, value in values.items()}
+    stated, source = specs or (None, None)
+    return Utilization(
+        training_gflop_per_image=significant(flops / 1e9),
+        reached_tflop_per_s=significant(reached / 1e12),
+        measured_peak_tflop_per_s=significant(peak / 1e12) if peak else None,
+        measured_peak_precision=dtype_name(roofline.MATMUL[device][1]) if peak else None,
+        mfu=significant(reached / peak) if peak else None,
+        data_sheet=source,
+        data_sheet_tflop_per_s=significant(stated / 1e12) if stated else None,
+        mfu_of_data_sheet=significant(reached / stated) if stated else None,
+    )
+
+
+def significant(value: float) -> float:
+    """Round to five significant digits."""
+    return float(f"{value:.5g}")
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
+    """Return the name of a dtype without "torch.". None is float32, as for autocast."""
     return str(dtype or torch.float32).removeprefix("torch.")
-
-
-def profile_content(
-    config: Config,
-    ranks: Ranks,
-    amp: torch.dtype | None,
-    profile: StepProfile,
-    rates: dict[str, float],
-    utilization: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the content of profile.json. Times are in ms per micro-step (one forward and backward pass).
-
-    Args:
-        config: Training config.
-        ranks: Rank and world size of this process.
-        amp: Autocast dtype, or None for float32.
-        profile: Profile of rank 0.
-        rates: Training rates over all ranks, measured without the profiler, in images/s, by mode ("uncaptured" or
-            "captured").
-        utilization: Result of `flops_utilization`, or None if it was not computed.
-    """
-    images = config.data.batch_size * ranks.world_size
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "environment": results.environment(),
-        "name": config.name,
-        "ranks": ranks.world_size,
-        "batch_size": config.data.batch_size,
-        "precision": dtype_name(amp),
-        "compile": config.train.compile,
-        "steps": profile.steps,
-        "step_ms": profile.step_ms,
-        "phases": [{"phase": phase, "ms": ms, "share": ms / profile.step_ms} for phase, ms in profile.phases.items()],
-        "images_per_s": {mode: float(f"{rate:.5g}") for mode, rate in rates.items()},
-        "unprofiled_step_ms": {mode: float(f"{1e3 * images / rate:.5g}") for mode, rate in rates.items()},
-        "operators": profile.operators,
-        "arithmetic": utilization,
-    }
-
-
-def write_results(content: dict[str, Any], out: Path) -> None:
-    """Write profile.json, profile.csv and profile.png, and print the tables and the summary."""
-    write_csv(out / "profile.csv", content["phases"])
-    write_json(out / "profile.json", content, indent=1, ensure_ascii=False)
-    save(plots.plot_profile(content), out / "profile.png")
-    print(markdown(_phase_rows(content)))
-    print()
-    print(markdown(_operator_rows(content)))
-    print("\n" + "\n".join(_summary_lines(content)))
-    print(f"wrote {', '.join(str(out / name) for name in ('profile.json', 'profile.csv', 'profile.png', TRACE))}")
-
-
-def _phase_rows(content: dict[str, Any]) -> list[Row]:
-    rows = [
-        {"phase": phase["phase"], "ms": phase["ms"], "share": f"{phase['share']:.1%}"} for phase in content["phases"]
-    ]
-    return [*rows, {"phase": "step", "ms": content["step_ms"], "share": "100.0%"}]
-
-
-def _operator_rows(content: dict[str, Any]) -> list[Row]:
-    return [
-        {
-            "ms": operator["ms"],
-            "calls": operator["calls"],
-            "share": f"{operator['ms'] / content['step_ms']:.1%}",
-            "operator or kernel, its own time per step": operator["name"][:90],
-        }
-        for operator in content["operators"]
-    ]
-
-
-def _summary_lines(content: dict[str, Any]) -> list[str]:
-    step_ms, rates = content["unprofiled_step_ms"], content["images_per_s"]
-    lines = [
-        f"{content['name']}: batch {content['batch_size']}, {content['precision']}, compile {content['compile']}, "
-        f"{content['ranks']} x {content['environment']['device']}; mean of {content['steps']} steps.",
-        f"A step takes {content['step_ms']:.4g} ms in the profile and {step_ms['uncaptured']:.4g} ms without the "
-        f"profiler ({rates['uncaptured']:,.0f} images/s).",
-    ]
-    if "captured" in step_ms:
-        lines.append(
-            f"Training replays it as a CUDA graph, whose phases cannot be profiled: {step_ms['captured']:.4g} ms "
-            f"({rates['captured']:,.0f} images/s). Profiled with train.cuda_graph=off."
-        )
-    return [*lines, *_utilization_lines(content["arithmetic"])]
-
-
-def _utilization_lines(utilization: dict[str, Any] | None) -> list[str]:
-    if utilization is None:
-        return ["No model FLOPs utilisation: train.proxy trains on a part of each batch only."]
-    gflop, reached = utilization["training_gflop_per_image"], utilization["reached_tflop_per_s"]
-    lines = []
-    if "mfu" in utilization:
-        lines.append(
-            f"Model FLOPs utilisation {utilization['mfu']:.1%}: {gflop:.4g} GFLOP per image, {reached:.4g} TFLOP/s of "
-            f"{utilization['measured_peak_tflop_per_s']:.4g} TFLOP/s that a matrix multiplication reaches here in "
-            f"{utilization['measured_peak_precision']}."
-        )
-    if "mfu_of_data_sheet" in utilization:
-        lines.append(
-            f"Of the {utilization['data_sheet_tflop_per_s']:.4g} TFLOP/s that the {utilization['data_sheet']} states: "
-            f"{utilization['mfu_of_data_sheet']:.1%}."
-        )
-    return lines

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import bisect
 import gzip
+import itertools
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypedDict, TypeVar
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, record_function
@@ -40,7 +44,39 @@ MAX_OPERATORS = 10
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 Interval = tuple[float, float]
-Event = dict[str, Any]
+Claim = tuple[str, Sequence[Interval]]  # a phase, and the intervals that it claims
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Event(TypedDict, total=False):
+    """Event of a Chrome trace. Times are in µs."""
+
+    ph: str  # "X" for complete events, which have a duration
+    name: str
+    cat: str
+    ts: float  # start
+    dur: float
+    tid: int | str
+    args: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Time of a phase, and its share of the step."""
+
+    phase: str
+    ms: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Time of an operator, without called operators, or of a kind of kernel."""
+
+    name: str
+    ms: float
+    calls: float
 
 
 @dataclass(frozen=True)
@@ -49,8 +85,8 @@ class StepProfile:
 
     steps: int
     step_ms: float
-    phases: dict[str, float]  # ms per step, adding up to step_ms
-    operators: list[dict[str, Any]]  # name, ms (per step, without called operators), calls (per step)
+    phases: list[Phase]  # their times add up to step_ms
+    operators: list[Operator]  # per step
 
 
 def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
@@ -76,8 +112,12 @@ def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) ->
     times = phase_times(events)
     total = sum(times.values())
     operators = top_kernels(events) if on_gpu else top_operators(profiler)
-    per_step = [{**each, "ms": each["ms"] / steps, "calls": each["calls"] / steps} for each in operators]
-    return StepProfile(steps, total / 1e3 / steps, {name: time / 1e3 / steps for name, time in times.items()}, per_step)
+    return StepProfile(
+        steps=steps,
+        step_ms=total / 1e3 / steps,
+        phases=[Phase(name, time / 1e3 / steps, time / total) for name, time in times.items()],
+        operators=[Operator(each.name, each.ms / steps, each.calls / steps) for each in operators],
+    )
 
 
 def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
@@ -112,8 +152,8 @@ def annotate_phases(state: TrainState) -> Iterator[None]:
     """
     inside = False
 
-    def annotated(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
+    def annotated(function: Callable[Parameters, Result], phase: str) -> Callable[Parameters, Result]:
+        def call(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
             nonlocal inside
             if inside:  # a nested call, such as the backward pass of the proxy
                 return function(*arguments, **keywords)
@@ -126,7 +166,7 @@ def annotate_phases(state: TrainState) -> Iterator[None]:
 
         return call
 
-    functions: list[tuple[Any, str, str]] = [
+    functions: list[tuple[object, str, str]] = [
         (state, "loss_and_counts", FORWARD),
         (torch.Tensor, "backward", BACKWARD),
         (state.scaler, "unscale_", OPTIMIZER),
@@ -141,18 +181,8 @@ def annotate_phases(state: TrainState) -> Iterator[None]:
         functions.append((state.proxy, "select", PROXY))
     with ExitStack() as stack:
         for owner, name, phase in functions:
-            stack.enter_context(_replaced(owner, name, annotated(getattr(owner, name), phase)))
+            stack.enter_context(mock.patch.object(owner, name, annotated(getattr(owner, name), phase)))
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    is_own, original = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original) if is_own else delattr(owner, name)  # deletion uncovers the method of the class
 
 
 def phase_times(events: Sequence[Event]) -> dict[str, float]:
@@ -173,9 +203,7 @@ def phase_times(events: Sequence[Event]) -> dict[str, float]:
     return {phase: times.get(phase, 0.0) for phase in PHASES if phase != PROXY or ranges[PROXY]}
 
 
-def _host_claims(
-    events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
-) -> list[tuple[str, list[Interval]]]:
+def _host_claims(events: Sequence[Event], ranges: dict[str, list[Interval]], thread: int | str) -> list[Claim]:
     """Return phases and the intervals they claim on the CPU, in order of precedence. A phase may occur several times.
 
     During backward the training thread issues all-reduces, computes, or waits while other threads reduce.
@@ -184,17 +212,19 @@ def _host_claims(
     requested = [_span(event) for event in own if event["name"].startswith("c10d::")]
     computed = [_span(event) for event in own]
     reduced = [_span(event) for event in events if "all_reduce" in event["name"] and event["tid"] != thread]
-    whole = [(phase, ranges[phase]) for phase in (DATA, PROXY, FORWARD, OPTIMIZER)]
-    within = [
-        (phase, intersect(spans, ranges[BACKWARD]))
-        for phase, spans in ((REDUCE, requested), (BACKWARD, computed), (REDUCE, reduced))
+    edges = [-math.inf, *itertools.chain(*sorted(ranges[BACKWARD])), math.inf]
+    between = list(zip(edges[::2], edges[1::2], strict=True))  # backward passes
+    return [
+        *((phase, ranges[phase]) for phase in (DATA, PROXY, FORWARD, OPTIMIZER)),
+        (HOST, between),
+        (REDUCE, requested),
+        (BACKWARD, computed),
+        (REDUCE, reduced),
+        (BACKWARD, ranges[BACKWARD]),
     ]
-    return [*whole, *within, (BACKWARD, ranges[BACKWARD])]
 
 
-def _device_claims(
-    events: Sequence[Event], ranges: dict[str, list[Interval]], thread: Any
-) -> list[tuple[str, list[Interval]]]:
+def _device_claims(events: Sequence[Event], ranges: dict[str, list[Interval]], thread: int | str) -> list[Claim]:
     """Return phases and the intervals they claim on a GPU, in order of precedence.
 
     GPU work belongs to the phase that launched it, except for NCCL kernels, which belong to `reduce`. Work launched by
@@ -237,71 +267,40 @@ def _phase_at(moment: float, spans: list[tuple[float, float, str]]) -> str:
     return spans[position][2] if position >= 0 and moment <= spans[position][1] else HOST
 
 
-def exclusive_times(claims: Sequence[tuple[str, list[Interval]]], window: Interval) -> dict[str, float]:
+def exclusive_times(claims: Sequence[Claim], window: Interval) -> dict[str, float]:
     """Return how much of the window's time belongs to each phase, without counting any moment twice.
 
-    `claims` are phases and the intervals they claim. A moment belongs to the first claim that contains it, or to HOST
-    if none does.
+    A moment belongs to the first claim that contains it, or to HOST if none does.
     """
+    claims = [*claims, (HOST, [window])]
+    spans = [np.reshape(intervals, (-1, 2)).clip(*window) for _, intervals in claims]
+    edges = np.unique(np.concatenate(spans))
+    owners = np.zeros(len(edges) - 1, np.int64)  # number of the claim that the time between two edges belongs to
+    for number, span in reversed(list(enumerate(spans))):
+        for first, last in np.searchsorted(edges, span):
+            owners[first:last] = number
     times: dict[str, float] = defaultdict(float)
-    taken: list[Interval] = []
-    for name, intervals in claims:
-        before = _length(taken)
-        taken = merge([*taken, *intersect(intervals, [window])])
-        times[name] += _length(taken) - before
-    times[HOST] += window[1] - window[0] - _length(taken)
+    for (name, _), duration in zip(claims, np.bincount(owners, np.diff(edges), len(claims)).tolist(), strict=True):
+        times[name] += duration
     return dict(times)
-
-
-def merge(intervals: list[Interval]) -> list[Interval]:
-    """Return the union of the intervals as sorted, disjoint intervals."""
-    result: list[Interval] = []
-    for start, end in sorted(intervals):
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(result[-1][1], end))
-        else:
-            result.append((start, end))
-    return result
-
-
-def intersect(left: list[Interval], right: list[Interval]) -> list[Interval]:
-    """Return the intersection of two sets of intervals, as sorted, disjoint intervals."""
-    result, first, second = [], merge(left), merge(right)
-    i = j = 0
-    while i < len(first) and j < len(second):
-        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
-        if start < end:
-            result.append((start, end))
-        i, j = (i + 1, j) if first[i][1] < second[j][1] else (i, j + 1)
-    return result
-
-
-def _length(intervals: list[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
 
 
 def _span(event: Event) -> Interval:
     return event["ts"], event["ts"] + event["dur"]
 
 
-def top_operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Return the (at most MAX_OPERATORS) operators that took the most CPU time, with call counts and total time in ms.
-
-    The time of an operator excludes that of the operators it calls.
-    """
+def top_operators(profiler: torch.profiler.profile) -> list[Operator]:
+    """Return the (at most MAX_OPERATORS) operators that took the most CPU time, with their totals."""
     entries = [entry for entry in profiler.key_averages() if not entry.is_user_annotation]
     entries.sort(key=lambda entry: entry.self_cpu_time_total, reverse=True)
-    return [{"name": e.key, "ms": e.self_cpu_time_total / 1e3, "calls": e.count} for e in entries[:MAX_OPERATORS]]
+    return [Operator(entry.key, entry.self_cpu_time_total / 1e3, entry.count) for entry in entries[:MAX_OPERATORS]]
 
 
-def top_kernels(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return the (at most MAX_OPERATORS) GPU operations that took the most time, with call counts and total time in ms.
-
-    GPU operations are kernels, memcpys and memsets.
-    """
+def top_kernels(events: Sequence[Event]) -> list[Operator]:
+    """Return the (at most MAX_OPERATORS) kernels, memcpys and memsets that took the most time, with their totals."""
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event["cat"] in DEVICE_WORK:
             times[event["name"]].append(event["dur"])
     longest = sorted(times.items(), key=lambda item: sum(item[1]), reverse=True)
-    return [{"name": name, "ms": sum(spans) / 1e3, "calls": len(spans)} for name, spans in longest[:MAX_OPERATORS]]
+    return [Operator(name, sum(spans) / 1e3, len(spans)) for name, spans in longest[:MAX_OPERATORS]]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import classification_report
 from torch import Tensor
 
 from pipelines.storage.dataset import load_dataset
-from tools.common.tables import Row, make_folder, markdown, write_csv
+from tools.common.tables import Row, csv_text, make_folder, markdown, write_csv, write_text
 from tools.inference.ensemble import predict
 from tools.inference.image_sets import dataset_folder, load_split
 from tools.inference.trained_model import load_trained_model
@@ -21,6 +23,22 @@ from train.reporting import figures, image_grids
 MAX_PRINTED_CLASSES = 20  # if there are more, only the best and the worst are printed
 BEST_AND_WORST = 5
 MAX_PRINTED_PAIRS = 10
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions for a split, and the folder to which plots and tables of them are written."""
+
+    folder: Path
+    title: str  # start of the titles of plots
+    classes: tuple[str, ...]
+    labels: Tensor  # int64 [N], -1 if unknown
+    logits: Tensor  # float32 [N, C]
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """The predicted classes, int64 [N]."""
+        return image_grids.predicted_classes(self.logits)[0]
 
 
 def show_predictions(
@@ -58,9 +76,8 @@ def show_predictions(
         )
 
     title = f"{trained.config.name}, {split}"
-    classes = trained.classes
-    random_title = f"{title}: random samples"
-    draw_predictions(folder, "predictions", pixels[: len(random)], random, logits, labels, classes, random_title)
+    shown = Predictions(folder, title, trained.dataset.classes, labels, logits)
+    draw_predictions(shown, "predictions", "random samples", random, pixels[: len(random)])
     if not evaluations:
         splits = load_dataset(path).splits
         labelled = ", ".join(name for name, entry in splits.items() if entry.labelled) or "none"
@@ -69,13 +86,11 @@ def show_predictions(
             f"labels: {labelled}\nwrote {folder / 'predictions.png'} and .csv"
         )
         return
-    mistakes_title = f"{title}: most confident mistakes"
-    draw_predictions(folder, "mistakes", pixels[len(random) :], worst, logits, labels, classes, mistakes_title)
-    predicted, _ = image_grids.predicted_classes(logits)
+    draw_predictions(shown, "mistakes", "most confident mistakes", worst, pixels[len(random) :])
     (evaluation,) = evaluations
     print(f"{trained.path}: {evaluation.sentence(split)}")
-    write_scores(folder, labels, predicted, classes, title)
-    write_confusions(folder, labels, predicted, classes, title)
+    write_scores(shown)
+    write_confusions(shown)
     print(f"\nplots and their data are in {folder}")
 
 
@@ -89,95 +104,86 @@ def confident_mistakes(logits: Tensor, labels: Tensor) -> np.ndarray:
     return wrong[probabilities[wrong].argsort(descending=True, stable=True)].numpy()
 
 
-def draw_predictions(
-    folder: Path,
-    name: str,
-    images: Tensor,
-    samples: np.ndarray,
-    logits: Tensor,
-    labels: Tensor,
-    classes: tuple[str, ...],
-    title: str,
-) -> None:
-    """Write the images with their predictions as NAME.png, and the predictions as NAME.csv.
+def draw_predictions(shown: Predictions, name: str, what: str, samples: np.ndarray, images: Tensor) -> None:
+    """Write images with their predictions as NAME.png, and the predictions as NAME.csv.
 
     Args:
-        folder: Output folder.
+        shown: Predictions for the split.
         name: File name without suffix.
-        images: Images of `samples`, uint8 [N, 3, H, W].
+        what: Description of the samples, for the title.
         samples: Indices of the samples in the split, int64 [N].
-        logits: Logits of the whole split.
-        labels: Labels of the whole split, -1 if unknown.
-        classes: Names of the classes.
-        title: Title of the figure.
+        images: The images of the samples, uint8 [N, 3, H, W].
     """
-    logits, labels = logits[samples], labels[samples]
-    figures.save(image_grids.prediction_grid(images, labels, logits, classes, title), folder / f"{name}.png")
-    rows: list[Row] = []
-    columns = (
-        samples.tolist(),
-        labels.tolist(),
-        *(values.tolist() for values in image_grids.predicted_classes(logits)),
-    )
-    for sample, label, predicted, probability in zip(*columns, strict=True):
-        truth = {"true_label": label, "truth": classes[label]} if label >= 0 else {"true_label": None, "truth": None}
-        guess = {"predicted_label": predicted, "prediction": classes[predicted], "probability": probability}
-        rows.append({"sample": sample, **truth, **guess})
-    write_csv(folder / f"{name}.csv", rows)
-
-
-def write_scores(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
-    """Write the scores of each class to classes.csv, plot F1 in classes.png, and print a table of the scores."""
-    scores = class_scores(labels, predicted, classes)
-    means = mean_scores(scores)
-    write_csv(folder / "classes.csv", scores + means)
-    picture = figures.ranked_bars([row["f1"] for row in scores], classes, "F1", f"{title}: F1 of each class")
-    figures.save(picture, folder / "classes.png")
-    shown = scores
-    if len(scores) > MAX_PRINTED_CLASSES:
-        shown = sorted(scores, key=lambda row: (-row["f1"], -row["recall"]))
-        print(f"\n{BEST_AND_WORST} best and {BEST_AND_WORST} worst of {len(scores)} classes:")
-        shown = shown[:BEST_AND_WORST] + shown[-BEST_AND_WORST:]
-    print(markdown(shown + means))
-
-
-def class_scores(labels: Tensor, predicted: Tensor, classes: tuple[str, ...]) -> list[Row]:
-    """Return a row per class with precision, recall, F1 and support (number of samples). Undefined scores are 0."""
-    columns = precision_recall_fscore_support(
-        labels.numpy(), predicted.numpy(), labels=range(len(classes)), zero_division=0
-    )
-    return [
-        {"label": label, "class": name, "precision": precision, "recall": recall, "f1": f1, "support": int(support)}
-        for label, (name, precision, recall, f1, support) in enumerate(
-            zip(classes, *(column.tolist() for column in columns), strict=True)
+    classes, logits, labels = shown.classes, shown.logits[samples], shown.labels[samples]
+    picture = image_grids.prediction_grid(images, labels, logits, classes, f"{shown.title}: {what}")
+    figures.save(picture, shown.folder / f"{name}.png")
+    predicted, probabilities = image_grids.predicted_classes(logits)
+    rows: list[Row] = [
+        {
+            "sample": sample,
+            "true_label": label if label >= 0 else None,
+            "truth": classes[label] if label >= 0 else None,
+            "predicted_label": guess,
+            "prediction": classes[guess],
+            "probability": probability,
+        }
+        for sample, label, guess, probability in zip(
+            samples.tolist(), labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True
         )
     ]
+    write_csv(shown.folder / f"{name}.csv", rows)
 
 
-def mean_scores(scores: list[Row]) -> list[Row]:
-    """Return two rows: the unweighted mean of each score over the classes, and the mean weighted by support."""
-    support = [row["support"] for row in scores]
-    rows: list[Row] = []
-    for name, weights in (("macro mean", None), ("weighted mean", support)):
-        keys = ("precision", "recall", "f1")
-        means = {key: float(np.average([row[key] for row in scores], weights=weights)) for key in keys}
-        rows.append({"label": None, "class": name, **means, "support": sum(support)})
-    return rows
+def write_scores(shown: Predictions) -> None:
+    """Write the scores of each class to classes.csv, plot F1 in classes.png, and print a table of the scores."""
+    scores, means = class_scores(shown)
+    write_csv(shown.folder / "classes.csv", scores + means)
+    title = f"{shown.title}: F1 of each class"
+    picture = figures.ranked_bars([row["f1"] for row in scores], shown.classes, "F1", title)
+    figures.save(picture, shown.folder / "classes.png")
+    if len(scores) > MAX_PRINTED_CLASSES:
+        print(f"\n{BEST_AND_WORST} best and {BEST_AND_WORST} worst of {len(scores)} classes:")
+        scores = sorted(scores, key=lambda row: (-row["f1"], -row["recall"]))
+        scores = scores[:BEST_AND_WORST] + scores[-BEST_AND_WORST:]
+    print(markdown(scores + means))
 
 
-def write_confusions(folder: Path, labels: Tensor, predicted: Tensor, classes: tuple[str, ...], title: str) -> None:
+def class_scores(shown: Predictions) -> tuple[list[Row], list[Row]]:
+    """Compute precision, recall, F1 and support (number of samples). Undefined scores are 0.
+
+    Returns:
+        A row per class, and two rows with means over the classes: unweighted (macro), and weighted by support.
+    """
+    numbers = range(len(shown.classes))
+    report = classification_report(
+        shown.labels.numpy(),
+        shown.predicted.numpy(),
+        labels=numbers,
+        target_names=list(map(str, numbers)),  # names may not be unique
+        zero_division=0,
+        output_dict=True,
+    )
+
+    def row(key: str, label: int | None, name: str) -> Row:
+        values = report[key]
+        scores = {"precision": values["precision"], "recall": values["recall"], "f1": values["f1-score"]}
+        return {"label": label, "class": name, **scores, "support": int(values["support"])}
+
+    means = [row(f"{kind} avg", None, f"{kind} mean") for kind in ("macro", "weighted")]
+    return [row(str(label), label, name) for label, name in enumerate(shown.classes)], means
+
+
+def write_confusions(shown: Predictions) -> None:
     """Write confusion.png, confusion.csv (the matrix) and confused.csv (pairs of classes, most often confused first).
 
     Also print the most frequent pairs.
     """
-    counts = image_grids.confusion_counts(labels, predicted, len(classes))
-    figures.save(figures.confusion_matrix(counts, classes, f"{title}: confusion"), folder / "confusion.png")
+    classes, folder = shown.classes, shown.folder
+    counts = image_grids.confusion_counts(shown.labels, shown.predicted, len(classes))
+    figures.save(figures.confusion_matrix(counts, classes, f"{shown.title}: confusion"), folder / "confusion.png")
     columns = [f"{label} {name}" for label, name in enumerate(classes)]  # names alone may not be unique
-    matrix = [
-        {"true class": name, **dict(zip(columns, row, strict=True))}
-        for name, row in zip(columns, counts.tolist(), strict=True)
-    ]
-    write_csv(folder / "confusion.csv", matrix)
+    lines = [[name, *row] for name, row in zip(columns, counts.tolist(), strict=True)]
+    write_text(folder / "confusion.csv", csv_text([["true class", *columns], *lines]))
     pairs = confused_pairs(counts, classes)
     write_csv(folder / "confused.csv", pairs)
     if pairs:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.interfaces import Position
 from pipelines.storage.open import open_split
-from tools.common.tables import make_folder, write_csv
+from tools.common.tables import Row, make_folder, write_csv
 from tools.visualize.subset import load_images, select_samples
 from train.distributed.process_group import Ranks, process_group
 from train.engine.losses import RenderedBatch, render_batch
@@ -49,7 +48,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
     labels = np.full(len(samples), -1) if split.labels is None else split.labels[samples]
     names = [image_grids.class_name(label, split.classes) for label in labels.tolist()]
     folder = make_folder(out or Path(config.output) / "show" / str(config.name))
-    table: list[dict[str, Any]] = [
+    table: list[Row] = [
         {"position": position, "sample": sample, "label": label, "class": name}
         for position, (sample, label, name) in enumerate(zip(samples.tolist(), labels.tolist(), names, strict=True))
     ]
@@ -117,26 +116,21 @@ def sample_figure(
         mixtures: For each epoch and sample, the classes that were mixed. Empty without mixing.
     """
     columns = min(COLUMNS, len(names))
-    blocks = math.ceil(len(names) / columns)
-    missing = blocks * columns - len(names)  # in the last block
-
-    def arranged(images: Tensor) -> np.ndarray:
-        shown = image_grids.to_numpy(images)
-        blank = np.full((missing, *shown.shape[1:]), 255, np.uint8)
-        return np.concatenate([shown, blank]).reshape(blocks, 1, columns, *shown.shape[1:])
-
-    images = np.concatenate([arranged(one) for one in (original, *rows)], axis=1)
-    captions = [[image_grids.wrap_caption(name) for name in names]] + [
-        [f"epoch {epoch}"] * len(names) for epoch in epochs
-    ]
-    for row, mixture in enumerate(mixtures, 1):
-        mixed = [image_grids.wrap_caption(name, lines=image_grids.MIXED_LINES) for name in mixture]
-        captions[row] = [f"{epoch}\n{name}" for epoch, name in zip(captions[row], mixed, strict=True)]
-    table = np.array([[*line, *[""] * missing] for line in captions], dtype=object)
-    table = table.reshape(len(captions), blocks, columns).swapaxes(0, 1)
-    return figures.image_grid(
-        images.reshape(-1, *images.shape[3:]),
-        table.reshape(-1).tolist(),
-        title=f"{title}: samples without augmentation, and as used in training",
-        columns=columns,
-    )
+    lines = [(image_grids.to_numpy(original), [image_grids.wrap_caption(name) for name in names])]
+    for number, (images, epoch) in enumerate(zip(rows, epochs, strict=True)):
+        captions = [f"epoch {epoch}"] * len(names)
+        if mixtures:
+            mixed = [image_grids.wrap_caption(name, lines=image_grids.MIXED_LINES) for name in mixtures[number]]
+            captions = [f"epoch {epoch}\n{name}" for name in mixed]
+        lines.append((image_grids.to_numpy(images), captions))
+    blank = np.full_like(lines[0][0][0], 255)
+    shown: list[np.ndarray] = []
+    texts: list[str] = []
+    for start in range(0, len(names), columns):
+        for line, captions in lines:
+            block = captions[start : start + columns]
+            missing = columns - len(block)  # in the last block
+            shown += [*line[start : start + columns], *[blank] * missing]
+            texts += [*block, *[""] * missing]
+    title += ": samples without augmentation, and as used in training"
+    return figures.image_grid(np.stack(shown), texts, title=title, columns=columns)

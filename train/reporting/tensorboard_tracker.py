@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ class TensorBoardTracker:
     title = "TensorBoard"
     advice = "metrics.jsonl and curves.png contain the run's curves"
 
-    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, object], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow import
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, flush_secs=FLUSH_S)
@@ -52,6 +51,6 @@ class TensorBoardTracker:
         return None
 
 
-def as_code(values: dict[str, Any]) -> str:
+def as_code(values: Mapping[str, object]) -> str:
     """Format a nested dict as JSON in a Markdown code block, so that line breaks are preserved."""
     return "\n".join("    " + line for line in json.dumps(values, indent=2).splitlines())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from concurrent.futures import Future, wait
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -44,26 +45,21 @@ def call_with_timeout(timeout_s: float, function: Callable[[], Result]) -> Resul
     Raises:
         TimeoutError: The function does not return within `timeout_s`. Its thread continues.
     """
-    box: list[Result] = []
-    errors: list[BaseException] = []
+    future: Future[Result] = Future()
 
     def call() -> None:
         try:
-            box.append(function())
+            future.set_result(function())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)  # a daemon thread does not keep the process alive
-    thread.start()
-    thread.join(timeout_s)
-    if errors:
-        raise errors[0]
-    if not box:
+    threading.Thread(target=call, daemon=True).start()  # a daemon thread does not keep the process alive
+    if not wait([future], timeout_s).done:
         raise TimeoutError(f"no answer within {timeout_s:.0f} s")
-    return box[0]
+    return future.result()
 
 
-def single_line(error: Any) -> str:
+def single_line(error: object) -> str:
     """Return the message of an error as one line of at most 200 characters, for use in a sentence."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,11 @@ from configs.schema import WandbConfig
 from configs.utils.files import read_small_text
 from train.reporting.trackers import call_with_timeout, single_line
 
+if TYPE_CHECKING:
+    import wandb
+
+ID_FILE = "wandb_id.txt"  # in the run folder
+OFFLINE_MODES = ("offline", "dryrun")
 INIT_TIMEOUT_S = 20.0  # for an answer from the server
 LOG_TIMEOUT_S = 10.0  # for wandb's process to accept a point or an image, normally immediate
 FINISH_TIMEOUT_S = 30.0  # for uploading the remaining data
@@ -46,15 +51,13 @@ class WandbTracker:
 
     Args:
         run: The run that `wandb.init` returned.
-        wandb: The wandb module.
     """
 
     title = "W&B"
 
-    def __init__(self, run: Any, wandb: Any) -> None:
+    def __init__(self, run: wandb.Run) -> None:
         self._run = run
-        self._wandb = wandb
-        self._is_offline = bool(run.settings.mode in ("offline", "dryrun"))
+        self._is_offline = run.settings.mode in OFFLINE_MODES
         folder = Path(run.dir).parent
         # a resumed run has several offline folders
         which = [str(folder.parent)] if self._is_offline else ["--include-online", str(folder)]
@@ -72,7 +75,9 @@ class WandbTracker:
         self._give(lambda: self._run.log({"step": step, **values}, step=step))
 
     def log_image(self, key: str, pixels: np.ndarray, step: int) -> None:
-        self._give(lambda: self._run.log({"step": step, key: self._wandb.Image(pixels)}, step=step))
+        import wandb
+
+        self._give(lambda: self._run.log({"step": step, key: wandb.Image(pixels)}, step=step))
 
     def update_summary(self, values: Mapping[str, float]) -> None:
         self._give(lambda: self._run.summary.update(dict(values)))
@@ -85,7 +90,7 @@ class WandbTracker:
         except TimeoutError:
             return f"W&B did not take everything within {limit_s:.0f} s; upload the rest with: {self._sync_command}"
         finally:
-            end_service(self._wandb)
+            end_service()
         return f"W&B was offline; upload this run with: {self._sync_command}" if self._is_offline else None
 
     def _give(self, call: Callable[[], object]) -> None:
@@ -104,7 +109,7 @@ class WandbTracker:
 
 
 def start_wandb(
-    config: WandbConfig, folder: Path, run_config: dict[str, Any], log: Callable[[str], None]
+    config: WandbConfig, folder: Path, run_config: Mapping[str, object], log: Callable[[str], None]
 ) -> WandbTracker | None:
     """Start the W&B tracker of a run. A resumed run keeps its W&B run id.
 
@@ -132,48 +137,50 @@ def start_wandb(
         finish_timeout_raises=True,
     )
     wandb.setup(settings=settings)
-    id_file = folder / "wandb_id.txt"
-    run_id = read_small_text(id_file).strip() if id_file.exists() else uuid.uuid4().hex[:8]
-
-    def init(mode: Any) -> Any:
-        return wandb.init(
-            # None: taken from the environment, as set by `wandb agent`
-            id=None if "WANDB_RUN_ID" in os.environ else run_id,
-            name=None if "WANDB_NAME" in os.environ else folder.name,
-            project=None if "WANDB_SWEEP_ID" in os.environ else config.project,
-            entity=None if "WANDB_SWEEP_ID" in os.environ else config.entity,
-            group=config.group,
-            tags=config.tags or None,
-            mode=mode,
-            resume="allow",
-            dir=str(folder),
-            config=run_config,
-            settings=settings,
-        )
-
+    options = {**_init_options(config, folder, run_config), "settings": settings}
     run = None
-    if mode not in ("offline", "dryrun"):
+    if mode not in OFFLINE_MODES:
         try:
             if wandb.login(prompt=False, verify=False):  # does not prompt, and does not check the key
-                run = init("online" if mode == "auto" else mode)
+                run = wandb.init(**{**options, "mode": "online" if mode == "auto" else mode})
             elif mode != "auto":
                 raise PermissionError("not logged in; run `wandb login`")
         except Exception as error:
             log(f"W&B cannot go online ({single_line(error)}); this run is recorded offline")
-            end_service(wandb)
+            end_service()
             wandb.setup(settings=settings)
-    run = run or init("offline")
-    id_file.write_text(run.id + "\n", encoding="utf-8")
+    run = run or wandb.init(**options, mode="offline")
+    (folder / ID_FILE).write_text(run.id + "\n", encoding="utf-8")
     if run.url and run.settings.mode != "offline":
         log(f"W&B shows this run at {run.url}")
-    return WandbTracker(run, wandb)
+    return WandbTracker(run)
 
 
-def end_service(wandb: Any) -> None:
+def _init_options(config: WandbConfig, folder: Path, run_config: Mapping[str, object]) -> dict[str, Any]:
+    """Return options of wandb.init. None is taken from the environment, as set by `wandb agent`."""
+    id_file = folder / ID_FILE
+    run_id = read_small_text(id_file).strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    in_sweep = "WANDB_SWEEP_ID" in os.environ
+    return {
+        "id": None if "WANDB_RUN_ID" in os.environ else run_id,
+        "name": None if "WANDB_NAME" in os.environ else folder.name,
+        "project": None if in_sweep else config.project,
+        "entity": None if in_sweep else config.entity,
+        "group": config.group,
+        "tags": config.tags or None,
+        "resume": "allow",
+        "dir": str(folder),
+        "config": run_config,
+    }
+
+
+def end_service() -> None:
     """End wandb's service process. Otherwise this process could wait for it indefinitely at exit.
 
     Data that has not been uploaded yet stays on disk.
     """
+    import wandb
+
     with suppress(Exception, SystemExit):  # raised if the service has failed
         call_with_timeout(TEARDOWN_TIMEOUT_S, wandb.teardown)
     with suppress(OSError):

@@ -13,6 +13,6 @@ from tools.inference.export_formats import first_and_last_layers
 def test_built_in_models_have_first_and_last_layers(name: str) -> None:
     with torch.device("meta"):
         network = build_model(name, 10)
-    ends = first_and_last_layers(network.state_dict())
+    num_features, ends = first_and_last_layers(network.state_dict())
     assert network.get_submodule(ends["first_conv"]).weight.shape[1] == 3
-    assert network.get_submodule(ends["classifier"]).weight.shape == (10, ends["num_features"])
+    assert network.get_submodule(ends["classifier"]).weight.shape == (10, num_features)

@@ -24,8 +24,8 @@ def test_loaded_model_evaluates_like_the_run(digits_run: Run) -> None:
         loader = build_eval_loader(trained.config.data, trained.config.eval, device=device)
         result = evaluate(trained.state, loader, 360)
     assert (result.top1, result.top5) == (epochs[-1]["val_top1"], epochs[-1]["val_top5"])
-    assert trained.classes == tuple("0123456789")
-    assert (trained.image_size, trained.epochs, trained.name) == (32, 2, "digits")
+    assert trained.dataset.classes == tuple("0123456789")
+    assert (trained.dataset.image_size, trained.epochs, trained.dataset.name) == (32, 2, "digits")
 
 
 def test_run_folder_prefers_best_over_last_checkpoints(digits_run: Run, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure
 from tools.perf import batch_size_command, batch_size_search, plots
 from tools.perf.batch_size_search import BatchSizeSearch, OutOfTime, Target, Trial
+from tools.perf.step_report import StepReport
+from tools.perf.step_trace import Operator, Phase, StepProfile
 from train.reporting.figures import render
 
 ANY_CONFIG: Any = None
@@ -170,21 +172,12 @@ def test_plots_show_names_literally(tmp_path: Path) -> None:
     figure = plots.plot_batch_sizes([one], (2.0, "limit"), odd)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [f"{odd}: 100 images fit, 100 are fastest", "limit, 2 GiB"]
-    facts = {
-        "name": odd,
-        "steps": 1,
-        "step_ms": 2.0,
-        "unprofiled_step_ms": {"step": 1.0, odd: 1.0},
-        "batch_size": 8,
-        "phases": [{"phase": "data", "ms": 2.0, "share": 1.0}],
-        "operators": [{"name": odd, "ms": 1.0}],
-        "precision": "float32",
-        "ranks": 1,
-        "environment": {"device": odd},
-    }
+    config = ANY_CONFIG.model_copy(update={"name": odd})
+    profile = StepProfile(1, 2.0, [Phase("data", 2.0, 1.0)], [Operator(odd, 1.0, 1)])
+    report = StepReport(config, 1, None, {"device": odd}, profile, {"step": 8e3, odd: 8e3})
     row = {"name": odd, "ours": True, "images_per_s": 2.0, "lowest": 1.0, "highest": 3.0}
     run = {"groups": [{"title": odd, "rows": [row]}], "environment": {"device": odd, "cores": 2, "date": "today"}}
-    for each in (figure, plots.plot_profile(facts)):
+    for each in (figure, plots.plot_profile(report)):
         render(each)
     assert charts.draw_chart(run, tmp_path / "chart.png") is not None
 
