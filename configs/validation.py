@@ -9,7 +9,7 @@ from typing import Any, Union, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.schema import all_settings
+from configs.schema import Config, all_settings
 from configs.schema.documentation import type_name
 from configs.schema.section import item_section, section_settings
 from configs.suggestions import KeyPath, format_value, suggest_keys
@@ -71,10 +71,7 @@ def _setting(key_path: KeyPath) -> tuple[FieldInfo | None, KeyPath]:
     The rest is an unknown key in a section, a key in a mapping, or pydantic's name of a type in a union. If the key
     does not belong to a setting or section, the result is None and the whole key.
     """
-    settings = dict(all_settings())
-    for key, field in all_settings():
-        if (items := item_section(field)) is not None:
-            settings |= dict(section_settings(items, f"{key}."))
+    settings = {key.replace("[]", ""): field for key, field in section_settings(Config, with_items=True)}
     for end in range(len(key_path), 0, -1):
         if (name := ".".join(key_path[:end])) in settings:
             return settings[name], key_path[end:]

@@ -6,7 +6,6 @@ embeddings. After that, every tensor outside the head must match in name and sha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,11 +134,11 @@ def published_file(name: str) -> Path:
                 return Path(found)
     if published.url:
         address = published.url if isinstance(published.url, str) else published.url[0]
-        cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(address))
-        if os.path.isfile(cached):
-            return Path(cached)
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(address).name)
+        if cached.is_file():
+            return cached
         if not published.hf_hub_id:
-            folder = os.path.dirname(cached)
+            folder = str(cached.parent)
     raise UserError(
         f"the published weights of {name} are not in {folder}, and training does not download them; run python -c "
         f"\"import timm; timm.create_model('{plain}', pretrained=True)\" once with network access, "

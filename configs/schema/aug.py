@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from configs.schema.rand_augment import parse_rand_augment
-from configs.schema.section import Pair, Section, check_range
+from configs.schema.section import Range, Section, ShareRange
 
 POLICIES = (
     "none",
@@ -38,7 +38,7 @@ class ColorJitterConfig(Section):
     """Probability that a sample is jittered."""
 
 
-def color_jitter_section(value: Any) -> Any:
+def color_jitter_section(value: object) -> object:
     """Expand a number to a section with this strength of brightness, contrast and saturation.
 
     Return other values unchanged.
@@ -48,7 +48,7 @@ def color_jitter_section(value: Any) -> Any:
     return {"brightness": value, "contrast": value, "saturation": value}
 
 
-def auto_augment_section(value: Any) -> Any:
+def auto_augment_section(value: object) -> object:
     """Expand a policy name to a section. Return other values unchanged."""
     return {"policy": value} if isinstance(value, str) else value
 
@@ -92,13 +92,8 @@ class BlurConfig(Section):
 
     probability: float = Field(default=0.0, ge=0, le=1)
     """Probability that a sample is blurred; 0: off."""
-    sigma: Pair = (0.1, 2.0)
+    sigma: Range = (0.1, 2.0)
     """Minimum and maximum standard deviation in pixels."""
-
-    @field_validator("sigma")
-    @classmethod
-    def _ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
-        return check_range(pair)
 
 
 class EraseConfig(Section):
@@ -106,18 +101,13 @@ class EraseConfig(Section):
 
     probability: float = Field(default=0.0, ge=0, le=1)
     """Probability that a rectangle of a sample is erased; 0: off."""
-    scale: Pair = (0.02, 0.33)
+    scale: ShareRange = (0.02, 0.33)
     """Minimum and maximum share of the image's area."""
-    ratio: Pair = (0.3, 3.3)
+    ratio: Range = (0.3, 3.3)
     """Minimum and maximum height / width."""
     fill: Literal["mean", "black", "random"] = "mean"
     """Fill of the rectangle: the data set's mean color (mean), black, or one color per sample, drawn from the normal
     distribution with the data set's mean and standard deviation (random)."""
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        return check_range(pair, at_most_one=info.field_name == "scale")
 
 
 class MixConfig(Section):
@@ -162,9 +152,9 @@ class AugConfig(Section):
     padding_mode: Annotated[PaddingMode, Field(strict=False)] = PaddingMode.CONSTANT
     """Content of the padding, for the pad crop: black (constant), or the image mirrored at its edge pixels
     (reflect)."""
-    scale: Pair = (0.08, 1.0)
+    scale: ShareRange = (0.08, 1.0)
     """Minimum and maximum share of the image's area, for the random-resized crop."""
-    ratio: Pair = (3 / 4, 4 / 3)
+    ratio: Range = (3 / 4, 4 / 3)
     """Minimum and maximum width / height, for the random-resized crop."""
     flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip; 0: off."""
@@ -186,23 +176,12 @@ class AugConfig(Section):
     cutout: int = Field(default=0, ge=0)
     """Height and width in pixels of a randomly placed square to fill with the data set's mean color; 0: off."""
 
-    @field_validator("color_jitter", mode="before")
+    @field_validator("color_jitter", "auto", mode="before")
     @classmethod
-    def _number_to_section(cls, value: Any) -> Any:
-        section = color_jitter_section(value)
-        if not isinstance(section, dict | ColorJitterConfig):
-            raise ValueError("must be one number or a section of brightness, contrast, saturation and hue")
+    def _expand_shorthand(cls, value: object, info: ValidationInfo) -> object:
+        is_jitter = info.field_name == "color_jitter"
+        section = color_jitter_section(value) if is_jitter else auto_augment_section(value)
+        if not isinstance(section, dict | Section):
+            single = "one number or a section of brightness, contrast, saturation and hue"
+            raise ValueError(f"must be {single if is_jitter else 'the name of a policy or a section'}")
         return section
-
-    @field_validator("auto", mode="before")
-    @classmethod
-    def _word_to_section(cls, value: Any) -> Any:
-        section = auto_augment_section(value)
-        if not isinstance(section, dict | AutoAugmentConfig):
-            raise ValueError("must be the name of a policy or a section")
-        return section
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        return check_range(pair, at_most_one=info.field_name == "scale")

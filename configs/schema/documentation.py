@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from configs.schema.section import Effect, Section, effect, is_section, item_section, section_settings
+from configs.schema.section import Effect, Section, effect, is_section, section_settings
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -18,19 +17,12 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def markdown_table(config: type[Section]) -> str:
     """Return a Markdown table with one row per setting. The keys of a list of sections follow the row of the list."""
     rows = ["| key | allowed | default | on a resume | meaning |", "|---|---|---|---|---|"]
-    for key, field in _rows(config):
+    for key, field in section_settings(config, with_items=True):
         meaning = " ".join((field.description or "").split())  # a line break would end the row
         on_resume = "may change" if effect(field) != Effect.RESULTS else ""
         cells = (f"`{key}`", _allowed(field), _default(field), on_resume, meaning)
         rows.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
     return "\n".join(rows)
-
-
-def _rows(config: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
-    for key, field in section_settings(config):
-        yield key, field
-        if (items := item_section(field)) is not None:
-            yield from section_settings(items, f"{key}[].")
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -63,6 +55,4 @@ def _default(field: FieldInfo) -> str:
         return ""
     if field.is_required():
         return "required"
-    if isinstance(field.default, Enum):
-        return str(field.default.value)
-    return field.default if isinstance(field.default, str) else json.dumps(field.default)
+    return json.dumps(field.default).strip('"')

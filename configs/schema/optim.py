@@ -10,7 +10,7 @@ from configs.schema.section import Section, as_tuple
 
 BUILT_IN_OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "muon")  # all other names are timm's
 # Values of null settings for built-in optimizers; timm optimizers have their own defaults.
-OPTIMIZER_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "nesterov": True}
+OPTIMIZER_DEFAULTS: dict[str, object] = {"betas": (0.9, 0.999), "eps": 1e-8, "nesterov": True}
 
 
 class OptimizerConfig(Section):
@@ -61,24 +61,22 @@ class OptimizerConfig(Section):
 
     @field_validator(*OPTIMIZER_DEFAULTS, mode="before")
     @classmethod
-    def _default(cls, value: Any, info: ValidationInfo) -> Any:
-        return (
-            OPTIMIZER_DEFAULTS[str(info.field_name)]
-            if value is None and info.data.get("name") in BUILT_IN_OPTIMIZERS
-            else value
-        )
+    def _default(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and info.data.get("name") in BUILT_IN_OPTIMIZERS:
+            return OPTIMIZER_DEFAULTS[str(info.field_name)]
+        return value
 
     @field_validator("betas", mode="before")
     @classmethod
     def _numbers_below_one(cls, betas: Any, info: ValidationInfo) -> Any:
+        betas, counts = as_tuple(betas), (2,) if info.data.get("name") in BUILT_IN_OPTIMIZERS else (2, 3)
         if betas is None:
             return None
-        numbers = isinstance(betas, list | tuple) and all(type(beta) in (int, float) for beta in betas)
-        counts = (2,) if info.data.get("name") in BUILT_IN_OPTIMIZERS else (2, 3)
-        if not numbers or len(betas) not in counts or not all(0 <= beta < 1 for beta in betas):
+        is_valid = isinstance(betas, tuple) and len(betas) in counts
+        if not is_valid or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas):
             three = ", or three for an optimizer of timm that has three" if 3 in counts else ""
             raise ValueError(f"must be two numbers of at least 0 and below 1{three}")
-        return tuple(betas)
+        return betas
 
     @field_validator("momentum")
     @classmethod

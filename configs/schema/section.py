@@ -37,39 +37,39 @@ class Section(BaseModel):
     )
 
 
-def two_numbers(value: Any) -> Any:
+def two_numbers(value: object) -> object:
     """Return a list or tuple of two numbers as a tuple. Raises ValueError for any other value."""
-    numbers = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
-    if not numbers or len(value) != 2:
+    pair = as_tuple(value)
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(type(item) in (int, float) for item in pair):
         raise ValueError("must be two numbers, such as [0.5, 1.0]")
-    return tuple(value)
+    return pair
 
 
-def as_tuple(value: Any) -> Any:
+def as_tuple(value: object) -> object:
     """Convert a list to a tuple. Return other values unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
-def _expand_home(value: Any) -> Any:
+def _expand_home(value: object) -> object:
     return expand_home(value) if isinstance(value, str) else value
 
 
-IsPath = AfterValidator(_expand_home)  # marks a setting as a path, and expands ~
-Pair = Annotated[tuple[float, float], BeforeValidator(two_numbers)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-
-
-def check_range(pair: tuple[float, float], at_most_one: bool = False) -> tuple[float, float]:
-    """Return `pair` unchanged if it is a valid range: positive, in ascending order and, with `at_most_one`, up to 1.
-
-    Raises:
-        ValueError: The numbers are not a valid range.
-    """
+def _check_range(pair: tuple[float, float]) -> tuple[float, float]:
     if not 0 < pair[0] <= pair[1]:
         raise ValueError("must be positive and in ascending order")
-    if at_most_one and pair[1] > 1:
+    return pair
+
+
+def _check_share(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[1] > 1:
         raise ValueError("must not exceed 1, the whole image")
     return pair
+
+
+IsPath = AfterValidator(_expand_home)  # marks a setting as a path, and expands ~
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Range = Annotated[tuple[float, float], BeforeValidator(two_numbers), AfterValidator(_check_range)]  # min, max above 0
+ShareRange = Annotated[Range, AfterValidator(_check_share)]  # minimum and maximum share of an image
 
 
 def is_section(field: FieldInfo) -> bool:
@@ -82,15 +82,18 @@ def effect(field: FieldInfo) -> Effect:
     return next((mark for mark in field.metadata if isinstance(mark, Effect)), Effect.RESULTS)
 
 
-def section_settings(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def section_settings(section: Any, prefix: str = "", with_items: bool = False) -> Iterator[tuple[str, FieldInfo]]:
     """Yield (dotted key, field) for every setting of a section class in source order. Keys start with `prefix`.
 
-    A nested section precedes its fields.
+    A nested section precedes its fields. If `with_items` is True, a list of sections precedes the fields of its items,
+    such as `data.stages[].epoch`.
     """
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if is_section(field):
-            yield from section_settings(field.annotation, f"{prefix}{name}.")
+            yield from section_settings(field.annotation, f"{prefix}{name}.", with_items)
+        elif with_items and (items := item_section(field)) is not None:
+            yield from section_settings(items, f"{prefix}{name}[].")
 
 
 def item_section(field: FieldInfo) -> Any:

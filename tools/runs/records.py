@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.load import parse_config
 from configs.schema import Config, Effect, settings_by_key
@@ -122,7 +121,7 @@ def run_labels(records: Sequence[RunRecord]) -> list[str]:
     return names if len(set(names)) == len(records) else [str(record.folder) for record in records]
 
 
-def format_setting(value: Any) -> str:
+def format_setting(value: object) -> str:
     """Return a setting's value as written on a command line, with numbers in their shortest form."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
@@ -212,7 +211,7 @@ def _is_run_folder(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
 
 
-def _natural_key(path: Path) -> list[Any]:
+def _natural_key(path: Path) -> list[tuple[float, str]]:
     """Return a sort key that orders the numbers in names by value: run-2 before run-10, lr=1e-05 before lr=0.0001."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", path.name)
     return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
@@ -227,5 +226,5 @@ def _progress(record: RunRecord) -> str:
     return f"running or stopped at epoch {record.epochs_trained} of {record.config.train.epochs}"
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return format_setting(value) if isinstance(value, list | bool) else value
