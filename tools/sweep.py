@@ -43,41 +43,21 @@ from tools.runs.sweep_runner import is_finished, lock_folder, log_path, run_poin
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "axes",
-        nargs="*",
-        metavar="KEY=VALUES",
-        help="a setting and its values: train.lr=1e-3,3e-3; with --random also loguniform(LOW,HIGH) and "
-        "uniform(LOW,HIGH)",
-    )
-    parser.add_argument("--cfg", required=True, type=path_argument, metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="'NAME: KEY=VALUE …'",
-        help="a named set of settings that change together; repeat for each variant",
-    )
-    parser.add_argument("--random", type=int, metavar="N", help="draw N different points instead of the full grid")
-    parser.add_argument("--seed", type=int, default=0, help="seed for --random (default: %(default)s)")
-    parser.add_argument(
-        "--opts",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that override the file in all runs; put KEY=VALUES before this option",
-    )
-    parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="output folder (default: the config's OUTPUT/NAME-sweep)"
-    )
-    parser.add_argument(
-        "--gpus-per-run", type=int, default=1, metavar="N", help="processes per run, one per GPU (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--parallel", type=int, metavar="N", help="concurrent runs (default: one per group of GPUs, one on a CPU)"
-    )
-    parser.add_argument("--project", metavar="NAME", help="W&B project; the runs form one group in it")
+    add = parser.add_argument
+    axes = "a setting and its values: train.lr=1e-3,3e-3; with --random also loguniform(LOW,HIGH) and uniform(LOW,HIGH)"
+    add("axes", nargs="*", metavar="KEY=VALUES", help=axes)
+    add("--cfg", required=True, type=path_argument, metavar="FILE", help="config file, configs/….yaml")
+    variant = "a named set of settings that change together; repeat for each variant"
+    add("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE …'", help=variant)
+    add("--random", type=int, metavar="N", help="draw N different points instead of the full grid")
+    add("--seed", type=int, default=0, help="seed for --random (default: %(default)s)")
+    opts = "settings that override the file in all runs; put KEY=VALUES before this option"
+    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=opts)
+    add("--out", type=path_argument, metavar="FOLDER", help="output folder (default: the config's OUTPUT/NAME-sweep)")
+    processes = "processes per run, one per GPU (default: %(default)s)"
+    add("--gpus-per-run", type=int, default=1, metavar="N", help=processes)
+    add("--parallel", type=int, metavar="N", help="concurrent runs (default: one per group of GPUs, one on a CPU)")
+    add("--project", metavar="NAME", help="W&B project; the runs form one group in it")
     parsed = parser.parse_intermixed_args(arguments)
     if not parsed.axes and not parsed.variant:  # KEY=VALUES after --opts would be taken for overrides
         raise UserError("nothing to vary; give KEY=VALUE,VALUE (train.lr=1e-3,3e-3) before --opts, or --variant")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tools.runs.records import RunRecord, summarize_metrics
 from train.reporting import figures
@@ -12,6 +12,8 @@ from train.reporting import figures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.typing import ColorType
 
 PANELS = (
     ("train_loss", "train loss"),
@@ -36,8 +38,8 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
     colors = _run_colors(records)
     rows = math.ceil(min(len(records), MAX_COLORED + 1) / _legend_columns(names))
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows), title=title)
-    handles: dict[str, Any] = {}
-    dotted: list[Any] = []
+    handles: dict[str, Line2D] = {}
+    dotted: list[Line2D] = []
     losses = " or ".join(dict.fromkeys(figures.loss_name(record.config.train.loss) for record in records))
     for axis, (quantity, label) in zip(axes, PANELS, strict=True):
         curves = [_curve_points(record, quantity) for record in records]
@@ -89,20 +91,18 @@ def _set_loss_axis(
 
     If losses of `curves` are above this range or not finite, the title lists or counts the runs with such losses.
     """
-    finite = [[value for _, value in curve if math.isfinite(value)] for curve in (*curves, *averages)]
-    low, high = loss_range(finite)
+    losses = [[value for _, value in curve] for curve in curves]
+    finite = [list(filter(math.isfinite, run)) for run in losses]
+    low, high = loss_range(finite + [[value for _, value in curve if math.isfinite(value)] for curve in averages])
     left_out = {
-        reason: [name for curve, name in zip(curves, names, strict=True) if any(is_out(value) for _, value in curve)]
-        for reason, is_out in (
-            ("nan or infinite", lambda value: not math.isfinite(value)),
-            (f"above {high:.3g}", lambda value: math.isfinite(value) and value > high),
-        )
+        "nan or infinite": [name for name, run in zip(names, losses, strict=True) if not all(map(math.isfinite, run))],
+        f"above {high:.3g}": [name for name, run in zip(names, finite, strict=True) if max(run, default=0) > high],
     }
-    by_name = [f"{reason}: {', '.join(runs)}" for reason, runs in left_out.items() if runs]
-    by_number = [f"{reason} in {len(runs)} of {len(names)} runs" for reason, runs in left_out.items() if runs]
+    by_name = "; ".join(f"{reason}: {', '.join(runs)}" for reason, runs in left_out.items() if runs)
+    by_number = "; ".join(f"{reason} in {len(runs)} of {len(names)} runs" for reason, runs in left_out.items() if runs)
     if by_name:
-        notes = by_name if len("; ".join(by_name)) <= MAX_TITLE_LENGTH else by_number
-        axis.set_title(f"not shown: {'; '.join(notes)}", fontsize=8, parse_math=False)
+        notes = by_name if len(by_name) <= MAX_TITLE_LENGTH else by_number
+        axis.set_title(f"not shown: {notes}", fontsize=8, parse_math=False)
     if low > 0 and high / low > LOG_SPAN:
         axis.set_yscale("log")
         axis.set_yticks(_log_ticks(low, high), map("{:g}".format, _log_ticks(low, high)))
@@ -138,7 +138,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
 
 
-def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
+def _run_colors(records: Sequence[RunRecord]) -> list[ColorType | None]:
     """Return a color per run.
 
     If there are more than MAX_COLORED runs, those with the highest validation accuracy get a color. The other entries
@@ -146,13 +146,11 @@ def _run_colors(records: Sequence[RunRecord]) -> list[Any]:
     """
     import matplotlib
 
-    colors: list[Any] = [*matplotlib.color_sequences["tab10"], "black", "navy"]
-    if len(records) <= MAX_COLORED:
-        return colors[: len(records)]
     best = [summarize_metrics(record.metrics, record.config.eval.weights)["best_val_top1"] or 0.0 for record in records]
-    ranking = sorted(range(len(records)), key=lambda number: -best[number])
-    places = {number: place for place, number in enumerate(ranking[:MAX_COLORED])}
-    return [colors[places[number]] if number in places else None for number in range(len(records))]
+    numbers = range(len(records))
+    ranking = numbers if len(records) <= MAX_COLORED else sorted(numbers, key=lambda number: -best[number])
+    colors = dict(zip(ranking, [*matplotlib.color_sequences["tab10"], "black", "navy"], strict=False))
+    return [colors.get(number) for number in numbers]
 
 
 def _legend_columns(names: Sequence[str]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from configs.schema import settings_by_key
 from tools.common.tables import Row
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
-MEASURES = (("best_val_top1", "best validation top-1 accuracy"), ("training_time_s", "training time in s"))
+MEASURES = {"best_val_top1": "best validation top-1 accuracy", "training_time_s": "training time in s"}
 LOG_FACTOR = 10  # values that span at least this factor are drawn on a log axis
 MAX_LINES = 8  # in the plot over a setting's values
 MAX_BARS = 40  # in the plot by variant
+Values = dict[str, list[float]]  # of each run, by setting
+Results = list[list[float]]  # of each run, by measure; nan if unknown, which leaves a gap
 
 
 def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Figure | None:
@@ -46,123 +51,134 @@ def plot_values(points: Sequence[Point], rows: Sequence[Row], title: str) -> Fig
     # only the settings that differ within a variant
     groups = [[point.config for point in points if point.variant == name] for name in names]
     keys = list(dict.fromkeys(key for group in groups for key in differing_keys(group)))
-    numeric = [key for key in keys if all(type(one[key]) in (int, float) for one in settings)]
+    numeric = {key: values for key in keys if len(values := numbers_of(settings, key)) == len(settings)}
+    results = [[math.nan if row[quantity] is None else row[quantity] for row in rows] for quantity in MEASURES]
     if names == [""] and len(numeric) == 2 and len(keys) == 2:
-        return _map_plot(numeric, settings, rows, title)
+        return _map_plot(numeric, results, title)
     if len(numeric) == 1 and not (names != [""] and keys == ["seed"]):
         others = [key for key in keys if key not in numeric]
         labels = [
             ", ".join([*filter(None, [point.variant]), *(f"{other}={format_setting(one[other])}" for other in others)])
             for point, one in zip(points, settings, strict=True)
         ]
-        values = [value for one in settings if isinstance(value := one[numeric[0]], int | float)]
-        return _line_plot(numeric[0], values, labels, rows, title)
+        return _line_plot(numeric, labels, results, title)
     if names in ([], [""]):
         return None
-    return _bar_plot([point.variant if keys in ([], ["seed"]) else point.label for point in points], rows, title)
+    return _bar_plot([point.variant if keys in ([], ["seed"]) else point.label for point in points], results, title)
 
 
-def _line_plot(
-    key: str, values: Sequence[float], labels: Sequence[str], rows: Sequence[Row], title: str
-) -> Figure | None:
+def numbers_of(settings: Sequence[Mapping[str, object]], key: str) -> list[float]:
+    """Return the values of a setting that are numbers."""
+    return [value for one in settings if isinstance(value := one[key], int | float) and not isinstance(value, bool)]
+
+
+def _line_plot(numeric: Values, labels: Sequence[str], results: Results, title: str) -> Figure | None:
     """Plot accuracy and training time over the values of a setting, with one line per label.
 
     If there are more than MAX_LINES labels, the result is None.
     """
-    lines: dict[str, list[tuple[float, Row]]] = {}
-    for label, value, row in zip(labels, values, rows, strict=True):
-        lines.setdefault(label, []).append((value, row))
+    ((key, values),) = numeric.items()
+    lines = _numbers_by_label(labels)
     if len(lines) > MAX_LINES:
         return None
-    named = [label for label in lines if label]
+    named = list(filter(None, lines))
     figure, axes = figures.new_figure(1, 2, size=(10, 4 + 0.22 * len(named)), title=title)
-    for axis, (quantity, label) in zip(axes, MEASURES, strict=True):
-        for points in lines.values():
-            points.sort(key=lambda point: point[0])
-            axis.plot([value for value, _ in points], [_nan_if_none(row[quantity]) for _, row in points], marker="o")
+    for axis, measured, label in zip(axes, results, MEASURES.values(), strict=True):
+        for numbers in lines.values():
+            ordered = sorted(numbers, key=lambda number: values[number])
+            axis.plot([values[number] for number in ordered], [measured[number] for number in ordered], marker="o")
         _set_value_axis(axis, values)
         figures.style_axes(axis, key, label)
-    axes[1].set_ylim(0, 1.08 * _highest(rows, "training_time_s"))
+    axes[1].set_ylim(0, 1.08 * _highest(results[1]))
     if named:
         figures.add_legend(figure, axes[0].lines, list(lines))
     return figure
 
 
-def _bar_plot(labels: Sequence[str], rows: Sequence[Row], title: str) -> Figure | None:
+def _bar_plot(labels: Sequence[str], results: Results, title: str) -> Figure | None:
     """Plot a bar per label, in the given order, with the median of the runs with this label.
 
     If a label has several runs, an error bar shows their range. If there are more than MAX_BARS labels, the result is
     None.
     """
-    bars = {label: [row for one, row in zip(labels, rows, strict=True) if one == label] for label in labels}
+    bars = _numbers_by_label(labels)
     if len(bars) > MAX_BARS:
         return None
     figure, axes = figures.new_figure(1, 2, size=(12, 1.6 + 0.4 * len(bars)), title=title)
-    for axis, (quantity, label), digits in zip(axes, MEASURES, ("{:.4f}", "{:.4g}"), strict=True):
-        for place, runs in enumerate(bars.values()):
-            values = [row[quantity] for row in runs if row[quantity] is not None]
+    for axis, measured, label, digits in zip(axes, results, MEASURES.values(), (".4f", ".4g"), strict=True):
+        for place, numbers in enumerate(bars.values()):
+            values = [measured[number] for number in numbers if not math.isnan(measured[number])]
             if not values:
                 continue
             middle = statistics.median(values)
             spread = [[middle - min(values)], [max(values) - middle]] if len(values) > 1 else None
             axis.barh([place], [middle], height=0.65, xerr=spread, capsize=3, color=f"C{place % 10}")
-            axis.text(max(values), place, f"  {digits.format(middle)}", va="center", fontsize=8)
+            axis.text(max(values), place, f"  {middle:{digits}}", va="center", fontsize=8)
         axis.set_yticks(range(len(bars)), list(bars), fontsize=9, parse_math=False)
         axis.set_ylim(len(bars) - 0.4, -0.6)
-        axis.set_xlim(0, 1.18 * _highest(rows, quantity))
-        what = label if len(bars) == len(rows) else f"{label}, median and range of the runs"
+        axis.set_xlim(0, 1.18 * _highest(measured))
+        what = label if len(bars) == len(labels) else f"{label}, median and range of the runs"
         figures.style_axes(axis, what, grid="x")
         axis.set_axisbelow(True)
     axes[1].tick_params(labelleft=False)
     return figure
 
 
-def _nan_if_none(value: float | None) -> float:
-    """Return the value, or nan if it is None. nan leaves a gap in a plot."""
-    return math.nan if value is None else value
+def _numbers_by_label(labels: Sequence[str]) -> dict[str, list[int]]:
+    """Return the numbers of the runs with each label, in order of first appearance."""
+    groups: dict[str, list[int]] = {}
+    for number, label in enumerate(labels):
+        groups.setdefault(label, []).append(number)
+    return groups
 
 
-def _highest(rows: Sequence[Row], quantity: str) -> float:
-    """Return the largest known value of a quantity. If that is 0 or no value is known, return 1."""
-    return max((row[quantity] for row in rows if row[quantity] is not None), default=0.0) or 1.0
+def _highest(measured: Sequence[float]) -> float:
+    """Return the largest known result of a measure. If that is 0 or no result is known, return 1."""
+    return max((value for value in measured if not math.isnan(value)), default=0.0) or 1.0
 
 
-def _map_plot(keys: Sequence[str], settings: Sequence[dict[str, Any]], rows: Sequence[Row], title: str) -> Figure:
+def _map_plot(numeric: Values, results: Results, title: str) -> Figure:
     """Plot accuracy and training time over two settings.
 
     The plot is a heat map if the runs cover at least half of all combinations of values, otherwise a scatter plot.
     """
-    horizontal, vertical = (sorted({one[key] for one in settings}) for key in keys)
-    is_grid = len(horizontal) * len(vertical) <= 2 * len(settings)
-    size = (1.8 * len(horizontal) + 4, 0.5 * len(vertical) + 2) if is_grid else (0.0, 0.0)
-    figure, axes = figures.new_figure(1, 2, size=(max(11.0, size[0]), max(4.5, size[1])), title=title)
-    for axis, (quantity, label) in zip(axes, MEASURES, strict=True):
-        values = [_nan_if_none(row[quantity]) for row in rows]
+    (x_key, xs), (y_key, ys) = numeric.items()
+    columns, rows = len(set(xs)), len(set(ys))
+    is_grid = columns * rows <= 2 * len(xs)
+    size = (max(11.0, 1.8 * columns + 4), max(4.5, 0.5 * rows + 2)) if is_grid else (11.0, 4.5)
+    figure, axes = figures.new_figure(1, 2, size=size, title=title)
+    styles = (("viridis", ".4f"), ("Greys", ".3g"))
+    for axis, measured, label, (colors, digits) in zip(axes, results, MEASURES.values(), styles, strict=True):
         shown: ScalarMappable
-        colors: dict[str, Any] = {"cmap": "viridis" if quantity == "best_val_top1" else "Greys"}
         if is_grid:
-            cells = [[math.nan] * len(horizontal) for _ in vertical]
-            for one, value in zip(settings, values, strict=True):
-                cells[vertical.index(one[keys[1]])][horizontal.index(one[keys[0]])] = value
-            shown = axis.imshow(cells, origin="lower", aspect="auto", **colors)
-            axis.set_xticks(range(len(horizontal)), map(format_setting, horizontal))
-            axis.set_yticks(range(len(vertical)), map(format_setting, vertical))
-            for row, column in ((r, c) for r in range(len(vertical)) for c in range(len(horizontal))):
-                value = cells[row][column]
-                text = "" if math.isnan(value) else f"{value:.4f}" if quantity == "best_val_top1" else f"{value:.3g}"
-                box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
-                axis.text(column, row, text, ha="center", va="center", fontsize=8, bbox=box if text else None)
+            shown = _draw_heat_map(axis, xs, ys, measured, colors, digits)
         else:
-            places = [[one[key] for one in settings] for key in keys]
-            shown = axis.scatter(places[0], places[1], s=70, c=values, edgecolors="0.3", linewidths=0.5, **colors)
-            _set_value_axis(axis, places[0])
-            if _spans_orders(places[1]):
+            shown = axis.scatter(xs, ys, s=70, c=measured, edgecolors="0.3", linewidths=0.5, cmap=colors)
+            _set_value_axis(axis, xs)
+            if _spans_orders(ys):
                 axis.set_yscale("log")
             axis.grid(alpha=0.3)
         figure.colorbar(shown, ax=axis, label=label)
-        axis.set_xlabel(keys[0])
-        axis.set_ylabel(keys[1])
+        axis.set_xlabel(x_key)
+        axis.set_ylabel(y_key)
     return figure
+
+
+def _draw_heat_map(
+    axis: Axes, xs: Sequence[float], ys: Sequence[float], measured: Sequence[float], colors: str, digits: str
+) -> AxesImage:
+    """Draw a cell for each combination of values, with its result as text. Combinations without a run are empty."""
+    horizontal, vertical = sorted(set(xs)), sorted(set(ys))
+    cells = np.full((len(vertical), len(horizontal)), np.nan)
+    box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
+    for x, y, value in zip(xs, ys, measured, strict=True):
+        column, row = horizontal.index(x), vertical.index(y)
+        cells[row, column] = value
+        if not math.isnan(value):
+            axis.text(column, row, f"{value:{digits}}", ha="center", va="center", fontsize=8, bbox=box)
+    axis.set_xticks(range(len(horizontal)), map(format_setting, horizontal))
+    axis.set_yticks(range(len(vertical)), map(format_setting, vertical))
+    return axis.imshow(cells, origin="lower", aspect="auto", cmap=colors)
 
 
 def _set_value_axis(axis: Axes, values: Sequence[float]) -> None:

@@ -21,7 +21,7 @@ from tools.runs.records import (
     format_setting,
     read_global_batch,
 )
-from tools.runs.sweep_plots import plot_values
+from tools.runs.sweep_plots import numbers_of, plot_values
 from tools.runs.sweep_points import Point
 from tools.runs.sweep_runner import run_folder
 from train.reporting import figures
@@ -124,9 +124,7 @@ def edge_hints(configs: Sequence[Config], best: int) -> list[str]:
     settings = [settings_by_key(config) for config in configs]
     hints = []
     for key in differing_keys(configs):
-        values = sorted(
-            {value for one in settings if isinstance(value := one[key], int | float) and type(value) is not bool}
-        )
+        values = sorted(set(numbers_of(settings, key)))
         if len(values) >= 3 and (value := settings[best][key]) in (values[0], values[-1]):
             which, others = ("smallest", "smaller") if value == values[0] else ("largest", "larger")
             hints.append(f"{key}={format_setting(value)} is the {which} that was tried; {others} ones may be better")
@@ -149,11 +147,11 @@ def draw_plots(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         return []
     names = [sweep.points[number].label for number in started]
     title = f"{sweep.folder.name}: {len(started)} of {len(sweep.points)} runs"
-    figures.save(plot_curves([records[number] for number in started], names, title), sweep.folder / "sweep.png")
+    drawn = {"sweep.png": plot_curves([records[number] for number in started], names, title)}
     finished = [number for number in started if rows[number]["status"] == "finished"]
     points, results = [sweep.points[number] for number in finished], [rows[number] for number in finished]
-    figure = plot_values(points, results, sweep.folder.name)
-    if figure is None:
-        return ["sweep.png"]
-    figures.save(figure, sweep.folder / "sweep_values.png")
-    return ["sweep.png", "sweep_values.png"]
+    if (figure := plot_values(points, results, sweep.folder.name)) is not None:
+        drawn["sweep_values.png"] = figure
+    for name, figure in drawn.items():
+        figures.save(figure, sweep.folder / name)
+    return list(drawn)
