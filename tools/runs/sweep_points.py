@@ -146,18 +146,15 @@ def _name_points(axes: Sequence[Axis], chosen: Sequence[tuple[tuple[Settings, ..
                 f"the points {seen[same]!r} and {' '.join(settings)!r} are the same run; remove one of them"
             )
         seen[same] = " ".join(settings)
-        values = settings_by_key(config)
         pairs = zip(axes, options, strict=True)
         variant = next((one.names[one.options.index(option)] for one, option in pairs if one.names), "")
-        parts = [variant]
-        for key in sorted(short):
-            text = next(text for text in settings if text.startswith(f"{key}=")).partition("=")[2]
-            parts.append(f"{short[key]}={format_setting(values[key]) if key in values else text}")
-        name = re.sub(r"[^\w.,=+\-\[\]]+", "_", ",".join(filter(None, parts)))
+        values = dict(setting.split("=", 1) for setting in settings) | settings_by_key(config)  # parsed, if known
+        parts = [*filter(None, [variant]), *(f"{short[key]}={format_setting(values[key])}" for key in sorted(short))]
+        name = re.sub(r"[^\w.,=+\-\[\]]+", "_", ",".join(parts))
         if len(name) > MAX_NAME_LENGTH or name in {point.name for point in result} or name.startswith("."):
             digest = hashlib.sha256(same.encode()).hexdigest()[:8]
             name = f"{name[: MAX_NAME_LENGTH - 9].lstrip('.')}_{digest}"
-        label = ", ".join(filter(None, parts)) if variant else name
+        label = ", ".join(parts) if variant else name
         result.append(Point(name, settings, config.model_copy(update={"name": name}), label, variant))
     names = {point.name for point in result}
     for name in names:  # NAME-2 is also the second run of NAME, so such names would be ambiguous
