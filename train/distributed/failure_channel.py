@@ -165,14 +165,15 @@ class FailureChannel:
             self._record(Failure(rank, "", is_lost=True))
 
     def _record(self, failure: Failure) -> None:
-        """If the failure is the first one, send it to the connected ranks, and call `on_failure` unless it is ours."""
+        """If the failure is the first one, send it on from rank 0, and call `on_failure` unless it is this rank's."""
         with self._lock:
             if self._first is not None:
                 return
             self._first = failure
             self._has_failed.set()
-            for connection in self._connections.values():
-                _send(connection, failure)
+            if self._ranks.is_first:
+                for connection in self._connections.values():
+                    _send(connection, failure)
         if failure.rank != self._ranks.rank:
             threading.Thread(target=self._on_failure, args=(failure,), daemon=True).start()
 
