@@ -151,10 +151,9 @@ class HashCache:
         found: list[HashedFile | None] = []
         for shard in shards:
             content = None
-            if entries := known.get(shard.file):
-                with suppress(OSError):
-                    content = HashedFile(FileStamp.from_stat((self._folder / shard.file).stat()), shard.sha256)
-            found.append(content if content in (entries or ()) else None)
+            with suppress(OSError):
+                content = HashedFile(FileStamp.from_stat((self._folder / shard.file).stat()), shard.sha256)
+            found.append(content if content in known.get(shard.file, []) else None)
         return found
 
     def add(self, name: str, content: HashedFile) -> None:

@@ -7,12 +7,15 @@ The header is compared with the index before memory for the pixels is allocated.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 UNDECODABLE = "cannot be decoded"
+Result = TypeVar("Result")
 ImageSize = tuple[int, int]  # height and width in pixels
 
 
@@ -23,16 +26,13 @@ def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
         file: Content of the file, uint8 [bytes].
         sides: Height and width in pixels according to the index.
     """
+    claimed: ImageSize | None
     try:
         claimed = simplejpeg.decode_jpeg_header(file)[:2]
     except ValueError:  # also raised for color spaces unknown to libjpeg-turbo
-        try:
-            with _open_jpeg(file) as image:
-                claimed = image.height, image.width
-        except MemoryError:
-            raise
-        except Exception:  # Pillow raises many exception types on damaged bytes
-            return UNDECODABLE
+        claimed = _read_with_pillow(file, lambda image: (image.height, image.width))
+    if claimed is None:
+        return UNDECODABLE
     if claimed == sides:
         return None
     return f"has {claimed[0]:,} x {claimed[1]:,} pixels where the index says {sides[0]:,} x {sides[1]:,}"
@@ -43,14 +43,17 @@ def decode_with_pillow(file: np.ndarray, sides: ImageSize) -> np.ndarray | None:
 
     Return None if Pillow cannot decode the file, or if the height and width of the image differ from `sides`.
     """
+    return _read_with_pillow(
+        file, lambda image: np.asarray(image.convert("RGB")) if (image.height, image.width) == sides else None
+    )
+
+
+def _read_with_pillow(file: np.ndarray, read: Callable[[Image.Image], Result]) -> Result | None:
+    """Return what `read` returns for the opened JPEG file, or None if Pillow cannot read the file."""
     try:
-        with _open_jpeg(file) as image:
-            return np.asarray(image.convert("RGB")) if (image.height, image.width) == sides else None
+        with Image.open(io.BytesIO(file.tobytes()), formats=["JPEG"]) as image:
+            return read(image)
     except MemoryError:
         raise
     except Exception:  # Pillow raises many exception types on damaged bytes
         return None
-
-
-def _open_jpeg(file: np.ndarray) -> Image.Image:
-    return Image.open(io.BytesIO(file.tobytes()), formats=["JPEG"])

@@ -72,7 +72,9 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
         sigbus.unregister(guarded)
         _libc.munmap(base, total)
 
-    weakref.finalize(buffer, unmap).atexit = False  # a loader thread may still read at exit
+    # All views of `content` keep `buffer` alive, so the files are unmapped once nothing can read them. There is
+    # no other owner: views are passed on. At exit, the files stay mapped, since a loader thread may still read.
+    weakref.finalize(buffer, unmap).atexit = False
     stamps = []
     for start, file, size in zip(starts.tolist(), files, sizes, strict=True):
         with readable(file), file.open("rb") as opened:

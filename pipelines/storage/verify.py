@@ -35,56 +35,45 @@ def verify(folder: str | Path) -> list[str]:
 
 def _verify_split(folder: Path, dataset: DatasetInfo, name: str, bar: tqdm) -> list[str]:
     shards = dataset.splits[name].shards
-    found, problems = _hash_shards(folder, shards, bar)
+    results = _hash_shards(folder, shards, bar)
     record = hash_cache.HashCache(folder, dataset)
-    for content, shard in zip(found, shards, strict=True):
-        if content is not None:
-            record.add(shard.file, content)
+    for result, shard in zip(results, shards, strict=True):
+        if not isinstance(result, str):
+            record.add(shard.file, result)
     record.save()
+    problems = [result for result in results if isinstance(result, str)]
     try:
         split = open_split(folder, name, verify="off")
     except UserError as error:
         return problems or [str(error).removesuffix(f"; {RECONVERT}")]
-    for number, (content, shard) in enumerate(zip(found, shards, strict=True)):
-        if content is None:  # already reported
+    for number, (result, shard) in enumerate(zip(results, shards, strict=True)):
+        if isinstance(result, str):  # already in `problems`
             continue
-        if content.sha256 == shard.sha256:
-            problem = _members_error(split, number)
-        else:
-            text = tar_check.diagnose(split, number, content.sha256).text
-            problem = f"{shard.file} does not have the sha256 that dataset.json gives: {text}"
-        problems += [problem] if problem else []
+        if result.sha256 != shard.sha256:
+            text = tar_check.diagnose(split, number, result.sha256).text
+            problems.append(f"{shard.file} does not have the sha256 that dataset.json gives: {text}")
+        elif problem := _members_error(split, number):
+            problems.append(problem)
     return problems
 
 
-def _hash_shards(
-    folder: Path, shards: Sequence[ShardInfo], bar: tqdm
-) -> tuple[list[hash_cache.HashedFile | None], list[str]]:
-    """Hash shards.
-
-    Returns:
-        A tuple (hashes, problems). `hashes` holds the hash of each shard, or None if its file is missing, unreadable or
-        of the wrong size. `problems` holds a sentence about each such file.
-    """
-    found: list[hash_cache.HashedFile | None] = [None] * len(shards)
-    problems = {}
+def _hash_shards(folder: Path, shards: Sequence[ShardInfo], bar: tqdm) -> list[hash_cache.HashedFile | str]:
+    """Return the hash of each shard, or a sentence if its file is missing, unreadable or of the wrong size."""
+    results: dict[int, hash_cache.HashedFile | str] = {}
     for number, shard in enumerate(shards):
         file = folder / shard.file
         try:
             if not file.is_file():
-                problems[number] = f"{file.name} is missing"
+                results[number] = f"{file.name} is missing"
             elif (size := file.stat().st_size) != shard.bytes:
-                problems[number] = f"{file.name} has {size:,} bytes, but dataset.json says {shard.bytes:,}"
+                results[number] = f"{file.name} has {size:,} bytes, but dataset.json says {shard.bytes:,}"
         except OSError as error:
-            problems[number] = f"{file.name} {_reason(error)}"
-    sized = [number for number in range(len(shards)) if number not in problems]
+            results[number] = f"{file.name} {_reason(error)}"
+    sized = [number for number in range(len(shards)) if number not in results]
     for place, content in hash_cache.hash_files([folder / shards[number].file for number in sized], bar):
-        number = sized[place]
-        if isinstance(content, OSError):
-            problems[number] = f"{shards[number].file} {_reason(content)}"
-        else:
-            found[number] = content
-    return found, [problems[number] for number in sorted(problems)]
+        file_name = shards[sized[place]].file
+        results[sized[place]] = f"{file_name} {_reason(content)}" if isinstance(content, OSError) else content
+    return [results[number] for number in range(len(shards))]
 
 
 def _members_error(split: Split, number: int) -> str | None:

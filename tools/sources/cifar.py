@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -78,22 +77,20 @@ class CifarSplit:
         self,
         edition: CifarEdition,
         path: Path,
-        batches: dict[str, int],
-        labels: np.ndarray | None,
+        labels: dict[str, np.ndarray],  # of each batch, by file name
         loaded: dict[str, np.ndarray],
+        labelled: bool = True,
     ) -> None:
         self._edition, self._path = edition, path
-        self._batches = batches  # file name -> number of rows
-        self._loaded = {
-            file: loaded[file] for file in batches if file in loaded
-        }  # file name -> pixels, uint8 [rows, 3072]
-        self.labels = labels
+        self._batches = {file: len(numbers) for file, numbers in labels.items()}  # file name -> number of rows
+        self._loaded = loaded  # file name -> pixels, uint8 [rows, 3072]
+        self.labels = np.concatenate([*labels.values()]) if labelled else None
         self.bytes_per_row = ROW_BYTES
 
     def __len__(self) -> int:
         return sum(self._batches.values())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         if self._path.is_file():  # sending pixels once is cheaper than reading the archive in each worker
             return self.__dict__
         return {**self.__dict__, "_loaded": {}}
@@ -143,7 +140,7 @@ def open_cifar(kind: str, source: Path) -> Source:
     """
     edition = EDITIONS[kind]
     path = _locate(edition, source)
-    batches: dict[str, tuple[int, np.ndarray]] = {}
+    labels: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     classes: tuple[str, ...] = ()
     loaded: dict[str, np.ndarray] = {}
@@ -152,26 +149,24 @@ def open_cifar(kind: str, source: Path) -> Source:
         if file == edition.meta:
             classes = _parse_classes(edition, content, f"{path}: {file}")
         else:
-            pixels, labels = _parse_batch(edition, content, f"{path}: {file}")
-            batches[file] = (len(pixels), labels)
+            pixels, labels[file] = _parse_batch(edition, content, f"{path}: {file}")
             if path.is_file():
                 loaded[file] = pixels
     missing = [file for file in edition.files if file not in digests]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; a {kind} source contains {', '.join(edition.files)}")
-    for file, (_, labels) in batches.items():
-        if labels.max() >= len(classes):
+    for file, numbers in labels.items():
+        if numbers.max() >= len(classes):
             raise UserError(
-                f"{path}: {file} has labels up to {labels.max()}, but {edition.meta} names {len(classes)} classes "
+                f"{path}: {file} has labels up to {numbers.max()}, but {edition.meta} names {len(classes)} classes "
                 f"(0 to {len(classes) - 1}); fetch the files again"
             )
-    train = {file: batches[file][0] for file in edition.train}
-    test = {edition.test: batches[edition.test][0]}
-    train_labels = np.concatenate([batches[file][1] for file in edition.train])
+    train = {file: labels[file] for file in edition.train}
+    test = {edition.test: labels[edition.test]}
     splits: dict[str, SplitSource] = {
-        "train": CifarSplit(edition, path, train, train_labels, loaded),
-        "val": CifarSplit(edition, path, test, batches[edition.test][1], loaded),
-        "test": CifarSplit(edition, path, test, None, loaded),
+        "train": CifarSplit(edition, path, train, loaded),
+        "val": CifarSplit(edition, path, test, loaded),
+        "test": CifarSplit(edition, path, test, loaded, labelled=False),
     }
     fingerprint = hashlib.sha256("\n".join(f"{file} {digests[file]}" for file in edition.files).encode()).hexdigest()
     return Source(kind=kind, name=path.name, classes=classes, fingerprint=fingerprint, splits=splits)
@@ -233,9 +228,7 @@ def _parse_batch(edition: CifarEdition, content: bytes, file: str) -> tuple[np.n
         found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise UserError(f"{file}: data is {found}; CIFAR's is uint8 (rows, {ROW_BYTES})")
     labels = batch[edition.labels]
-    if (
-        isinstance(labels, np.ndarray) and labels.ndim == 1
-    ):  # an array with more axes may have a huge shape and no elements
+    if isinstance(labels, np.ndarray) and labels.ndim == 1:  # more axes: perhaps a huge shape without elements
         labels = labels.tolist()
     if not isinstance(labels, list) or len(labels) != len(pixels) or not labels:
         raise UserError(f"{file}: {edition.labels} must be one number for each of the {len(pixels)} images of data")

@@ -6,7 +6,10 @@ import hashlib
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from configs.utils.errors import UserError, printable
 
@@ -85,6 +88,11 @@ class Scan:
         count, first = self._skipped.get((kind, reason), (0, path))
         self._skipped[kind, reason] = (count + 1, first)
 
+    def skip_all(self, folder: str, files: list[tuple[str, int]]) -> None:
+        """Skip image files of a folder, as listed by `entries`, that are in no class folder."""
+        for name, _ in files:
+            self.skip(join_path(folder, name), "outside of the class folders")
+
     def summary(self) -> str:
         """Return text that counts the skipped entries by kind and reason, or '' if nothing was skipped.
 
@@ -98,6 +106,10 @@ class Scan:
         if rest := sum(count for _, (count, _) in groups[MAX_LISTED_GROUPS:]):
             texts.append(f"{rest:,} more")
         return "; ".join(texts)
+
+    def hint(self) -> str:
+        """Return `summary` as a clause for an error message about missing images, or '' if nothing was skipped."""
+        return f"; skipped: {self.summary()}" if self._skipped else ""
 
     def note_skipped(self) -> None:
         if self._skipped:
@@ -166,6 +178,14 @@ def is_litter(name: str) -> bool:
 
 def join_path(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
+
+
+def note_missing_classes(what: str, labels: Sequence[int] | np.ndarray, names: Sequence[object]) -> None:
+    """Print a note about classes without samples. `what` begins the sentence, e.g. 'val has no images'."""
+    missing = np.setdiff1d(np.arange(len(names)), labels).tolist()
+    if missing:
+        shown = ", ".join(str(names[number]) for number in missing[:MAX_LISTED]) + " …" * (len(missing) > MAX_LISTED)
+        note(f"{what} of {len(missing):,} of {len(names):,} classes: {shown}")
 
 
 def note(text: str) -> None:

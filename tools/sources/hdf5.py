@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from configs.utils.errors import UserError
 from pipelines.convert import memory_limit
 from pipelines.convert.source import Source, SplitSource
-from tools.sources.folder_scan import MAX_LISTED, note
+from tools.sources.folder_scan import note_missing_classes
 from tools.sources.hdf5_checks import MAX_CHUNK_BYTES, checked_dataset, chunk_bytes, is_channels_first, load_labels
 
 READ_BYTES = 64 << 20  # per read; large enough that disk seeks take little of the time
@@ -49,7 +48,7 @@ class Hdf5Split:
     def __len__(self) -> int:
         return self._shape[0]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
@@ -113,18 +112,10 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
                 split = Hdf5Split(path, images, labels, channels_first)
                 _update_digest(digest, name, split, images)
                 splits[name] = split
-    labelled = {name: split.labels for name, split in splits.items() if split.labels is not None}
-    highest = int(labelled["train"].max())
-    for name, labels in labelled.items():
-        if not names and labels.max() > highest:
-            row = int(labels.argmax())
-            raise UserError(
-                f"{path}: labels-{name}[{row}] is {labels[row]}, but the highest label of train is {highest}; "
-                "fix it, or name all classes with --classes FILE"
-            )
-    classes = names or tuple(str(label) for label in range(highest + 1))
-    for name, labels in labelled.items():
-        _note_missing_classes(path, name, labels, len(classes))
+    labels_of = {name: split.labels for name, split in splits.items() if split.labels is not None}
+    classes = names or _numbered_classes(path, labels_of)
+    for name, numbers in labels_of.items():
+        note_missing_classes(f"{path}: labels-{name} has no samples", numbers, range(len(classes)))
     digest.update("\n".join(classes).encode())
     return Source(
         kind="hdf5",
@@ -136,12 +127,17 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
     )
 
 
-def _note_missing_classes(path: Path, split: str, labels: np.ndarray, classes: int) -> None:
-    """Print a note about classes that have no samples in a split."""
-    missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
-    if len(missing):
-        shown = ", ".join(map(str, missing[:MAX_LISTED])) + " …" * (len(missing) > MAX_LISTED)
-        note(f"{path}: labels-{split} has no samples of {len(missing):,} of {classes:,} classes: {shown}")
+def _numbered_classes(path: Path, labels_of: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Return the names 0, 1, … up to the highest label of train. Raises UserError if another split has a higher one."""
+    highest = int(labels_of["train"].max())
+    for name, labels in labels_of.items():
+        if labels.max() > highest:
+            row = int(labels.argmax())
+            raise UserError(
+                f"{path}: labels-{name}[{row}] is {labels[row]}, but the highest label of train is {highest}; "
+                "fix it, or name all classes with --classes FILE"
+            )
+    return tuple(str(label) for label in range(highest + 1))
 
 
 def _check_keys(path: Path, keys: set[str]) -> None:
@@ -236,7 +232,7 @@ def _report_damage(what: str, held_bytes: int = 0) -> Iterator[None]:
         ) from None
 
 
-def _update_digest(digest: Any, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
+def _update_digest(digest: hashlib._Hash, name: str, split: Hdf5Split, images: h5py.Dataset) -> None:
     """Add a split's name, shape, dtype, labels and up to `FINGERPRINT_ROWS` evenly spaced rows to the fingerprint."""
     digest.update(f"{name} {images.shape} {images.dtype}".encode())
     digest.update(b"" if split.labels is None else split.labels.tobytes())

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.utils.errors import UserError, readable
 from pipelines.convert.source import Source, SplitSource
-from tools.sources.folder_scan import EXTENSIONS, MAX_LISTED, Scan, join_path, note, read_regular_file
+from tools.sources.folder_scan import EXTENSIONS, Scan, join_path, note, note_missing_classes, read_regular_file
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -96,12 +96,12 @@ def open_imagefolder(root: Path) -> Source:
         listed = train if name == "train" else scan.entries(folder, ANNOTATIONS if name == "val" else "")
         files, labels = _list_split(scan, name, folder, listed, classes, digest)
         if not files:
-            hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
-            raise UserError(f"{root / folder} contains no images ({', '.join(EXTENSIONS)}){hint}; {LAYOUT}")
+            raise UserError(f"{root / folder} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; {LAYOUT}")
         for path, size in files:
             digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
         splits[name] = ImageFolderSplit(scan.root, files, labels)
-        _note_missing_classes(folder, labels, classes)
+        if labels is not None:
+            note_missing_classes(f"{folder} has no images", labels, classes)
         if name != "train" and not is_in_numeric_order([path for path, _ in files]):
             unordered.append(name)
             if labels is None:
@@ -133,8 +133,9 @@ def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Sour
     scan = Scan(folder.resolve())
     files = scan.images(".")
     if not files:
-        hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
-        raise UserError(f"{folder} contains no images ({', '.join(EXTENSIONS)}){hint}; give a folder of image files")
+        raise UserError(
+            f"{folder} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; give a folder of image files"
+        )
     scan.note_skipped()
     rows = ImageFolderSplit(scan.root, files, None)
     digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path, _ in files)).hexdigest()
@@ -172,10 +173,9 @@ def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
         if len(folders) > 1:
             raise UserError(f"{root} has {' and '.join(folders)}, which all mean split {name!r}; keep one of them")
     if not found["train"]:
-        hint = f"; skipped: {summary}" if (summary := scan.summary()) else ""
-        raise UserError(f"{root} has no folder 'train' (it has {', '.join(top[:5]) or 'no folders'}){hint}; {LAYOUT}")
-    for name, _ in images:
-        scan.skip(name, "outside of the class folders")
+        found_text = ", ".join(top[:5]) or "no folders"
+        raise UserError(f"{root} has no folder 'train' (it has {found_text}){scan.hint()}; {LAYOUT}")
+    scan.skip_all(".", images)
     if others:
         note(
             f"{root} has folders that mean no split and are not read: {', '.join(others)}; splits are "
@@ -217,9 +217,8 @@ def _list_split(
     found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}
     if split != "train" and found == ["images"] and "images" not in numbers and not (split == "test" and flat):
+        scan.skip_all(folder, flat)
         top, folder = folder, f"{folder}/images"
-        for name, _ in flat:
-            scan.skip(f"{top}/{name}", "outside of the class folders")
         found, flat = scan.entries(folder)
         if split == "val" and flat and not found:
             return _list_annotated(scan, top, dict(flat), numbers, digest)
@@ -230,9 +229,15 @@ def _list_split(
                 "images into class folders, or none"
             )
         return [(f"{folder}/{name}", size) for name, size in flat], None
-    for name, _ in flat:
-        scan.skip(f"{folder}/{name}", "outside of the class folders")
-    unknown = [name for name in found if name not in numbers]
+    scan.skip_all(folder, flat)
+    return _list_class_folders(scan, split, folder, found, numbers)
+
+
+def _list_class_folders(
+    scan: Scan, split: str, folder: str, names: list[str], numbers: dict[str, int]
+) -> tuple[Files, list[int]]:
+    """Return the files in the class folders `names` of a split and their labels. `numbers` are the classes of train."""
+    unknown = [name for name in names if name not in numbers]
     if unknown:
         raise UserError(
             f"{scan.root / folder} has {len(unknown)} class folders that train lacks, such as {unknown[0]!r}; give "
@@ -241,10 +246,10 @@ def _list_split(
         )
     files: Files = []
     labels: list[int] = []
-    for class_name in found:
-        images = scan.images(join_path(folder, class_name))
+    for name in names:
+        images = scan.images(join_path(folder, name))
         files += images
-        labels += [numbers[class_name]] * len(images)
+        labels += [numbers[name]] * len(images)
     return files, labels
 
 
@@ -292,13 +297,6 @@ def _list_annotated(
     labels = [label for label, _ in rows]
     digest.update(np.array(labels, "<i8").tobytes())
     return [(f"{top}/images/{name}", sizes[name]) for _, name in rows], labels
-
-
-def _note_missing_classes(folder: str, labels: list[int] | None, classes: tuple[str, ...]) -> None:
-    """Print a note about classes that have no images in a split. `labels` is None for a split without labels."""
-    if labels is not None and (missing := sorted(set(range(len(classes))).difference(labels))):
-        names = ", ".join(classes[number] for number in missing[:MAX_LISTED]) + " …" * (len(missing) > MAX_LISTED)
-        note(f"{folder} has no images of {len(missing):,} of {len(classes):,} classes: {names}")
 
 
 def _note_order(folder: str, files: Files) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -26,7 +27,7 @@ COPIES = 3  # of the pixels; Python 3 stores them in protocol 2 as UTF-8 text, w
 MAX_TEXT = 200  # characters of an error in a message
 
 
-def load_pickle(content: bytes, file: str) -> dict[str, Any]:
+def load_pickle(content: bytes, file: str) -> dict[str, object]:
     """Load a dict from a pickle written by Python 2 or 3, with any protocol.
 
     Keys are converted to str, text arrays to lists, and NumPy scalars to Python types. Numeric arrays stay NumPy
@@ -74,13 +75,13 @@ class _Content(io.BytesIO):
 class _Dtype:
     """Stand-in for numpy.dtype. NumPy's own `__setstate__` does not check sizes and flags."""
 
-    def __init__(self, name: Any, *_: Any) -> None:
+    def __init__(self, name: object, *_: object) -> None:
         text = name.decode() if isinstance(name, bytes) else name
         if not isinstance(text, str) or not re.fullmatch("[biuf][1248]|[SU][0-9]{1,6}", text):
             raise pickle.UnpicklingError(f"an array of {text[:40]!r}" if isinstance(text, str) else "a bad type name")
         self.type = np.dtype(text)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         """Set the byte order. The other items of the state are ignored, since the type name determines them."""
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         if order not in ("|", "<", ">", "="):
@@ -93,23 +94,27 @@ class _Array:
 
     content: np.ndarray | None = None
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[object, tuple[int, ...], _Dtype, bool, bytes]) -> None:
         _, shape, dtype, is_fortran, raw = state
         self.content = _array(raw, dtype, shape, "F" if is_fortran is True else "C")
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: object) -> object:
     """Replace a stand-in with its array, and an array of text with a list. Return other values unchanged."""
     if isinstance(value, _Array):
         value = value.content
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "SU" else value
 
 
-def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+def _array(
+    raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Literal["C", "F"], axes: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Return an array that views the bytes `raw`, like NumPy's `_frombuffer`.
+
+    A pickle may pass arguments of any types, so they are checked.
 
     Args:
         raw: Bytes of the elements.
@@ -131,7 +136,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np
     return array.reshape(shape, order=order) if axes is None else array.reshape(shape).transpose(axes)
 
 
-def _scalar(dtype: Any, raw: Any) -> Any:
+def _scalar(dtype: object, raw: object) -> object:
     """Return the value of a NumPy scalar as an int, float, bool, str or bytes.
 
     Raises:
@@ -142,7 +147,7 @@ def _scalar(dtype: Any, raw: Any) -> Any:
     return np.frombuffer(raw, dtype.type)[0].item()
 
 
-_NUMPY: dict[str, Any] = {
+_NUMPY: dict[str, object] = {
     "numpy.ndarray": None,  # names the type to reconstruct; never called
     "numpy.dtype": _Dtype,
     # In protocols 0 to 2, Python 3 pickles empty bytes as this call, and other bytes as a call of _codecs.encode.
@@ -159,13 +164,13 @@ _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ig
 class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
     """Unpickler that calls only functions in this module and hashes only text and bytes."""
 
-    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, content: bytes, file: str) -> None:
         super().__init__(_Content(content), encoding="bytes")
         self._file, self._text_left = file, len(content)
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """Return the stand-in for the function or class `module.name`.
 
         Raises:
@@ -181,7 +186,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
             )
         return _NUMPY[full_name]
 
-    def _encode(self, text: Any, encoding: Any) -> bytes:
+    def _encode(self, text: object, encoding: object) -> bytes:
         """Encode text as Latin-1. In protocols 0 to 2, Python 3 pickles bytes as calls of `_codecs.encode`."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("an encoding other than latin1")
@@ -202,7 +207,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self._check_items({}, self.stack[::2])
         super().load_dict()
 
-    def _check_items(self, target: Any, keys: list[Any]) -> None:
+    def _check_items(self, target: object, keys: list[object]) -> None:
         if type(target) is not dict or not all(type(key) in (str, bytes) for key in keys):
             raise pickle.UnpicklingError("keys that are not text, or items of an object other than a dict")
 
