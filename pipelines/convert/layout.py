@@ -55,6 +55,10 @@ class SplitLayout:
     def shard_file(self, shard: int) -> Path:
         return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
+    def is_written(self, shard: int) -> bool:
+        file = self.shard_file(shard)
+        return self.shard_table(shard).exists() and file.exists() and file.with_suffix(".idx").exists()
+
     def block_size(self, block: int) -> int:
         """Return the number of rows of a block. The last block may be smaller than `block_rows`."""
         return min(self.block_rows, self.rows - block * self.block_rows)
@@ -62,7 +66,3 @@ class SplitLayout:
     def shard_size(self, shard: int) -> int:
         """Return the number of source rows assigned to a shard. The quarantined rows among them are not written."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
-
-    def group_shard_numbers(self, group: int) -> set[int]:
-        start = group * self.group_shards
-        return set(range(start, min(start + self.group_shards, self.shard_count)))

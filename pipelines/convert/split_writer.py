@@ -81,19 +81,18 @@ def _merge_shards(layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> tuple[l
     Returns:
         The tables of all shards, and the indices of the shards that this call wrote.
     """
+    missing = [shard for shard in range(layout.shard_count) if not layout.is_written(shard)]
+    left = Counter(shard // layout.group_shards for shard in missing)  # unwritten shards of each group
     with _progress_bar(layout, "write") as bar:
-        left = [layout.group_shard_numbers(group) for group in range(layout.groups)]
-        missing = []
-        for shard in range(layout.shard_count):
-            files = (layout.shard_table(shard), layout.shard_file(shard), layout.shard_file(shard).with_suffix(".idx"))
-            if all(file.exists() for file in files):
-                bar.update(layout.shard_size(shard))
-                _release_spool(layout, left, shard)
-            else:
-                missing.append(shard)
+        bar.update(layout.rows - sum(layout.shard_size(shard) for shard in missing))
+        for group in set(range(layout.groups)) - left.keys():
+            _release_spool(layout, group)
         for shard in pool.imap(merge, [(layout.split, shard) for shard in missing]):
             bar.update(layout.shard_size(shard))
-            _release_spool(layout, left, shard)
+            group = shard // layout.group_shards
+            left[group] -= 1
+            if left[group] == 0:
+                _release_spool(layout, group)
     return [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)], missing
 
 
@@ -158,14 +157,8 @@ def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
         )
 
 
-def _release_spool(layout: SplitLayout, left: list[set[int]], shard: int) -> None:
-    """Mark a shard as written and, if it was the last one of its group, delete the spool files of the group.
-
-    `left` holds the unwritten shards of each group.
-    """
-    group = shard // layout.group_shards
-    left[group].discard(shard)
-    if not left[group]:
-        sync_folder(layout.spool)  # the tables of shards must reach the disk before the spool files are deleted
-        for block in range(layout.blocks):
-            layout.block_group(block, group).unlink(missing_ok=True)
+def _release_spool(layout: SplitLayout, group: int) -> None:
+    """Delete the spool files of a group whose shards have all been written."""
+    sync_folder(layout.spool)  # the tables of shards must reach the disk before the spool files are deleted
+    for block in range(layout.blocks):
+        layout.block_group(block, group).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ class MappedShards(NamedTuple):
     """Files that are mapped one after another, in slots of equal size."""
 
     content: np.ndarray  # uint8 [files * slot]
+    files: list[np.ndarray]  # views of `content`: the bytes of each file
     fault_address: np.ndarray  # int64 [files]: address of a failed read in each file, or 0 (see `sigbus`)
     stamps: list[FileStamp]  # stamp of each file when it was mapped
 
@@ -80,7 +81,9 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
         with readable(file), file.open("rb") as opened:
             map_at(start, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
             stamps.append(FileStamp.from_stat(os.fstat(opened.fileno())))
-    return MappedShards(np.frombuffer(memoryview(buffer), np.uint8), fault_address, stamps)
+    content = np.frombuffer(memoryview(buffer), np.uint8)
+    views = [content[number * slot : number * slot + size] for number, size in enumerate(sizes)]
+    return MappedShards(content, views, fault_address, stamps)
 
 
 def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines.storage.hash_cache import CHUNK_BYTES, FileStamp
+from pipelines.storage.memory_map import MappedShards
 
 POLL_INTERVAL_S = 0.5  # minimum time between checks
 MAX_SHARE = 0.01  # maximum share of time spent on checks
@@ -30,23 +30,13 @@ class ShardMonitor:
         split: Name of the split, for messages.
         files: Paths of the shards.
         sha256: Hash of each file when the split was opened, or its hash in dataset.json if data.verify=off.
-        stamps: Attributes of each file when it was mapped.
-        fault_address: Address of a failed read in each file, or 0, int64 [files]; see `memory_map.MappedShards`.
-        mapped: Function that takes an index into `files` and returns the mapped bytes of that file, uint8 [bytes].
+        mapped: The mapping of the files.
     """
 
-    def __init__(
-        self,
-        split: str,
-        files: tuple[Path, ...],
-        sha256: list[str],
-        stamps: list[FileStamp],
-        fault_address: np.ndarray,
-        mapped: Callable[[int], np.ndarray],
-    ) -> None:
-        self._split, self._files, self._sha256, self._mapped = split, files, sha256, mapped
-        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in stamps]  # None if removed
-        self._fault_address = fault_address
+    def __init__(self, split: str, files: tuple[Path, ...], sha256: list[str], mapped: MappedShards) -> None:
+        self._split, self._files, self._sha256 = split, files, sha256
+        self._mapped, self._fault_address = mapped.files, mapped.fault_address
+        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in mapped.stamps]  # None: removed
         self._lock = threading.Lock()
         self._next = time.monotonic() + POLL_INTERVAL_S
         self._error: str | None = None
@@ -85,7 +75,7 @@ class ShardMonitor:
             size = _size_of(file)
             if known is not None and size is not None and size < known[1]:
                 return self._message(number, f"was truncated to {size:,} of {known[1]:,} bytes")
-            place = int(self._fault_address[number]) - self._mapped(number).ctypes.data
+            place = int(self._fault_address[number]) - self._mapped[number].ctypes.data
             return self._message(number, f"can no longer be read at byte {place:,}")
         return None
 
@@ -114,7 +104,7 @@ class ShardMonitor:
 
     def _digest(self, number: int) -> str:
         """Return the sha256 of a file's mapped bytes, or "" if the bytes cannot be read."""
-        content, digest = self._mapped(number).data, hashlib.sha256()
+        content, digest = self._mapped[number].data, hashlib.sha256()
         for start in range(0, len(content), CHUNK_BYTES):
             digest.update(content[start : start + CHUNK_BYTES])
         return "" if self._fault_address[number] else digest.hexdigest()

@@ -88,24 +88,19 @@ def _build_split(
     slot_bytes: int,
     sha256: list[str],
 ) -> Split:
-    content, info = mapped.content, dataset.splits[name]
-
-    def mapped_file(number: int) -> np.ndarray:
-        return content[number * slot_bytes :][: info.shards[number].bytes]
-
     return Split(
         dataset=dataset,
         name=name,
-        labels=index["label"].astype(np.int64) if info.labelled else None,
+        labels=index["label"].astype(np.int64) if dataset.splits[name].labelled else None,
         shard=index["shard"],
         files=files,
         heights=index["height"],
         widths=index["width"],
         address=index["shard"] * np.int64(slot_bytes) + index["offset"],
         size=index["size"],
-        content=content,
+        content=mapped.content,
         slot_bytes=slot_bytes,
-        monitor=ShardMonitor(name, files, sha256, mapped.stamps, mapped.fault_address, mapped_file),
+        monitor=ShardMonitor(name, files, sha256, mapped),
     )
 
 

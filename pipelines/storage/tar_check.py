@@ -76,47 +76,47 @@ def layout_error(split: Split, number: int, chosen: np.ndarray) -> str | None:
     if len(content) != end + len(tar_format.END_OF_ARCHIVE) or content[end:].any():
         return "it does not end where the index says"
     for start in range(0, len(chosen), tar_format.CHUNK_SAMPLES):
-        some = slice(start, start + tar_format.CHUNK_SAMPLES)
-        problem = _header_error(split, chosen[some], content, offsets[some])
-        if problem is None and split.labels is not None:
-            problem = _label_error(split, chosen[some], content, offsets[some] + tar_format.padded(sizes[some]))
-        if problem:
+        if problem := _member_error(split, chosen[start : start + tar_format.CHUNK_SAMPLES]):
             return problem
     return _key_error(split, chosen)
 
 
-def _header_error(split: Split, samples: np.ndarray, content: np.ndarray, offsets: np.ndarray) -> str | None:
-    found = content[(offsets - tar_format.BLOCK)[:, None] + np.arange(tar_format.BLOCK)]
-    sizes = split.size[samples].astype(np.int64)
-    wrong = (found != tar_format.headers(split.keys(samples), EXTENSIONS[split.encoding], sizes)).any(axis=1)
-    if wrong.any():
+def _member_error(split: Split, samples: np.ndarray) -> str | None:
+    """Compare the headers and labels of samples with the index. `samples` are sample indices, int64 [N]."""
+    images, sizes = split.address[samples], split.size[samples].astype(np.int64)
+    problem = _header_error(split, samples, images, EXTENSIONS[split.encoding], sizes, "where the index places")
+    if problem or split.labels is None:
+        return problem
+    expected = tar_format.digits(split.labels[samples], tar_format.count_label_digits(len(split.classes)))
+    labels, width = images + tar_format.padded(sizes) + tar_format.BLOCK, expected.shape[1]
+    if problem := _header_error(split, samples, labels, "cls", np.full(len(samples), width), "as the label of"):
+        return problem
+    found = split.content[labels[:, None] + np.arange(width)]
+    if (wrong := (found != expected).any(axis=1)).any():
         row = int(np.argmax(wrong))
-        return f"{_describe_header(found[row])} where the index places {split.describe(int(samples[row]))}"
+        sample, label = int(samples[row]), found[row].tobytes()
+        return f"it gives {label!r} as the label of {split.describe(sample)}, but the index says {split.labels[sample]}"
     return None
 
 
-def _label_error(split: Split, samples: np.ndarray, content: np.ndarray, headers: np.ndarray) -> str | None:
-    """Return an error message about a wrong label member, or None if all label members are correct.
+def _header_error(
+    split: Split, samples: np.ndarray, starts: np.ndarray, extension: str, sizes: np.ndarray, relation: str
+) -> str | None:
+    """Return an error message about a wrong tar header, or None if all headers are correct.
 
     Args:
         split: Split that contains the samples.
-        samples: Indices of the samples to check, int64 [N].
-        content: Bytes of the shard, uint8 [bytes].
-        headers: Offset of each label member's tar header in `content`, int64 [N].
+        samples: Indices of the samples, int64 [N].
+        starts: Start of each member's content in `split.content`, int64 [N].
+        extension: Extension of the members, without a dot.
+        sizes: Size of each member's content in bytes, int64 [N].
+        relation: Words between the description of the header and that of the sample.
     """
-    assert split.labels is not None
-    assert split.label_digits is not None
-    found = content[headers[:, None] + np.arange(tar_format.BLOCK + split.label_digits)]
-    digits = tar_format.digits(split.labels[samples], split.label_digits)
-    expected = tar_format.headers(split.keys(samples), "cls", np.full(len(samples), split.label_digits))
-    if (wrong := (found[:, : tar_format.BLOCK] != expected).any(axis=1)).any():
+    found = split.content[(starts - tar_format.BLOCK)[:, None] + np.arange(tar_format.BLOCK)]
+    wrong = (found != tar_format.headers(split.keys(samples), extension, sizes)).any(axis=1)
+    if wrong.any():
         row = int(np.argmax(wrong))
-        return f"{_describe_header(found[row, : tar_format.BLOCK])} as the label of {split.describe(int(samples[row]))}"
-    if (wrong := (found[:, tar_format.BLOCK :] != digits).any(axis=1)).any():
-        row = int(np.argmax(wrong))
-        sample = int(samples[row])
-        label = found[row, tar_format.BLOCK :].tobytes()
-        return f"it gives {label!r} as the label of {split.describe(sample)}, but the index says {split.labels[sample]}"
+        return f"{_describe_header(found[row])} {relation} {split.describe(int(samples[row]))}"
     return None
 
 

@@ -85,13 +85,14 @@ def _members_error(split: Split, number: int) -> str | None:
         if problem := tar_check.image_error(split, sample, decodes=False):
             return f"{file.name}: {split.describe(sample)} {problem}"
     beside = file.with_suffix(".idx")
-    expected = _index_text(split, number, chosen).encode()
+    rows, offsets = split.source_rows(chosen), split.address[chosen] - number * split.slot_bytes
+    extension, sizes = EXTENSIONS[split.encoding], split.size[chosen]
+    expected = tar_format.index_text(rows, extension, offsets, sizes, split.label_digits).encode()
     try:
-        return (
-            None if _read_start(beside, len(expected) + 1) == expected else f"{beside.name} disagrees with {file.name}"
-        )
+        is_equal = _read_start(beside, len(expected) + 1) == expected
     except OSError as error:
         return f"{beside.name} {_reason(error)}"
+    return None if is_equal else f"{beside.name} disagrees with {file.name}"
 
 
 def _read_start(file: Path, most: int) -> bytes:
@@ -109,12 +110,6 @@ def _read_start(file: Path, most: int) -> bytes:
 
 def _reason(error: OSError) -> str:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-
-
-def _index_text(split: Split, number: int, chosen: np.ndarray) -> str:
-    """Return the content that a shard's DALI index should have, given `SPLIT.index.npz` and the keys in the tar."""
-    rows, offsets = split.source_rows(chosen), split.address[chosen] - number * split.slot_bytes
-    return tar_format.index_text(rows, EXTENSIONS[split.encoding], offsets, split.size[chosen], split.label_digits)
 
 
 def _verify_info(folder: Path, dataset: DatasetInfo) -> list[str]:
