@@ -133,16 +133,15 @@ def merge(splits: SplitInputs, task: tuple[str, int]) -> int:
     extension = EXTENSIONS[layout.options.encoding.name]
     head = tar_format.npy_header(layout.image_shape) if layout.image_shape else b""
     labels = None if row_labels is None else row_labels[samples["row"]]
-    label_digits = None if labels is None else tar_format.count_label_digits(layout.classes)
+    label_text = None if labels is None else tar_format.digits(labels, tar_format.count_label_digits(layout.classes))
+    label_digits = None if label_text is None else label_text.shape[1]
     sizes = samples["size"] + len(head)
     strides = tar_format.sample_bytes(sizes, label_digits)
     offsets = np.cumsum(strides) - strides + tar_format.BLOCK
-    label_text = None if labels is None or label_digits is None else tar_format.digits(labels, label_digits)
-    pieces = tar_format.shard_pieces(samples["row"], extension, head, payloads, label_text)
     digest = hashlib.sha256()
 
     def write_tar(file: BinaryIO) -> None:
-        for piece in pieces:
+        for piece in tar_format.shard_pieces(samples["row"], extension, head, payloads, label_text):
             file.write(piece)
             digest.update(piece)
 

@@ -55,15 +55,8 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
     if total > MAX_COUNT:
         raise UserError(f"cannot map {total:,} bytes of {files[0].parent}; at most {MAX_COUNT:,} can be addressed")
 
-    def map_at(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
-        result = _libc.mmap(address, size, protection, flags, descriptor, 0)
-        if result in (None, ctypes.c_void_p(-1).value):
-            number = ctypes.get_errno()
-            raise UserError(f"cannot map {size:,} bytes of {files[0].parent}: {os.strerror(number)}")
-        return result
-
     # The gaps between files read as zeros, so that printing the whole array does not crash.
-    base = map_at(None, total, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    base = _map(files[0].parent, None, total, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
     starts = base + np.arange(len(files), dtype=np.int64) * slot
     ends = starts - -np.array(sizes, np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -79,11 +72,19 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
     stamps = []
     for start, file, size in zip(starts.tolist(), files, sizes, strict=True):
         with readable(file), file.open("rb") as opened:
-            map_at(start, size, _PROT_READ, _MAP_SHARED | _MAP_FIXED, opened.fileno())
+            _map(file.parent, start, size, _MAP_SHARED | _MAP_FIXED, opened.fileno())
             stamps.append(FileStamp.from_stat(os.fstat(opened.fileno())))
     content = np.frombuffer(memoryview(buffer), np.uint8)
     views = [content[number * slot : number * slot + size] for number, size in enumerate(sizes)]
     return MappedShards(content, views, fault_address, stamps)
+
+
+def _map(folder: Path, address: int | None, size: int, flags: int, descriptor: int) -> int:
+    """Call mmap(2) for reading. `folder` is named in the error message."""
+    result: int | None = _libc.mmap(address, size, _PROT_READ, flags, descriptor, 0)
+    if result is None or result == ctypes.c_void_p(-1).value:
+        raise UserError(f"cannot map {size:,} bytes of {folder}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
 def advise(content: np.ndarray, start: int, size: int, advice: int) -> None:

@@ -107,3 +107,25 @@ def test_unsupported_directory_fsync_is_ignored_but_not_other_errors(
         with pytest.raises(OSError, match="Input/output error"):
             files.atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_named_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def write_while_another_writes(file: BinaryIO) -> None:
+        file.write(b"first")
+        files.atomic_write(path, lambda other: other.write(b"second"), writer=".b")
+        assert path.read_bytes() == b"second"
+
+    files.atomic_write(path, write_while_another_writes, writer=".a")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_is_flushed_after_a_write_unless_asked_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", flushed.append)
+    files.atomic_write(tmp_path / "file", lambda file: file.write(b"1"), sync=False)
+    assert flushed == []
+    files.atomic_write(tmp_path / "file", lambda file: file.write(b"2"))
+    assert flushed == [tmp_path]
