@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from train.checkpoint.store import load_newest_on_all_ranks
 from train.distributed import collectives
 from train.engine.evaluate import evaluate
 from train.engine.state import TrainState
+from train.optim.param_groups import inner_network
 
 # Means and standard deviations used by the homework, for pixel values from 0 to 1. The homework divides the pixels of
 # MediumImageNet by 256, not 255, before it subtracts ImageNet's mean.
@@ -87,15 +87,10 @@ def _build_foreign(job: Job, path: Path, image_size: int) -> TrainState:
             "give the data set that they were trained on, or start a run from them with model.pretrained"
         )
     settings = config.model.model_copy(update={"num_classes": outputs})
-    homework = Job(
-        inference_config(config.model_copy(update={"model": settings})),
-        replace(dataset, mean=mean, std=std),
-        job.ranks,
-        job.device,
-    )
-    state = homework.build_state(image_size, trains=False)
-    network: Any = state.network
-    copy_weights(network.network, weights, (), f"the weights {path}")
+    homework = inference_config(config.model_copy(update={"model": settings}))
+    job = replace(job, config=homework, dataset=replace(dataset, mean=mean, std=std))
+    state = job.build_state(image_size, trains=False)
+    copy_weights(inner_network(state.network)[1], weights, (), f"the weights {path}")
     extra = f", of which the data set uses the first {classes}" if outputs > classes else ""
     warn(
         f"{path} was written by another program: it is evaluated as {config.model.name} with {outputs} outputs{extra}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -165,12 +166,9 @@ def shift(images: Tensor, by: int) -> Tensor:
         by: 1 to shift down and right, -1 to shift up and left.
     """
     for axis in (2, 3):
-        length = images.shape[axis]
-        if by > 0:
-            parts = [images.narrow(axis, 1, 1), images.narrow(axis, 0, length - 1)]
-        else:
-            parts = [images.narrow(axis, 1, length - 1), images.narrow(axis, length - 2, 1)]
-        images = torch.cat(parts, dim=axis)
+        last = images.shape[axis] - 1
+        source = (torch.arange(last + 1, device=images.device) - by).abs()  # reflects at the first row or column
+        images = images.index_select(axis, last - (last - source).abs())  # and at the last one
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -179,9 +177,5 @@ def mean_logits(infer: Callable[[Tensor], Tensor], images: Tensor, tta: str) -> 
 
     The views are evaluated one by one, each in the shape of `images`, so that a compiled model sees one shape.
     """
-    total: Tensor | None = None
-    for weight, view in views(images, tta):
-        logits = infer(view).float() * weight  # a new tensor, since replaying a CUDA graph overwrites its output
-        total = logits if total is None else total + logits
-    assert total is not None
-    return total
+    # float() makes a new tensor, since replaying a CUDA graph overwrites its output
+    return reduce(torch.add, (infer(view).float() * weight for weight, view in views(images, tta)))

@@ -31,15 +31,17 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
         config: Config section `train`.
         mixes: Whether batches use mixup or CutMix.
     """
-    if config.loss == "cross-entropy":
-        return mixed_loss_and_counts if mixes else loss_and_counts
-    threshold = config.bce_threshold
+    is_cross_entropy, threshold = config.loss == "cross-entropy", config.bce_threshold
+    if is_cross_entropy and not mixes:
+        return loss_and_counts
 
-    def bce_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    def soft_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
         logits, targets, correct = _soft(model, batch, label_smoothing)
+        if is_cross_entropy:
+            return _with_counts(F.cross_entropy(logits, targets), correct, batch)
         return _with_counts(binary_cross_entropy(logits, targets, threshold), correct, batch)
 
-    return bce_and_counts
+    return soft_loss_and_counts
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -51,15 +53,6 @@ def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> t
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
     correct = (logits.detach().argmax(1) == batch.labels).sum()
     return _with_counts(loss, correct, batch)
-
-
-def mixed_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of a batch that may be mixed, and the sums (loss * samples, correct, samples).
-
-    See `build_loss`.
-    """
-    logits, targets, correct = _soft(model, batch, label_smoothing)
-    return _with_counts(F.cross_entropy(logits, targets), correct, batch)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None) -> Tensor:

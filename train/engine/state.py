@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from configs.schema import TrainConfig
 from models.onednn import avoid_narrow_strided_convs
@@ -74,10 +75,7 @@ class TrainState:
         tensors = [
             tensor
             for part in self.parts()
-            for tensor in (
-                *part.network.state_dict().values(),
-                *_nested_tensors(list(part.optimizer.state.values())),
-            )
+            for tensor in (*part.network.state_dict().values(), *optimizer_tensors(part.optimizer))
             if tensor.is_floating_point() and tensor.device == self.sums.device
         ]
         return tensors if self.lookahead is None else [*tensors, *self.lookahead.slow.values()]
@@ -131,10 +129,8 @@ def restart_in_place(state: TrainState, fresh: TrainState) -> None:
         if not one.plan.uses_cuda_graph:
             one.optimizer.load_state_dict(other.optimizer.state_dict())
             continue
-        for buffers in one.optimizer.state.values():  # in place, since graphs hold addresses
-            for value in buffers.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        for tensor in optimizer_tensors(one.optimizer):  # in place, since graphs hold addresses
+            tensor.zero_()
     reset_copies(state)
 
 
@@ -152,10 +148,6 @@ def reset_copies(state: TrainState) -> None:
         state.ema.start()
 
 
-def _nested_tensors(values: list[Any]) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and dicts."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            yield from _nested_tensors(list(value.values()) if isinstance(value, dict) else list(value))
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors in the state of an optimizer, which may be nested in lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor)]

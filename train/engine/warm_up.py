@@ -9,7 +9,6 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from train.engine.cuda_graph import CapturedStep, side_stream
 from train.engine.epoch import set_whitening_bias_grad
 from train.engine.evaluate import evaluate
 from train.engine.losses import identity_mix
-from train.engine.state import TrainState
+from train.engine.state import TrainState, optimizer_tensors
 from train.engine.step import train_step
 from train.optim.freeze import set_training_mode
 
@@ -157,38 +156,34 @@ def preserved_state(state: TrainState) -> Iterator[None]:
 
     With CUDA graphs, tensors keep their addresses.
     """
-    before = {name: tensor.clone() for name, tensor in _tensors(state).items()}
+    before = [(tensor, tensor.clone()) for tensor in _changed_tensors(state)]
+    captured = [part.optimizer for part in state.parts() if part.plan.uses_cuda_graph]
     # without a graph, restore all of the optimizer's state, including step counts that are plain numbers
     uncaptured = [part.optimizer for part in state.parts() if not part.plan.uses_cuda_graph]
     optimizers = [(optimizer, copy.deepcopy(optimizer.state_dict())) for optimizer in uncaptured]
-    scalers = [(one.scaler, one.scaler.state_dict()) for one in state.parts()]
+    scalers = [(part.scaler, part.scaler.state_dict()) for part in state.parts()]
     devices = [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
     with torch.no_grad():
-        for name, tensor in _tensors(state).items():
-            tensor.copy_(before[name]) if name in before else tensor.zero_()
+        for optimizer in captured:  # tensors that did not exist before start at zero
+            for tensor in optimizer_tensors(optimizer):
+                tensor.zero_()
+        for tensor, value in before:
+            tensor.copy_(value)
     for optimizer, kept in optimizers:
         optimizer.load_state_dict(kept)
     for scaler, scaler_state in scalers:
         scaler.load_state_dict(scaler_state)
 
 
-def _tensors(state: TrainState) -> dict[Any, torch.Tensor]:
-    """Return the tensors that a step changes, each under a unique key.
-
-    Optimizer states are included only with CUDA graphs. Some of them do not exist before the first step.
-    """
-    tensors: dict[Any, torch.Tensor] = {}
-    for number, one in enumerate(state.parts()):
-        named = {"sums": one.sums, **dict(one.network.named_parameters()), **dict(one.network.named_buffers())}
-        tensors |= {(number, name): tensor for name, tensor in named.items()}
-        for index, values in enumerate(one.optimizer.state.values() if one.plan.uses_cuda_graph else ()):
-            for name, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[number, index, name] = value
-        if one.guard is not None:
-            tensors |= {(number, "guard", index): tensor for index, tensor in enumerate(one.guard.last_good_buffers)}
-            tensors[number, "guard", "left out"] = one.guard.skipped
-    slow = state.lookahead.slow if state.lookahead is not None else {}
-    return tensors | {("slow", name): tensor for name, tensor in slow.items()}
+def _changed_tensors(state: TrainState) -> list[torch.Tensor]:
+    """Return the tensors that a step changes in place. Those of optimizers are included only with CUDA graphs."""
+    tensors = [] if state.lookahead is None else list(state.lookahead.slow.values())
+    for part in state.parts():
+        tensors += [part.sums, *part.network.parameters(), *part.network.buffers()]
+        if part.plan.uses_cuda_graph:
+            tensors += optimizer_tensors(part.optimizer)
+        if part.guard is not None:
+            tensors += [*part.guard.last_good_buffers, part.guard.skipped]
+    return tensors

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from configs.schema import EmaConfig, LookaheadConfig
 from configs.utils.errors import UserError
 from train.distributed import collectives
+from train.optim.nonfinite import copy_tensors
 
 
 class Ema:
@@ -47,7 +47,7 @@ class Ema:
         tensors: dict[str, Tensor] = self._average.module.state_dict()
         return tensors
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         self._average.module.load_state_dict(state)
 
     @contextmanager
@@ -61,16 +61,10 @@ class Ema:
         tensors = list(self._network.state_dict().values())
         own = [tensor.clone() for tensor in tensors]
         try:
-            _copy(self.state().values(), tensors)
+            copy_tensors(list(self.state().values()), tensors)
             yield
         finally:
-            _copy(own, tensors)
-
-
-@torch.no_grad()
-def _copy(sources: Any, targets: list[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
+            copy_tensors(own, tensors)
 
 
 def build_ema(network: nn.Module, config: EmaConfig) -> Ema | None:
@@ -98,10 +92,7 @@ def eval_weights(ema: Ema | None, weights: str) -> AbstractContextManager[None]:
     Raises:
         UserError: `weights` is "ema", but there is no moving average.
     """
-    if uses_ema(ema, weights):
-        assert ema is not None
-        return ema.swapped_in()
-    return nullcontext()
+    return ema.swapped_in() if uses_ema(ema, weights) and ema is not None else nullcontext()
 
 
 class Lookahead:
@@ -123,7 +114,7 @@ class Lookahead:
 
     def start(self) -> None:
         """Set the slow weights to the current fast weights."""
-        torch._foreach_copy_(list(self.slow.values()), list(self._fast.values()))
+        copy_tensors(list(self._fast.values()), list(self.slow.values()))
 
     def update(self, step: int, steps: int) -> None:
         """Average slow and fast weights every train.lookahead.every_steps steps.
@@ -145,7 +136,7 @@ class Lookahead:
         """Set slow = kept * slow + (1 - kept) * fast, then fast = slow. Does not synchronize with the host."""
         fast, slow = list(self._fast.values()), list(self.slow.values())
         torch._foreach_lerp_(slow, fast, 1 - kept)
-        torch._foreach_copy_(fast, slow)
+        copy_tensors(slow, fast)
 
 
 def kept_share(progress: float, config: LookaheadConfig) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +13,12 @@ from configs.schema import Config, OptimizerConfig
 from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.utils.errors import UserError
 from train.optim.muon import Muon
-from train.optim.param_groups import parameter_groups
+from train.optim.param_groups import ParameterGroup, parameter_groups
+
+Constructor = Callable[..., torch.optim.Optimizer]
 
 # For each name: the class, the settings it takes, and the option that selects the implementation with fewest kernels.
-TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
+TORCH: dict[str, tuple[Constructor, tuple[str, ...], dict[str, bool]]] = {
     "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
     "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
     "sgd": (torch.optim.SGD, ("momentum", "nesterov"), {"fused": True}),
@@ -25,14 +26,8 @@ TORCH: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...], di
 }
 CAPTURABLE = ("muon", *TORCH)  # all state is on the device, and zero before the first step
 IMPLEMENTATIONS = {"foreach", "fused"}
-RESERVED_OPTIONS = {
-    "self",
-    "params",
-    "lr",
-    "weight_decay",
-    "capturable",
-    "differentiable",
-}  # set by other settings, not options
+# set by other settings, not options
+RESERVED_OPTIONS = {"self", "params", "lr", "weight_decay", "capturable", "differentiable"}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
@@ -66,7 +61,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
     if config.name not in TORCH:
         return _build_timm_optimizer(groups, config, lr)
     kind, settings, implementation = TORCH[config.name]
-    arguments: dict[str, Any] = {name: getattr(config, name) for name in settings}
+    arguments: dict[str, object] = {name: getattr(config, name) for name in settings}
     if not IMPLEMENTATIONS & config.options.keys():
         arguments |= implementation
     arguments |= _checked_options(config, kind)
@@ -87,15 +82,14 @@ def with_timm_defaults(config: Config) -> Config:
     asked = config.train.optimizer
     if asked.name in BUILT_IN_OPTIMIZERS:
         return config
-    group = _build_timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], asked, config.train.lr).param_groups[
-        0
-    ]
+    optimizer = _build_timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], asked, config.train.lr)
+    group = optimizer.param_groups[0]
     missing = [key for key in OPTIMIZER_DEFAULTS if getattr(asked, key) is None and key not in asked.options]
     used = asked.model_copy(update={key: group[key] for key in missing if key in group})
     return config.model_copy(update={"train": config.train.model_copy(update={"optimizer": used})})
 
 
-def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+def _build_timm_optimizer(groups: list[ParameterGroup], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
     """Build a timm optimizer with the settings of `config`. Settings that are null keep timm's defaults.
 
     Raises:
@@ -129,7 +123,7 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
         raise UserError(
             f"train.optimizer.name={config.name} is not available here ({error}); install it or use another"
         ) from None
-    arguments: dict[str, Any] = {"momentum": config.momentum} if info.has_momentum else {}
+    arguments: dict[str, object] = {"momentum": config.momentum} if info.has_momentum else {}
     if info.has_betas and config.betas is not None and "betas" not in config.options:
         if info.num_betas != len(config.betas):
             raise UserError(
@@ -142,13 +136,14 @@ def _build_timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig,
     if config.nesterov is not None and "nesterov" in inspect.signature(kind).parameters:
         arguments["nesterov"] = config.nesterov
     arguments |= _checked_options(config, kind)
+    create: Constructor = timm.optim.create_optimizer_v2
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **arguments)
+        return create(groups, opt=name, lr=lr, weight_decay=0.0, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise _refused(config, error) from None
 
 
-def _checked_options(config: OptimizerConfig, kind: Any) -> dict[str, Any]:
+def _checked_options(config: OptimizerConfig, kind: Constructor) -> dict[str, object]:
     """Return train.optimizer.options as arguments of the optimizer class, with lists as tuples.
 
     Raises:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from train.optim.param_groups import ParameterGroup
+
+Tensors = tuple[Tensor, ...] | list[Tensor]  # as in the annotations of torch._foreach_*
 
 # Coefficients of a x + b x^3 + c x^5, chosen for the largest slope at 0 for which iterates stay near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -69,7 +72,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        groups: list[dict[str, Any]],
+        groups: list[ParameterGroup],
         lr: float,
         *,
         momentum: float,
@@ -87,12 +90,11 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters and group["muon"]:
-                self._muon(parameters, group["lr"], group["weight_decay"])
-            elif parameters:
-                self._sgd(parameters, group["lr"], group["weight_decay"])
+            update = self._muon if group["muon"] else self._sgd
+            if parameters:
+                update(parameters, group["lr"], group["weight_decay"])
 
-    def _averaged(self, parameters: list[Tensor], gradients: list[Tensor], momentum: float, nesterov: bool) -> Any:
+    def _averaged(self, parameters: list[Tensor], gradients: Tensors, momentum: float, nesterov: bool) -> Tensors:
         """Update the momentum buffers and return the raw updates.
 
         Orthogonalization (Muon only) and scaling by the learning rate are left to the caller.
@@ -105,12 +107,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(averages, gradients)
         return torch._foreach_add(gradients, averages, alpha=momentum) if nesterov else averages
 
-    def _sgd(self, parameters: list[Tensor], lr: Any, weight_decay: float) -> None:
+    def _sgd(self, parameters: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
         gradients = torch._foreach_add(existing_gradients(parameters), parameters, alpha=weight_decay)
-        updates = self._averaged(parameters, list(gradients), self._sgd_momentum, nesterov=self._sgd_momentum > 0)
+        updates = self._averaged(parameters, gradients, self._sgd_momentum, nesterov=self._sgd_momentum > 0)
         torch._foreach_sub_(parameters, torch._foreach_mul(updates, lr))
 
-    def _muon(self, parameters: list[Tensor], lr: Any, weight_decay: float) -> None:
+    def _muon(self, parameters: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
         updates = self._averaged(parameters, existing_gradients(parameters), self._momentum, self._nesterov)
         if self._normalize:
             norms = torch._foreach_norm(parameters)

@@ -45,7 +45,7 @@ class SkipNonFinite:
 
     def start(self) -> None:
         """Store the current buffers as those of the last step that was not skipped."""
-        _copy(self._buffers, self.last_good_buffers)
+        copy_tensors(self._buffers, self.last_good_buffers)
 
     def mask_counts(self, counts: Tensor) -> Tensor:
         """Return `counts`, the sums of a micro-step, or zeros if any of them is not finite."""
@@ -76,11 +76,12 @@ class SkipNonFinite:
             optimizer.step()
         for buffer, good in zip(self._buffers, self.last_good_buffers, strict=True):
             torch.where(is_bad, good, buffer, out=good)
-        _copy(self.last_good_buffers, self._buffers)
+        copy_tensors(self.last_good_buffers, self._buffers)
 
 
 @torch.no_grad()
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+def copy_tensors(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """Copy each source to the target at the same place, in few kernels."""
     if sources:
         torch._foreach_copy_(targets, sources)
 

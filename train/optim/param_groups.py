@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,11 +18,26 @@ from models.speedrun import find_whitening
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[dict[str, Any]]:
+ParameterGroup = dict[str, object]  # "params" and the fields of GroupSettings
+
+
+class GroupSettings(NamedTuple):
+    """What the parameters of a group have in common."""
+
+    weight_decay: float
+    lr: float  # at the peak of the schedule
+    lr_scale: float  # `lr` divided by the peak learning rate of the run
+    muon: bool  # whether Muon optimizes the group, which it does for 4-D parameters
+    whitening: bool  # whether the group is the bias of a whitening layer
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> list[ParameterGroup]:
     """Group trained parameters that have the same settings. Groups with weight decay come first.
 
-    The `lr_scale` of a group is its peak learning rate divided by `lr`. `muon` is True for groups that Muon optimizes
-    (4-D parameters), and `whitening` is True for the bias of a whitening layer.
+    Args:
+        model: Model whose parameters are optimized.
+        config: Config section `train.optimizer`.
+        lr: Peak learning rate of the run.
 
     Raises:
         UserError: A pattern of lr_scales matches no parameter, or its factor is negative.
@@ -28,7 +45,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
     whitening = find_whitening(model)
     undecayed = names_without_decay(model)
     factors = lr_factors(model, config)
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[bool, GroupSettings], list[nn.Parameter]] = defaultdict(list)
     seen: set[nn.Parameter] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
@@ -45,18 +62,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, lr: float) -> li
             muon = config.name == "muon" and parameter.ndim == 4
             decays = (parameter.ndim > 1 or config.decay_biases) and not (muon and config.normalize_filters)
             decays = decays and name not in undecayed
-            group = {
-                # Divide by own_scale, so that a separate rate keeps the decay at lr * weight_decay per step. Factors
-                # by layer or name also scale the decay, as in BEiT (arXiv:2106.08254) and timm.
-                "weight_decay": config.weight_decay / own_scale if decays else 0.0,
-                "lr": lr * lr_scale,
-                "lr_scale": lr_scale,
-                "muon": muon,
-                "whitening": module is whitening,
-            }
-            key = (not decays, *group.values())
-            groups.setdefault(key, {"params": [], **group})["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+            # Divide by own_scale, so that a separate rate keeps the decay at lr * weight_decay per step. Factors
+            # by layer or name also scale the decay, as in BEiT (arXiv:2106.08254) and timm.
+            weight_decay = config.weight_decay / own_scale if decays else 0.0
+            settings = GroupSettings(weight_decay, lr * lr_scale, lr_scale, muon, module is whitening)
+            groups[not decays, settings].append(parameter)
+    ordered = sorted(groups, key=lambda key: key[0])
+    return [{"params": groups[key], **key[1]._asdict()} for key in ordered]
 
 
 def inner_network(model: nn.Module) -> tuple[str, nn.Module]:
@@ -67,9 +79,8 @@ def inner_network(model: nn.Module) -> tuple[str, nn.Module]:
 def names_without_decay(model: nn.Module) -> set[str]:
     """Return the names of parameters that a timm model excludes from weight decay, e.g. position embeddings."""
     prefix, network = inner_network(model)
-    listed: Any = getattr(network, "no_weight_decay", set)
-    patterns = listed()
-    names = [name for name, _ in network.named_parameters()]
+    listed: Callable[[], Iterable[str]] = getattr(network, "no_weight_decay", set)
+    patterns, names = listed(), [name for name, _ in network.named_parameters()]
     return {prefix + name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
@@ -109,7 +120,7 @@ def layer_indices(network: nn.Module) -> dict[str, int]:
     The layers are those of timm's `group_matcher`, or of `layers_by_registration` if the network has no
     `group_matcher`.
     """
-    matcher: Any = getattr(network, "group_matcher", None)
+    matcher = getattr(network, "group_matcher", None)
     if matcher is None:
         return layers_by_registration(network)
     from timm.models import group_parameters
