@@ -96,22 +96,22 @@ def open_hdf5(path: Path, classes_file: Path | None, max_pixels: int) -> Source:
         what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
         raise UserError(f"source {str(path)!r} {what}; pass the .hdf5 file that contains images-train and labels-train")
     names = load_class_names(classes_file) if classes_file else None
+    class_count = len(names) if names else None
     digest = hashlib.sha256()
-    splits: dict[str, SplitSource] = {}
     status = path.stat()
     with _report_damage(str(path), MAX_CHUNK_BYTES), _open_file(path) as file:
         keys = {str(key) for key in file}
         _check_keys(path, keys)
+        splits: dict[str, SplitSource] = {}
         for name in ("train", "val", "test"):
-            if f"images-{name}" in keys:
-                images = checked_dataset(path, file, f"images-{name}")
-                channels_first = is_channels_first(path, images, max_pixels)
-                labels = None
-                if f"labels-{name}" in keys:
-                    labels = load_labels(path, file, name, len(images), len(names) if names else None)
-                split = Hdf5Split(path, images, labels, channels_first)
-                _update_digest(digest, name, split, images)
-                splits[name] = split
+            if f"images-{name}" not in keys:
+                continue
+            images = checked_dataset(path, file, f"images-{name}")
+            channels_first = is_channels_first(path, images, max_pixels)
+            has_labels = f"labels-{name}" in keys
+            labels = load_labels(path, file, name, len(images), class_count) if has_labels else None
+            splits[name] = split = Hdf5Split(path, images, labels, channels_first)
+            _update_digest(digest, name, split, images)
     labels_of = {name: split.labels for name, split in splits.items() if split.labels is not None}
     classes = names or _numbered_classes(path, labels_of)
     for name, numbers in labels_of.items():
