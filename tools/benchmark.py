@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from configs.utils.files import path_argument, path_text
 from pipelines.storage.open import open_split
 from tools import report
 from tools.benchmarks import peers
-from tools.benchmarks.engine import datasets, markdown, results, run_file
+from tools.benchmarks.engine import datasets, markdown, results
 from tools.benchmarks.engine.interleaved import run_in_subprocess
+from tools.benchmarks.engine.run_file import Run, RunFile, write_json
 from tools.benchmarks.single_stage import measure_stage
 from tools.benchmarks.suites import cpu, gpu, suite
 from tools.benchmarks.suites.datasets import check_free_space
@@ -83,9 +85,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         elif stage not in ("limits", "scale"):
             _add_config_arguments(command)
         if stage in ("peers", "augment", "all"):
-            command.add_argument(
-                "--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes of the peers"
-            )
+            cores = len(os.sched_getaffinity(0))
+            command.add_argument("--workers", type=int, default=cores, help="worker processes of the peers")
         command.add_argument("--scratch", type=path_argument, help="folder for temporary files")
         command.add_argument("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")
@@ -109,25 +110,16 @@ def _add_run_arguments(command: argparse.ArgumentParser) -> None:
     add("--medium", type=path_argument, help="converted 96x96 data set (default: data/medium-imagenet-96)")
     add("--source", type=path_argument, help="raw CIFAR-10, if it is not converted")
     add("--samples", type=int, help="samples of the generated data sets; fewer for a quick try")
-    add(
-        "--data",
-        type=path_argument,
-        default=Path("output/benchmark-data"),
-        metavar="DIR",
-        help="on a GPU: folder that keeps the generated data sets for later parts (default %(default)s)",
-    )
+    kept = "on a GPU: folder that keeps the generated data sets for later parts (default %(default)s)"
+    add("--data", type=path_argument, default=Path("output/benchmark-data"), metavar="DIR", help=kept)
     add("--minutes", type=float, help="time limit of the whole run; measurements not started by then are left out")
     add("--part", nargs="+", default=[], metavar="NAME", help=f"on a GPU: {part_names}")
     add("--part-seconds", type=float, help=f"time limit of each part (default: {gpu.PART_S:g} on a GPU)")
     add("--seeds", type=int, default=10, help="runs of each speedrun (default %(default)s)")
     add("--epochs", type=int, help="epochs of the runs to an accuracy; fewer for a quick try")
     add("--reference", type=path_argument, metavar="DIR", help="checkout of cifar10-airbench, run beside the speedrun")
-    add(
-        "--report",
-        type=path_argument,
-        metavar="DIR",
-        help="write DIR/DEVICE.json, .md, .png and the tables of its README.md",
-    )
+    documents = "write DIR/DEVICE.json, .md, .png and the tables of its README.md"
+    add("--report", type=path_argument, metavar="DIR", help=documents)
     add("--only", nargs="+", default=[], choices=stages)
 
 
@@ -141,14 +133,15 @@ def main() -> int:
         raise UserError(f"--seconds {arguments.seconds} and --rounds {arguments.rounds} must be positive")
     check_outputs(arguments)
     with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
+        settings = build_settings(arguments, Path(scratch).resolve())
         if arguments.stage == "all":
-            file = measure_all(arguments, Path(scratch).resolve())
+            file = measure_all(arguments, settings)
             run, entries = file.run, file.added_tables()
         else:
-            run = measure_stage(arguments, Path(scratch))
-            entries = run["groups"]
+            run = measure_stage(arguments, settings)
+            entries = run.groups
     if arguments.json:
-        run_file.write_json(run, arguments.json)
+        write_json(run, arguments.json)
     if getattr(arguments, "report", None):
         for path in report.write(run, arguments.report):
             print(f"wrote {path}")
@@ -164,17 +157,16 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
     Call this before measuring. Raises UserError if a folder cannot be created or the file cannot be written.
     """
-    for folder in (arguments.scratch, getattr(arguments, "report", None)):
-        _try_output(_make_folder, folder)
+    for folder in (arguments.scratch, getattr(arguments, "report", None), arguments.json and arguments.json.parent):
+        if folder is not None:
+            _try_output(_make_folder, folder)
     if arguments.json is not None:
-        _try_output(_make_folder, arguments.json.parent)
         _try_output(_check_writable, arguments.json)
 
 
-def _try_output(function: Callable[[Path], None], path: Path | None) -> None:
+def _try_output(function: Callable[[Path], None], path: Path) -> None:
     try:
-        if path is not None:
-            function(path)
+        function(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; name another file or folder") from None
 
@@ -194,7 +186,24 @@ def _check_writable(file: Path) -> None:
         file.unlink()
 
 
-def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFile:
+def build_settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
+    """Return the settings of a run. Paths become absolute, since subprocesses run in the project's folder."""
+    given: dict[str, Any] = vars(arguments)
+    given = {name: value.resolve() if isinstance(value, Path) else value for name, value in given.items()}
+    on_gpu, minutes = torch.cuda.is_available(), given.get("minutes")
+    names = {field.name for field in fields(Settings)} - {"scratch", "data", "only"}
+    return Settings(
+        device="cuda" if on_gpu else "cpu",
+        scratch=scratch,
+        data=given.get("data", scratch) if on_gpu else scratch,
+        only=tuple(given.get("only", ())),
+        deadline=None if minutes is None else time.monotonic() + 60 * minutes,
+        part_s=given.get("part_seconds") or (gpu.PART_S if on_gpu else None),
+        **{name: given[name] for name in names & given.keys()},
+    )
+
+
+def measure_all(arguments: argparse.Namespace, settings: Settings) -> RunFile:
     """Measure the selected parts on this machine, and return the `RunFile` with their tables.
 
     On a GPU with --report, the parts are added to those of earlier runs in DEVICE.json.
@@ -203,41 +212,25 @@ def measure_all(arguments: argparse.Namespace, scratch: Path) -> run_file.RunFil
         UserError: A given data set cannot be used, a folder cannot be created, the disk has too little space, --part or
             --only does not select a part, or a file of earlier runs is invalid.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device == "cuda"
+    on_gpu = settings.device == "cuda"
     for given in (arguments.small, arguments.medium):
         if given is not None and open_split(given, datasets.SPLIT).encoding != "npy":
             raise UserError(
                 f"{given} stores JPEG, but the other encodings are made from raw pixels; give an npy data set"
             )
-    data = arguments.data.resolve() if on_gpu else scratch  # absolute, since subprocesses run in the project's folder
-    _try_output(_make_folder, data)
-    check_free_space(data, FREE_SPACE_BYTES[device], "--data" if on_gpu else "--scratch")
-    names = ("small", "medium", "source", "reference", "seconds", "rounds", "workers", "seeds", "epochs", "samples")
-    settings = Settings(
-        device=device,
-        scratch=scratch,
-        data=data,
-        deadline=None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes,
-        part_s=arguments.part_seconds or (gpu.PART_S if on_gpu else None),
-        only=tuple(arguments.only),
-        **{name: _absolute(getattr(arguments, name)) for name in names},
-    )
+    _try_output(_make_folder, settings.data)
+    check_free_space(settings.data, FREE_SPACE_BYTES[settings.device], "--data" if on_gpu else "--scratch")
     parts = suite.choose(gpu.PARTS if on_gpu else cpu.PARTS, arguments.part, arguments.only)
     # on a GPU in a subprocess, since a CUDA context in this process would use GPU memory during the measurements
     environment = run_in_subprocess(results.environment) if on_gpu else results.environment()
-    run = run_file.new_run(environment, peers.all_missing())
-    files, earlier = [], None
+    run = Run(environment=environment, missing_peers=peers.all_missing())
+    files, earlier = [arguments.json] if arguments.json else [], None
     if on_gpu and arguments.report is not None:
         files.append(arguments.report / f"{report.slug(run)}.json")
         earlier = report.load_runs(arguments.report).get(report.slug(run))
-    file = run_file.RunFile(run, [*files, *([arguments.json] if arguments.json else [])], earlier)
+    file = RunFile(run, files, earlier)
     suite.run_parts(parts, settings, file)
     return file
-
-
-def _absolute(value: Any) -> Any:
-    return value.resolve() if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

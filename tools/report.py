@@ -17,7 +17,7 @@ from pathlib import Path
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.benchmarks.engine import results
-from tools.benchmarks.engine.markdown import headline, parts_table, run_markdown, text_table
+from tools.benchmarks.engine.markdown import headline, parts_table, tables_markdown, text_table
 from tools.benchmarks.engine.results import Entry, Row
 from tools.benchmarks.engine.run_file import Run, write_json
 from tools.common.tables import write_text
@@ -95,21 +95,21 @@ def load_runs(folder: Path) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            run: Run = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it or measure again") from None
-        if not isinstance(run, dict) or run.get("format") != results.FORMAT:
+        if not isinstance(content, dict) or content.get("format") != results.FORMAT:
             continue
-        version = run.get("version")
+        version = content.get("version")
         if version != results.VERSION:
             raise UserError(f"{path} has version {version}, this program writes {results.VERSION}; measure again")
-        runs[path.stem] = run
+        runs[path.stem] = Run(**content)
     return runs
 
 
 def slug(run: Run) -> str:
     """Return the name of the run's device for use in file names, with only letters, digits and hyphens."""
-    name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run["environment"]["device"])
+    name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run.environment["device"])
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
@@ -118,18 +118,18 @@ def document(run: Run, folder: Path) -> list[Path]:
     from tools.benchmarks.engine import charts  # deferred, since matplotlib is slow to import
 
     name = slug(run)
-    failed = results.failure_lines(run["groups"])
+    failed = results.failure_lines(run.groups)
     picture = charts.draw_chart(run, folder / f"{name}.png")
-    commands = {part["command"] for part in run.get("parts", {}).values()}
-    how = parts_table(run) if len(commands) > 1 else f"    {run['command']}"
+    commands = {part["command"] for part in run.parts.values()}
+    how = parts_table(run) if len(commands) > 1 else f"    {run.command}"
     text = [
-        f"# {run['environment']['device']}",
-        f"{headline(run)} The whole run took {run['duration_s'] / 60:.1f} minutes:",
+        f"# {run.environment['device']}",
+        f"{headline(run)} The whole run took {run.duration_s / 60:.1f} minutes:",
         how,
         HOW_TO_READ,
         *([f"![images/s by candidate]({picture.name})"] if picture else []),
         *(["**Failed:**\n\n" + "\n".join(f"- {line}" for line in failed)] if failed else []),
-        run_markdown(run),
+        tables_markdown(run.groups, run),
     ]
     path = folder / f"{name}.md"
     write_text(path, "\n\n".join(text) + "\n")
@@ -142,19 +142,18 @@ def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
     For each device, tables show this project's rates, their ratios to the peers' rates and their shares of the bounds.
     """
     text = []
-    if not any("gpu_memory_gib" in run["environment"] for run in runs.values()):
+    if not any("gpu_memory_gib" in run.environment for run in runs.values()):
         text.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
     for name, run in runs.items():
-        link = (folder / f"{name}.md").resolve()
-        link = link.relative_to(readme.resolve().parent) if link.is_relative_to(readme.resolve().parent) else link
-        facts = run["environment"]
+        link, base, facts = (folder / f"{name}.md").resolve(), readme.resolve().parent, run.environment
+        link = link.relative_to(base) if link.is_relative_to(base) else link
         text.append(f"{facts['device']}, {facts['cores']} cores, {facts['date']} ([all figures]({link.as_posix()})):")
         text += [table for table in (_loading_summary(run), _training_summary(run)) if table]
     return "\n\n".join(text) if text else "Nothing measured yet."
 
 
 def _loading_summary(run: Run) -> str:
-    groups = [group for group in run["groups"] if group["stage"] in ("reading", "loading")]
+    groups = [group for group in run.groups if group["stage"] in ("reading", "loading")]
     peers = _peers(groups)
     rows = []
     for group in groups:
@@ -166,21 +165,16 @@ def _loading_summary(run: Run) -> str:
 
 
 def _training_summary(run: Run) -> str:
-    groups = [group for group in run["groups"] if group["stage"] == "training"]
+    groups = [group for group in run.groups if group["stage"] == "training"]
     peers = _peers(groups)
     rows = []
     for group in groups:
-        shares = [
-            row["share"]
-            for row in group["rows"]
-            if row["ours"] and row["name"].endswith("resident batch") and "share" in row
-        ]
+        resident = [row for row in group["rows"] if row["ours"] and row["name"].endswith("resident batch")]
+        share = next((f"{row['share']:.1%}" for row in resident if "share" in row), "")
         for number, row in enumerate(row for row in _measured(group) if "of_resident" in row):
-            share = f"{shares[0]:.1%}" if shares else ""
+            title = f"{_title(group, row)}, batch {row['batch_size']}"
             cells = (f"{row['images_per_s']:,.0f}", f"{row['of_resident']:.3f}", share)
-            rows.append(
-                (f"{_title(group, row)}, batch {row['batch_size']}", *cells, *_ratios(group, peers, number == 0))
-            )
+            rows.append((title, *cells, *_ratios(group, peers, number == 0)))
     header = (
         "training end to end",
         "ours, images/s",

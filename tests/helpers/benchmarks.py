@@ -12,7 +12,7 @@ from typing import Any
 
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.candidate import Workload
-from tools.benchmarks.engine.run_file import RunFile, new_run
+from tools.benchmarks.engine.run_file import Run, RunFile
 from tools.benchmarks.suites.settings import Settings
 
 UNITS = 7
@@ -22,8 +22,9 @@ def settings_in(folder: Path, **settings: Any) -> Settings:
     return Settings(**{"device": "cpu", "scratch": folder, "data": folder, "seconds": 0.02, "rounds": 1, **settings})
 
 
-def empty_record(*files: Path, earlier: dict[str, Any] | None = None) -> RunFile:
-    return RunFile(new_run({"device": "Test", "date": "2026-11-23", "versions": {}}, []), files, earlier)
+def empty_record(*files: Path, earlier: Run | None = None) -> RunFile:
+    environment = {"device": "Test", "date": "2026-11-23", "versions": {}}
+    return RunFile(Run(environment=environment, missing_peers=[]), files, earlier)
 
 
 @contextmanager
@@ -121,7 +122,7 @@ DISK = {"name": "disk", "ours": False, "error": None, "unit": "GB/s", "value": 2
 SPEEDRUN = {"name": "94", "ours": True, "error": None, "runs": 10, "time_s_mean": 2.5}
 
 
-def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
+def a_run(device: str = "Test Processor", **environment: Any) -> Run:
     """Return a small run that contains a failure."""
     common = {"device": "cpu", "batch_size": 512, "error": None}
 
@@ -163,18 +164,16 @@ def a_run(device: str = "Test Processor", **environment: Any) -> dict[str, Any]:
         "versions": {"torch": "2.15"},
         **environment,
     }
-    return {
-        "format": results.FORMAT,
-        "version": results.VERSION,
-        "command": "python tools/benchmark.py all",
-        "duration_s": 60.0,
-        "environment": facts,
-        "missing_peers": ["FFCV"],
-        "groups": [
+    return Run(
+        command="python tools/benchmark.py all",
+        duration_s=60.0,
+        environment=facts,
+        missing_peers=["FFCV"],
+        groups=[
             {"title": "32x32 raw, reading alone", "stage": "reading", "rows": loading},
             {"title": "LeNet", "stage": "training", "rows": training},
             {"title": "Limits", "stage": "limits", "rows": [DISK]},
             {"title": "Scale", "stage": "scale", "rows": scale},
             {"title": "Speedruns", "stage": "speedrun", "columns": ["runs", "time_s_mean"], "rows": [SPEEDRUN]},
         ],
-    }
+    )

@@ -29,6 +29,7 @@ from tools.benchmarks.engine import ours, process_memory, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement, measure, run_in_subprocess
 from tools.benchmarks.engine.measured_tables import Case, InterleavedTable, RowTable
+from tools.benchmarks.engine.run_file import Run
 from tools.benchmarks.peers import PeerTask
 from tools.benchmarks.suites import cpu, gpu, programs, progressive, suite
 from tools.benchmarks.suites.datasets import check_free_space, image_dataset
@@ -367,7 +368,7 @@ def test_killed_run_keeps_its_rows_and_can_be_extended(
         ("c", ["x"]),
     ]
 
-    record = empty_record(tmp_path / "run.json", earlier=left)
+    record = empty_record(tmp_path / "run.json", earlier=Run(**left))
     row = {"name": "z", "ours": True, "error": None, "value": 2}
     table = RowTable("d", "dali", ("value",), lambda found: iter([row]))
     suite.run_parts([Part("three", ("dali",), lambda _: iter([table]), False)], settings_in(tmp_path), record)
@@ -397,7 +398,7 @@ def test_unmeasured_table_does_not_replace_a_measured_one(note: str, tmp_path: P
     assert [(one["title"], one["rows"][0]["date"]) for one in content["groups"]] == kept
     third = empty_record(tmp_path / "run.json", earlier=second.run)
     suite.run_parts([part(("a", None), ("b", None))], settings_in(tmp_path), third)
-    assert [one["title"] for one in third.run["groups"]] == ["a", "b"]
+    assert [one["title"] for one in third.run.groups] == ["a", "b"]
 
 
 def test_whole_table_has_the_title_of_its_entry(digits: Path, tmp_path: Path) -> None:
@@ -411,9 +412,9 @@ def test_incomplete_part_removes_no_earlier_table(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
 
     def measure_again(part: Part, only: tuple[str, ...] = ()) -> tuple[list[tuple[str, int | None]], bool]:
-        record = empty_record(file, earlier=json.loads(file.read_text()) if file.exists() else None)
+        record = empty_record(file, earlier=Run(**json.loads(file.read_text())) if file.exists() else None)
         suite.run_parts([part], settings_in(tmp_path, only=only), record)
-        return titles_and_values(file), record.run["parts"]["one"]["is_complete"]
+        return titles_and_values(file), record.run.parts["one"]["is_complete"]
 
     def ends_with(error: Exception) -> Part:
         def make(settings: Settings) -> Iterator[RowTable]:
@@ -489,7 +490,7 @@ def test_call_ended_by_the_deadline_is_not_a_failure(tmp_path: Path) -> None:
         suite.run_parts([part], settings_in(tmp_path), record)
         assert record.added_tables()[-1]["rows"][-1]["note"] == OUT_OF_TIME
         assert results.failure_lines(record.added_tables()) == []
-        assert not record.run["parts"]["one"]["is_complete"]
+        assert not record.run.parts["one"]["is_complete"]
 
 
 def test_table_is_kept_after_every_round(tmp_path: Path) -> None:
@@ -508,9 +509,9 @@ def test_limits_of_the_same_day_are_reused(tmp_path: Path) -> None:
         record.complete()
     assert suite.machine_limits(settings_in(tmp_path), record) == pytest.approx(found)
     late = settings_in(tmp_path, deadline=time.monotonic() - 1)
-    record.run["parts"][suite.LIMITS]["date"] = "2026-11-22"
+    record.run.parts[suite.LIMITS]["date"] = "2026-11-22"
     assert suite.machine_limits(late, record) == {}  # of another day: measured again, but out of time
-    record.run["parts"][suite.LIMITS]["date"] = "2026-11-23"
+    record.run.parts[suite.LIMITS]["date"] = "2026-11-23"
     assert suite.machine_limits(late, record) == {}  # incomplete: measured again
 
 

@@ -10,8 +10,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from configs.stages import config_at
@@ -23,7 +21,7 @@ from tools.benchmarks.engine.measured_tables import TableSpec
 from tools.benchmarks.engine.ours import Variants
 from tools.benchmarks.engine.results import Entry
 from tools.benchmarks.engine.roofline import limits_from_rows
-from tools.benchmarks.engine.run_file import Run, new_run
+from tools.benchmarks.engine.run_file import Run
 from tools.benchmarks.suites import progressive
 from tools.benchmarks.suites.augmentations import augmentation_table
 from tools.benchmarks.suites.loading import crop_and_flip, loading_table
@@ -38,7 +36,7 @@ DEFAULT_BATCH_SIZE = 512  # batch size without a config
 DEFAULT_SIDE = 224  # height and width to assume if stored images vary in size
 
 
-def measure_stage(arguments: argparse.Namespace, scratch: Path) -> Run:
+def measure_stage(arguments: argparse.Namespace, settings: Settings) -> Run:
     """Measure the tables of `arguments.stage` and return them as a run.
 
     Raises:
@@ -46,14 +44,6 @@ def measure_stage(arguments: argparse.Namespace, scratch: Path) -> Run:
             fewer than two elements in data.stages.
     """
     start = time.monotonic()
-    settings = Settings(
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        scratch=scratch,
-        data=scratch,
-        seconds=arguments.seconds,
-        rounds=arguments.rounds,
-        workers=getattr(arguments, "workers", 1),
-    )
     entries: list[Entry] = []
     if arguments.stage == "stages":
         config = _config(arguments)
@@ -67,8 +57,10 @@ def measure_stage(arguments: argparse.Namespace, scratch: Path) -> Run:
         tables = stage_tables(arguments, settings)
         limits = {} if arguments.stage == "scale" else limits_from_rows(measure_limits(settings)["rows"])
         entries += [table.run(limits, settings.seconds, settings.rounds, None) for table in tables]
-    run = new_run(results.environment(), peers.all_missing() if arguments.stage == "peers" else [])
-    return {**run, "groups": entries, "duration_s": round(time.monotonic() - start, 1)}
+    missing = peers.all_missing() if arguments.stage == "peers" else []
+    run = Run(environment=results.environment(), missing_peers=missing, groups=entries)
+    run.duration_s = round(time.monotonic() - start, 1)
+    return run
 
 
 def stage_tables(arguments: argparse.Namespace, settings: Settings) -> list[TableSpec]:

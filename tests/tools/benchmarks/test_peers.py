@@ -96,7 +96,7 @@ def test_training_loop_keeps_a_finite_loss(folders: dict[str, Path], tmp_path: P
 def test_peer_without_its_library_is_reported_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "_installed", lambda library: library != "ffcv")
     assert "FFCV" not in peers.available(peers.LOADERS, "npy")
-    assert peers.missing(peers.LOADERS) == ["FFCV"]
+    assert peers.all_missing() == ["FFCV"]
 
 
 def test_variant_repeats_samples_at_the_requested_size(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import helpers.benchmarks as fixtures
 from configs.load import load_config
 from helpers.training import CLEAN, ROOT, Run, restore_signal_handlers
 from tools import benchmark
-from tools.benchmarks.engine import charts, process_memory
+from tools.benchmarks.engine import charts, process_memory, run_file
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import measure
 from tools.perf import batch_size_command, batch_size_search, plots
@@ -176,7 +176,8 @@ def test_plots_show_names_literally(tmp_path: Path) -> None:
     profile = StepProfile(1, 2.0, [Phase("data", 2.0, 1.0)], [Operator(odd, 1.0, 1)])
     report = StepReport(config, 1, None, {"device": odd}, profile, {"step": 8e3, odd: 8e3})
     row = {"name": odd, "ours": True, "images_per_s": 2.0, "lowest": 1.0, "highest": 3.0}
-    run = {"groups": [{"title": odd, "rows": [row]}], "environment": {"device": odd, "cores": 2, "date": "today"}}
+    environment = {"device": odd, "cores": 2, "date": "today"}
+    run = run_file.Run(environment=environment, missing_peers=[], groups=[{"title": odd, "rows": [row]}])
     for each in (figure, plots.plot_profile(report)):
         render(each)
     assert charts.draw_chart(run, tmp_path / "chart.png") is not None

@@ -27,7 +27,7 @@ def draw_chart(run: Run, path: Path) -> Path | None:
     """Write the chart as a PNG file and return its path, or None if the run has no rates."""
     from matplotlib.figure import Figure
 
-    panels = [(group["title"], [row for row in group["rows"] if "lowest" in row]) for group in run["groups"]]
+    panels = [(group["title"], [row for row in group["rows"] if "lowest" in row]) for group in run.groups]
     panels = [(title, rows) for title, rows in panels if rows]
     if not panels:
         return None
@@ -38,7 +38,7 @@ def draw_chart(run: Run, path: Path) -> Path | None:
     for place, (title, rows) in enumerate(panels):
         axes = figure.add_subplot(grid[place] if len(panels) > 1 else grid[:])
         _panel(axes, title, sorted(rows, key=lambda row: row["images_per_s"]))
-    machine = run["environment"]
+    machine = run.environment
     where = f"{machine['device']}, {machine['cores']} cores, {machine['date']}"
     figure.suptitle(f"{where}: images/s, median and range of the rounds", parse_math=False)
     save(figure, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,11 @@ def read_pixels(split: Split, start: int = 0, stop: int | None = None) -> np.nda
     return view[rows[start:stop]].reshape(-1, *(split.image_shape or ()))
 
 
+def labels_or_zeros(split: Split) -> np.ndarray:
+    """Return the labels of a split, int64 [samples]. All are 0 if the split has no labels."""
+    return np.zeros(len(split), np.int64) if split.labels is None else split.labels
+
+
 def limited_batch_size(folder: Path, batch_size: int, batches: int = 8) -> int:
     """Return `batch_size`, reduced if necessary so that the train split has at least `batches` batches."""
     return min(batch_size, len(open_split(folder, SPLIT)) // batches)
@@ -37,14 +42,8 @@ class RepeatedRows:
 
     folder: Path
     samples: int
-    labels: np.ndarray | None = field(init=False)
-    bytes_per_row: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        split = open_split(self.folder, SPLIT)
-        labels = np.zeros(len(split), np.int64) if split.labels is None else split.labels
-        self.labels = labels[np.arange(self.samples) % len(split)]
-        self.bytes_per_row = int(split.size[0])
+    labels: np.ndarray | None
+    bytes_per_row: int
 
     def __len__(self) -> int:
         return self.samples
@@ -78,7 +77,9 @@ def make_variant(
         return out
     dataset = load_dataset(folder)
     samples = samples or dataset.splits[SPLIT].samples
-    rows = RepeatedRows(folder, samples)
+    split = open_split(folder, SPLIT)
+    labels = labels_or_zeros(split)[np.arange(samples) % len(split)]
+    rows = RepeatedRows(folder, samples, labels, bytes_per_row=int(split.size[0]))
     source = Source("benchmark", dataset.name, dataset.classes, fingerprint(dataset), {SPLIT: rows})
     cores = len(os.sched_getaffinity(0))
     assert dataset.image_shape is not None  # always in npy

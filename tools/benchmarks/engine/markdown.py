@@ -55,16 +55,11 @@ COLUMNS: dict[str, Columns] = {  # of other stages
 }
 
 
-def run_markdown(run: Run) -> str:
-    """Return all tables of a run, followed by the names of peers that are not installed and the headline."""
-    return tables_markdown(run["groups"], run)
-
-
 def tables_markdown(entries: Sequence[Entry], run: Run) -> str:
     """Return `entries` as tables, followed by the names of peers that are not installed and the run's headline."""
     text = [table_markdown(entry) for entry in entries]
-    if run["missing_peers"]:
-        text.append(f"Left out, since not installed: {', '.join(run['missing_peers'])}.")
+    if run.missing_peers:
+        text.append(f"Left out, since not installed: {', '.join(run.missing_peers)}.")
     return "\n\n".join([*text, headline(run)])
 
 
@@ -75,7 +70,7 @@ def table_markdown(entry: Entry) -> str:
 
 def headline(run: Run) -> str:
     """Return a sentence with the machine, the versions and the date."""
-    machine = run["environment"]
+    machine = run.environment
     cores = f"{machine['cores']} cores"
     if machine["device"] != machine["processor"]:
         cores += f" of {machine['processor']}"
@@ -89,9 +84,9 @@ def parts_table(run: Run) -> str:
 
     Versions of a part are listed only if they differ from those in the headline.
     """
-    common = run["environment"]["versions"].items()
+    common = run.environment["versions"].items()
     rows = []
-    for name, part in run["parts"].items():
+    for name, part in run.parts.items():
         row: dict[str, object] = {"part": name, "date": part["date"], "minutes": round(part["duration_s"] / 60, 1)}
         row |= {"complete": part["is_complete"], "command": part["command"]}
         if others := [" ".join(version) for version in part["versions"].items() if version not in common]:
@@ -114,13 +109,11 @@ def table(entry: Entry) -> str:
 
 def _cells(columns: Columns, rows: Sequence[Mapping[str, object]]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the cells of a table. Cells of missing fields show the error of the row, if any."""
-    return [header for header, *_ in columns], [
-        [
-            format(row[field], form) if row.get(field) is not None else str(row.get("error") or "")
-            for _, field, form in columns
-        ]
-        for row in rows
-    ]
+
+    def cell(row: Mapping[str, object], field: str, form: str) -> str:
+        return str(row.get("error") or "") if row.get(field) is None else format(row[field], form)
+
+    return [header for header, *_ in columns], [[cell(row, *column) for _, *column in columns] for row in rows]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -166,18 +159,15 @@ def _rate(row: Row) -> str:
 
 def _rates_table(rows: list[Row]) -> str:
     """Return a table of images/s, bounds and ratios, without empty columns."""
-    lines = []
+    lines: list[dict[str, object]] = []
     for row in rows:
         bound = row.get("bound")
         shown_bound = f"{bound['images_per_s']:,.0f}: {bound['name']}" if bound else ""
         remark = row["error"] or row.get("note") or row.get("binds", "")
         lines.append({**row, "error": None, "rate": _rate(row), "bound": shown_bound, "remark": remark})
-    header, cells = _cells(RATES, lines)
-    used = [number for number in range(len(header)) if any(line[number] for line in cells)]
-    right = [place for place, number in enumerate(used) if header[number] not in LEFT_ALIGNED]
-    return aligned_table(
-        [header[number] for number in used], [[line[number] for number in used] for line in cells], right=right
-    )
+    used = tuple(column for column in RATES if any(line.get(column[1]) not in (None, "") for line in lines))
+    header, cells = _cells(used, lines)
+    return aligned_table(header, cells, right=[place for place, name in enumerate(header) if name not in LEFT_ALIGNED])
 
 
 def _notes(entry: Entry) -> list[str]:

@@ -1,37 +1,25 @@
-"""Tables measured from candidates that take turns, or by a generator of rows."""
+"""Tables measured from candidates that take turns, or by a generator of rows.
+
+The method `run` measures a table and returns it. An InterleavedTable runs `rounds` rounds of about `seconds` seconds
+each. Only the first may start after `deadline`, a time.monotonic() value. A RowTable ignores these arguments.
+InterleavedTable calls `keep` with the unfinished table after each round, and RowTable after each row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from tools.benchmarks.engine.candidate import Candidate, error_text
 from tools.benchmarks.engine.interleaved import Measurement, measure
 from tools.benchmarks.engine.results import Entry, Row, measurement_row, new_row, skipped_row
 from tools.benchmarks.engine.roofline import Limits
 
-Keep = Callable[[Entry], None]
+Keep = Callable[[Entry], object]
 
 
 def _discard(entry: Entry) -> None:
     pass
-
-
-class TableSpec(Protocol):
-    """A table that can be measured.
-
-    `run` measures the table and returns it. An InterleavedTable runs `rounds` rounds of about `seconds` seconds each.
-    Only the first may start after `deadline`, a time.monotonic() value. A RowTable ignores these arguments.
-    InterleavedTable calls `keep` with the unfinished table after each round, and RowTable after each row.
-    """
-
-    title: str
-    stage: str
-
-    def run(
-        self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard
-    ) -> Entry: ...
 
 
 @dataclass
@@ -106,3 +94,6 @@ class InterleavedTable:
         except Exception as error:  # keep the rates without their bounds
             rows.append(new_row("bounds", error=f"{type(error).__name__}: {error}"))
         return {"title": self.title, "stage": self.stage, **self.details, "rows": rows}
+
+
+TableSpec = RowTable | InterleavedTable

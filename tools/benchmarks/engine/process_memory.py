@@ -104,9 +104,8 @@ def memory_usage(device: torch.device) -> dict[str, float]:
     The metrics are those of `train.engine.metrics.memory_usage`. On a GPU, they also include `reserved_gib`, the peak
     memory reserved by torch's allocator, and `gpu_memory_gib`, the size of the GPU's memory.
     """
-    if device.type != "cuda":
-        return metrics.memory_usage(device)
-    return metrics.memory_usage(device) | {
-        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
-        "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB,
-    }
+    usage = metrics.memory_usage(device)
+    if device.type == "cuda":
+        usage["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
+        usage["gpu_memory_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
+    return usage

@@ -22,7 +22,7 @@ from models import build_from_config
 from pipelines.cpu import batch
 from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement
-from tools.benchmarks.engine.results import Row, new_row, rounded, skipped_row
+from tools.benchmarks.engine.results import Row, new_row, rounded
 from tools.common.model_costs import count_costs
 
 MEMORY = "memory copy"
@@ -216,13 +216,10 @@ def limit_rows(measurements: list[Measurement]) -> list[Row]:
     rows = []
     for measurement in measurements:
         name, unit = measurement.workload or measurement.candidate, UNITS.get(measurement.workload, "")
-        if measurement.error == OUT_OF_TIME:
-            row = skipped_row(name, ours=False, unit=unit)
-        else:
-            row = new_row(name, ours=False, error=measurement.error, unit=unit)
+        fields: dict[str, object] = {"note" if measurement.error == OUT_OF_TIME else "error": measurement.error}
         if measurement.error is None and measurement.rates:
-            row["value"] = rounded(measurement.rate / UNIT_SIZES[unit], 4)
-        rows.append(row)
+            fields = {"value": rounded(measurement.rate / UNIT_SIZES[unit], 4)}
+        rows.append(new_row(name, ours=False, unit=unit, **fields))
     return rows
 
 

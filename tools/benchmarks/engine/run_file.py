@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -24,40 +25,27 @@ class Part(TypedDict):
     is_complete: bool
 
 
-class Run(TypedDict):
-    """Content of a JSON file."""
-
-    format: str
-    version: int
-    command: str
-    duration_s: float
-    environment: Environment
-    missing_peers: list[str]
-    parts: dict[str, Part]
-    groups: list[Entry]
-
-
 def command() -> str:
     return " ".join(["python", *sys.argv])
 
 
-def new_run(environment: Environment, missing: list[str]) -> Run:
-    """Return a run without parts or tables."""
-    return {
-        "format": results.FORMAT,
-        "version": results.VERSION,
-        "command": command(),
-        "duration_s": 0.0,
-        "environment": environment,
-        "missing_peers": missing,
-        "parts": {},
-        "groups": [],
-    }
+@dataclass(kw_only=True)
+class Run:
+    """Content of a JSON file."""
+
+    format: str = results.FORMAT
+    version: int = results.VERSION
+    command: str = field(default_factory=command)
+    duration_s: float = 0.0
+    environment: Environment
+    missing_peers: list[str]  # peers that are not installed
+    parts: dict[str, Part] = field(default_factory=dict)
+    groups: list[Entry] = field(default_factory=list)  # tables
 
 
 def write_json(run: Run, path: Path) -> None:
     """Write a run to a JSON file atomically."""
-    tables.write_json(path, run, indent=1, ensure_ascii=False)
+    tables.write_json(path, vars(run), indent=1, ensure_ascii=False)
 
 
 class RunFile:
@@ -73,7 +61,7 @@ class RunFile:
         self.run, self._files = run, files
         self._added: dict[tuple[str, str], Entry] = {}  # tables added by this run, by part and title
         if earlier is not None:
-            run["parts"], run["groups"] = dict(earlier.get("parts", {})), list(earlier["groups"])
+            run.parts, run.groups = dict(earlier.parts), list(earlier.groups)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -81,9 +69,9 @@ class RunFile:
 
         The part is incomplete unless `complete` is called in the context.
         """
-        start, environment = time.monotonic(), self.run["environment"]
+        start, environment = time.monotonic(), self.run.environment
         self._part = name
-        self.run["parts"][name] = {
+        self.run.parts[name] = {
             "command": command(),
             "date": environment["date"],
             "versions": environment["versions"],
@@ -91,8 +79,8 @@ class RunFile:
             "is_complete": False,
         }
         yield
-        self.run["parts"][name]["duration_s"] = round(time.monotonic() - start, 1)
-        self.run["duration_s"] = round(sum(part["duration_s"] for part in self.run["parts"].values()), 1)
+        self.run.parts[name]["duration_s"] = round(time.monotonic() - start, 1)
+        self.run.duration_s = round(sum(part["duration_s"] for part in self.run.parts.values()), 1)
         self._write()
 
     def complete(self) -> None:
@@ -100,10 +88,10 @@ class RunFile:
 
         Tables of the part that come from an earlier run and were not added again are removed.
         """
-        self.run["groups"] = [
-            group for group in self.run["groups"] if group.get("part") != self._part or _key(group) in self._added
+        self.run.groups = [
+            group for group in self.run.groups if group.get("part") != self._part or _key(group) in self._added
         ]
-        self.run["parts"][self._part]["is_complete"] = True
+        self.run.parts[self._part]["is_complete"] = True
 
     def add(self, entry: Entry) -> None:
         """Add a table to the current part, or replace the part's table of the same title.
@@ -111,7 +99,7 @@ class RunFile:
         A table from an earlier run is replaced only if the new table has a measured row.
         """
         entry = {"part": self._part, **entry}
-        groups, key = self.run["groups"], _key(entry)
+        groups, key = self.run.groups, _key(entry)
         place = next((index for index, group in enumerate(groups) if _key(group) == key), len(groups))
         present = groups[place] if place < len(groups) else None
         if present is self._added.get(key) or any(map(results.is_measured, entry["rows"])):

@@ -16,7 +16,7 @@ from importlib import import_module
 from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.peers.task import Batches, PeerTask
 
-__all__ = ["LOADERS", "LOOPS", "Batches", "PeerSpec", "PeerTask", "available", "loading", "missing"]
+__all__ = ["LOADERS", "LOOPS", "Batches", "PeerSpec", "PeerTask", "all_missing", "available", "loading"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,9 @@ def available(table: dict[str, PeerSpec], encoding: str) -> dict[str, PeerSpec]:
     return {name: peer for name, peer in table.items() if encoding in peer.encodings and _installed(peer.library)}
 
 
-def missing(table: dict[str, PeerSpec]) -> list[str]:
-    """Return the names of the peers whose library is not installed."""
-    return [name for name, peer in table.items() if not _installed(peer.library)]
-
-
 def all_missing() -> list[str]:
     """Return the names of all peer loaders and peer training loops whose library is not installed."""
-    return [*missing(LOADERS), *missing(LOOPS)]
+    return [name for name, peer in (LOADERS | LOOPS).items() if not _installed(peer.library)]
 
 
 def _installed(library: str) -> bool:

@@ -16,7 +16,7 @@ from configs.schema import AugConfig
 from pipelines.storage.dataset import ChannelValues
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
-from tools.benchmarks.engine.datasets import QUALITY, SPLIT, make_variant
+from tools.benchmarks.engine.datasets import QUALITY, SPLIT, labels_or_zeros, make_variant
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images [B, ...] and labels [B]
 Batches = Iterator[Batch]
@@ -58,7 +58,7 @@ class PeerTask:
     @property
     def labels(self) -> np.ndarray:
         """Labels of the train split, int64 [samples]. All are 0 if the split has no labels."""
-        return np.zeros(len(self.split), np.int64) if self.split.labels is None else self.split.labels
+        return labels_or_zeros(self.split)
 
     @property
     def stats(self) -> tuple[ChannelValues, ChannelValues]:

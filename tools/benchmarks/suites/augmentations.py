@@ -65,16 +65,12 @@ def augmentation_table(
     for kind, aug in KINDS.items():
         fields: Row = {"kind": kind, "device": device, "batch_size": batch_size, "ours": True}
         cases.append(Case(Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), fields))
-        if peer is not None and _torchvision_has(aug):
+        if peer is not None and aug.cutout == 0 and not aug.auto.policy.startswith("rand-"):  # torchvision has neither
             task = PeerTask(folder, settings.scratch, batch_size, settings.workers, size, aug, device)
             candidate = Candidate(f"{PEER}, {kind}", peers.loading, (peer, task))
             cases.append(Case(candidate, {**fields, "ours": False}))
     title = f"augmentations at {size}x{size}, {'raw' if stored.encoding == 'npy' else 'JPEG'}"
     return InterleavedTable(title, "augment", cases, {"image_size": size, "encoding": stored.encoding}, _add_ratios)
-
-
-def _torchvision_has(aug: AugConfig) -> bool:
-    return aug.cutout == 0 and not aug.auto.policy.startswith("rand-")
 
 
 def _add_ratios(rows: list[Row], limits: Limits) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from configs.schema import AugConfig
@@ -18,16 +19,9 @@ from tools.benchmarks.suites.suite import Part
 from tools.benchmarks.suites.training import training_table
 
 
-def loaders_32(settings: Settings) -> Iterator[TableSpec]:
-    return _loaders(settings, small_dataset(settings), PAD_CROP, 32)
-
-
-def loaders_96(settings: Settings) -> Iterator[TableSpec]:
-    return _loaders(settings, medium_dataset(settings), RESIZED_CROP, 64)
-
-
-def _loaders(settings: Settings, raw: Path, aug: AugConfig, size: int) -> Iterator[TableSpec]:
+def loaders(dataset: Callable[[Settings], Path], aug: AugConfig, size: int, settings: Settings) -> Iterator[TableSpec]:
     """Yield tables that compare our loader to the peers on raw pixels and JPEG, with and without augmentation."""
+    raw = dataset(settings)
     jpeg = make_variant(raw, settings.data / f"{raw.name}-jpeg", encoding="jpeg", samples=settings.samples)
     for folder in (raw, jpeg):
         batch_size = limited_batch_size(folder, 512, batches=4)
@@ -41,17 +35,9 @@ def lenet(settings: Settings) -> Iterator[TableSpec]:
     yield training_table(settings, "LeNet 32x32", config, {"end to end": {}}, with_peers=True)
 
 
-def augmentations_32(settings: Settings) -> Iterator[TableSpec]:
-    yield _augmentations(settings, small_dataset(settings))
-
-
-def augmentations_96(settings: Settings) -> Iterator[TableSpec]:
-    yield _augmentations(settings, medium_dataset(settings))
-
-
-def _augmentations(settings: Settings, folder: Path) -> TableSpec:
-    batch_size = limited_batch_size(folder, 512, batches=4)
-    return augmentation_table(settings, folder, batch_size=batch_size, with_peer=True)
+def augmentations(dataset: Callable[[Settings], Path], settings: Settings) -> Iterator[TableSpec]:
+    folder = dataset(settings)
+    yield augmentation_table(settings, folder, batch_size=limited_batch_size(folder, 512, batches=4), with_peer=True)
 
 
 def cost_per_sample(settings: Settings) -> Iterator[TableSpec]:
@@ -59,11 +45,11 @@ def cost_per_sample(settings: Settings) -> Iterator[TableSpec]:
 
 
 PARTS = (
-    Part("32x32", ("reading", "loading"), loaders_32),
+    Part("32x32", ("reading", "loading"), partial(loaders, small_dataset, PAD_CROP, 32)),
     Part("LeNet", ("training",), lenet),
-    Part("96x96", ("reading", "loading"), loaders_96),
-    Part("augmentations 32x32", ("augment",), augmentations_32),
-    Part("augmentations 96x96", ("augment",), augmentations_96),
+    Part("96x96", ("reading", "loading"), partial(loaders, medium_dataset, RESIZED_CROP, 64)),
+    Part("augmentations 32x32", ("augment",), partial(augmentations, small_dataset)),
+    Part("augmentations 96x96", ("augment",), partial(augmentations, medium_dataset)),
     Part("scale", ("scale",), cost_per_sample),
     Part("stages", ("stages",), stage_changes),
 )

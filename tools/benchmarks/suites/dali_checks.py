@@ -57,14 +57,16 @@ def transfers(batch_size: int) -> Iterator[dict[str, Workload]]:
 
 def _torch_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     target = torch.empty_like(batches[0], device="cuda")
-    while True:
-        for batch in batches:
-            yield target.copy_(batch, non_blocking=True)
+    for batch in itertools.cycle(batches):
+        yield target.copy_(batch, non_blocking=True)
 
 
 def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Copy batches with a DALI pipeline, with one iteration scheduled ahead as in the loader."""
-    pipeline = _copy_pipeline(len(batches[0]))
+    pipeline = Pipeline(len(batches[0]), num_threads=1, device_id=0, exec_dynamic=True, prefetch_queue_depth=1)
+    with pipeline:
+        pipeline.set_outputs(fn.external_source(name="images", layout="HWC", no_copy=True).gpu())  # type: ignore[union-attr]
+    pipeline.build()
 
     def feed(batch: torch.Tensor) -> None:
         images = TensorListCPU(batch.numpy(), layout="HWC", is_pinned=batch.is_pinned())
@@ -72,20 +74,10 @@ def _dali_copies(batches: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         pipeline.schedule_run()
 
     feed(batches[-1])
-    while True:
-        for batch in batches:
-            feed(batch)
-            (images,) = pipeline.outputs(cuda_stream=torch.cuda.current_stream())
-            yield torch.from_dlpack(images.as_tensor())
-
-
-def _copy_pipeline(batch_size: int) -> Pipeline:
-    """Build a pipeline that only copies its input to the GPU."""
-    pipeline = Pipeline(batch_size, num_threads=1, device_id=0, exec_dynamic=True, prefetch_queue_depth=1)
-    with pipeline:
-        pipeline.set_outputs(fn.external_source(name="images", layout="HWC", no_copy=True).gpu())  # type: ignore[union-attr]
-    pipeline.build()
-    return pipeline
+    for batch in itertools.cycle(batches):
+        feed(batch)
+        (images,) = pipeline.outputs(cuda_stream=torch.cuda.current_stream())
+        yield torch.from_dlpack(images.as_tensor())
 
 
 def output_survives(data: DataConfig, aug: AugConfig) -> dict[str, object]:

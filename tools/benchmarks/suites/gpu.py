@@ -58,12 +58,8 @@ LARGER_TRAINING = (
     TrainingCase("ResNet-50 96x96", "medium_imagenet_96_resnet50", 96, 1024),
 )
 LOADERS = (  # side, augmentation and placement of raw pixels
-    (224, None, "host"),
-    (96, None, "host"),
-    (224, RESIZED_CROP, "host"),
-    (96, RESIZED_CROP, "host"),
-    (32, None, "device"),
-    (32, PAD_CROP, "device"),
+    *((side, aug, "host") for aug in (None, RESIZED_CROP) for side in (224, 96)),
+    *((32, aug, "device") for aug in (None, PAD_CROP)),
 )
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
@@ -159,13 +155,10 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
     config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": "timm/resnet50"})})
     trials: list[Trial] = []
-    yield RowTable(
-        "timm/resnet50 224x224, training step by batch size",
-        "ramp",
-        ("images_per_s", "lowest", "highest", "share", *MEMORY_FIELDS),
-        partial(_batch_size_rows, settings, config, trials),
-        {"note": "share: of the arithmetic peak that a matrix product reaches here."},
-    )
+    columns: tuple[str, ...] = ("images_per_s", "lowest", "highest", "share", *MEMORY_FIELDS)
+    rows = partial(_batch_size_rows, settings, config, trials)
+    note = "share: of the arithmetic peak that a matrix product reaches here."
+    yield RowTable("timm/resnet50 224x224, training step by batch size", "ramp", columns, rows, {"note": note})
     fitting = [trial for trial in trials if trial.fits]
     if trials and not fitting:
         return
@@ -174,13 +167,9 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
     # the generated data set has no validation split
     data = config.data.model_copy(update={"batch_size": batch_size, "val_split": datasets.SPLIT})
     config = config.model_copy(update={"data": data})
-    yield RowTable(
-        "timm/resnet50 224x224, profile of the step",
-        "profile",
-        programs.PROFILE_COLUMNS,
-        lambda _: programs.profile(settings, config, PROFILED_STEPS),
-        {"note": f"Batch {batch_size}."},
-    )
+    title, columns = "timm/resnet50 224x224, profile of the step", programs.PROFILE_COLUMNS
+    profiled = programs.profile(settings, config, PROFILED_STEPS)  # runs when its rows are taken
+    yield RowTable(title, "profile", columns, lambda _: profiled, {"note": f"Batch {batch_size}."})
     yield training_table(settings, "timm/resnet50 224x224", config, PLACEMENTS)
 
 
@@ -224,29 +213,18 @@ def accuracy(settings: Settings) -> Iterator[TableSpec]:
 
 
 def dali(settings: Settings) -> Iterator[TableSpec]:
+    title = "DALI: does it free an output that a stream has still to read?"
+    columns: tuple[str, ...] = ("equal", "held", "reused", "batches")
     note = (
         "equal: the held stream read the bytes as they were; held: until all later batches had been taken; "
         "reused: one of these lay at the same address."
     )
-    yield RowTable(
-        "DALI: does it free an output that a stream has still to read?",
-        "dali",
-        ("equal", "held", "reused", "batches"),
-        lambda _: dali_checks.output_rows(settings),
-        {"note": note},
-    )
-    yield RowTable(
-        "DALI: are pinned inputs copied to the GPU as they are?",
-        "dali",
-        ("gb_per_s",),
-        lambda _: dali_checks.transfer_rows(settings),
-    )
-    yield RowTable(
-        "GPU memory of a loader: DALI's pools, buffers, resident data",
-        "dali",
-        ("batch_size", "loader_memory_gib", "batch_gib", "images_per_s"),
-        lambda _: dali_checks.memory_rows(settings),
-    )
+    yield RowTable(title, "dali", columns, lambda _: dali_checks.output_rows(settings), {"note": note})
+    title, columns = "DALI: are pinned inputs copied to the GPU as they are?", ("gb_per_s",)
+    yield RowTable(title, "dali", columns, lambda _: dali_checks.transfer_rows(settings))
+    title = "GPU memory of a loader: DALI's pools, buffers, resident data"
+    columns = ("batch_size", "loader_memory_gib", "batch_gib", "images_per_s")
+    yield RowTable(title, "dali", columns, lambda _: dali_checks.memory_rows(settings))
 
 
 def beside_peers(settings: Settings) -> Iterator[TableSpec]:

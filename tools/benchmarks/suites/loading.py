@@ -55,30 +55,36 @@ def loading_table(
     split, device = open_split(folder, SPLIT), settings.device
     is_raw, stored_side = split.encoding == "npy", int(split.heights[0])
     side = stored_side if aug is None else size
+    config = (data or DataConfig(path=str(folder))).model_copy(
+        update={"path": str(folder), "batch_size": batch_size, "image_size": side}
+    )
     common: Row = {"device": device, "batch_size": batch_size}
     loader: Row = {**common, "encoding": split.encoding}
-    cases = []
-    for placement in placements if device == "cuda" and is_raw else ("",):
-        changes = {"path": str(folder), "batch_size": batch_size, "image_size": side, "placement": placement or "auto"}
-        config = (data or DataConfig(path=str(folder))).model_copy(update=changes)
-        name = f"{OURS}, {placement}" if placement else OURS
-        candidate = Candidate(name, ours.loading, (config, aug or ours.PLAIN, device))
-        cases.append(Case(candidate, {**loader, "ours": True, "placement": placement}))
+    cases = [
+        Case(_our_candidate(config, aug, device, placement), {**loader, "ours": True, "placement": placement})
+        for placement in (placements if device == "cuda" and is_raw else ("",))
+    ]
     if with_peers:
         task = PeerTask(folder, settings.scratch, batch_size, settings.workers, side, aug, device)
         for name, peer in peers.available(peers.LOADERS, split.encoding).items():
             cases.append(Case(Candidate(name, peers.loading, (peer, task)), loader))
     if is_raw and device != "cuda":
         cases.append(Case(Candidate(ONE_COPY, roofline.one_copy, (batch_size * side * side * 3, batch_size)), common))
-    if is_raw and device == "cuda" and "host" in placements:
-        copy = Candidate(PINNED_COPY, roofline.pinned_copy, (batch_size * int(split.size[0]), batch_size))
-        cases.append(Case(copy, common))
+    elif is_raw and "host" in placements:
+        copied_bytes = batch_size * int(split.size[0])
+        cases.append(Case(Candidate(PINNED_COPY, roofline.pinned_copy, (copied_bytes, batch_size)), common))
     sides = f"{stored_side}x{stored_side}" if side == stored_side else f"{stored_side} to {side}"
     title = f"{sides} {'raw' if is_raw else 'JPEG'}, {'reading alone' if aug is None else describe(aug)}"
     otherwise = "latency of scattered samples" if aug is None and is_raw else AUGMENTED[device]
     bounds = partial(_add_bounds, split.size, side * side * 3, otherwise)
-    stage, details = "reading" if aug is None else "loading", Entry(image_size=side, encoding=split.encoding)
-    return InterleavedTable(title, stage, cases, details, bounds)
+    details: Entry = {"image_size": side, "encoding": split.encoding}
+    return InterleavedTable(title, "reading" if aug is None else "loading", cases, details, bounds)
+
+
+def _our_candidate(data: DataConfig, aug: AugConfig | None, device: str, placement: str) -> Candidate:
+    data = data.model_copy(update={"placement": placement or "auto"})
+    name = f"{OURS}, {placement}" if placement else OURS
+    return Candidate(name, ours.loading, (data, aug or ours.PLAIN, device))
 
 
 def _add_bounds(stored: np.ndarray, output_bytes: int, otherwise: str, rows: list[Row], limits: Limits) -> None:

@@ -77,10 +77,8 @@ def stage_changes(settings: Settings) -> Iterator[TableSpec]:
     LeNet is trained in two stages, with the smallest and the largest image size that it accepts: 32 and 35 pixels.
     """
     if settings.device == "cuda":
-        folder = medium_dataset(settings)
-        config = load_config_on(
-            "medium_imagenet_96_resnet18_progressive", folder, batch_size=limited_batch_size(folder, 1024)
-        )
+        folder, name = medium_dataset(settings), "medium_imagenet_96_resnet18_progressive"
+        config = load_config_on(name, folder, batch_size=limited_batch_size(folder, 1024))
     else:
         stages = (StageConfig(epoch=0, image_size=32), StageConfig(epoch=1, image_size=35))
         config = load_config_on("cifar10_lenet", small_dataset(settings), stages=stages)

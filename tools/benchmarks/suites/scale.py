@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import mmap
 import os
 import time
 import timeit
@@ -92,7 +93,10 @@ def measure_loader(scratch: Path, samples: int, side: int, seconds: float) -> di
     indices = order.permutation(samples, 0, 0)[:BATCH_SIZE]
     loader_us = _min_us(take_others, seconds, take_first) / (count * BATCH_SIZE)
     order_us = _min_us(lambda: order.permutation(samples, 0, 1), seconds) / samples
-    draws_us = _min_us(lambda: _draws(indices), seconds) / len(indices)
+    draws_us = _min_us(
+        lambda: (geometry.flips(indices, 0, 0, 0.5), geometry.pad_crop_offsets(indices, 0, 0, 4)), seconds
+    )
+    draws_us /= len(indices)
     figures = {
         "loader_us": loader_us,
         "order_us": order_us,
@@ -103,11 +107,6 @@ def measure_loader(scratch: Path, samples: int, side: int, seconds: float) -> di
         "total_us": loader_us + order_us + draws_us,
     }
     return {name: rounded(value, 4) for name, value in figures.items()}
-
-
-def _draws(indices: np.ndarray) -> None:
-    geometry.flips(indices, 0, 0, 0.5)
-    geometry.pad_crop_offsets(indices, 0, 0, 4)
 
 
 def _min_us(work: Callable[[], object], seconds: float, setup: Callable[[], object] = lambda: None) -> float:
@@ -132,18 +131,14 @@ def private_bytes() -> int:
 
 
 def read_into_cache(folder: Path, samples: np.ndarray) -> None:
-    """Read the samples with indices `samples` into the page cache, with one read per sample.
+    """Read the samples with indices `samples` into the page cache.
 
-    Reading from the memory map instead would load megabytes around each sample.
+    Without MADV_RANDOM, the kernel would load megabytes around each sample.
     """
     split = open_split(folder, "train", verify="off")
-    for number in np.unique(split.shard[samples]).tolist():
-        inside = samples[split.shard[samples] == number]
-        offsets = split.address[inside] - number * split.slot_bytes
-        with split.files[number].open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            for offset, size in zip(offsets.tolist(), split.size[inside].tolist(), strict=True):
-                os.pread(file.fileno(), size, offset)
+    split.advise(np.arange(len(split.files)), mmap.MADV_RANDOM)
+    for sample in samples.tolist():
+        split.image_bytes(sample).max()
 
 
 def make_sparse_set(folder: Path, samples: int, side: int) -> None:

@@ -77,13 +77,9 @@ def machine_limits(settings: Settings, file: RunFile) -> Limits:
 
     Limits in the file are used if they are complete and were measured on the same day with the same versions.
     """
-    info, environment = file.run["parts"].get(LIMITS), file.run["environment"]
-    if (
-        info is not None
-        and info["is_complete"]
-        and all(info[name] == environment[name] for name in ("date", "versions"))
-    ):
-        rows = [row for entry in file.run["groups"] if entry.get("part") == LIMITS for row in entry["rows"]]
+    part, today = file.run.parts.get(LIMITS), file.run.environment
+    if part and part["is_complete"] and (part["date"], part["versions"]) == (today["date"], today["versions"]):
+        rows = [row for entry in file.run.groups if entry.get("part") == LIMITS for row in entry["rows"]]
         if limits := limits_from_rows(rows):
             return limits
     with file.part(LIMITS):
