@@ -6,7 +6,7 @@ imported on first use, since converting a data set needs neither torch nor DALI.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipelines.build import build_eval_loader as build_eval_loader
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["build_eval_loader", "build_train_loader"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'pipelines' has no attribute {name!r}")
     from pipelines import build

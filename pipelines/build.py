@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
-from typing import Any
-
 import torch
 
 from configs.schema import AugConfig, DataConfig, EvalConfig, OnBadSample, PaddingMode
 from configs.stages import data_at, stage_starts
 from configs.utils.errors import UserError
 from pipelines import order
-from pipelines.assemble import LoaderSpec, Transforms, assemble, choose_backend, placed_on_device
+from pipelines.assemble import choose_backend, default_threads, load_placed
 from pipelines.augment import mixup, policies
-from pipelines.augment.ops import Programs
 from pipelines.augment.sampler import AugmentationSampler
-from pipelines.cpu import graph as cpu_graph
-from pipelines.gpu import dali_graph
 from pipelines.loader import bad_samples
+from pipelines.loader.backend import LoaderSpec
 from pipelines.loader.batches import EvalBatches, TrainBatches
-from pipelines.loader.buffers import load_resident
 from pipelines.loader.epoch_order import TrainOrder
-from pipelines.loader.loader import Loader
-from pipelines.loader.train_loader import StagedLoader
+from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.stage import Stage
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 
@@ -37,7 +32,7 @@ def build_train_loader(
     world_size: int = 1,
     local_world_size: int | None = None,
     accumulation_steps: int = 1,
-) -> Loader | StagedLoader:
+) -> TrainLoader:
     """Build a loader of shuffled, augmented batches of `data.train_split`.
 
     Every batch has `data.batch_size` samples per rank. The samples of an incomplete last optimizer step are dropped.
@@ -59,44 +54,28 @@ def build_train_loader(
     mixup.check_mixing(data, aug.mix)
     split = open_split(data.path, data.train_split, verify=data.verify, on_bad_sample=data.on_bad_sample)
     device = _device(device)
-    resident = placed_on_device(data, split, device)
-    pixels = lru_cache(1)(lambda: load_resident(split, device))  # shared by all stages
+    starts = stage_starts(data)
+    sections = [data_at(data, epoch) for epoch in starts]
+    sizes = [(_image_size(section.image_size, data, split), section.batch_size) for section in sections]
+    steps = [_steps(split, batch_size, world_size, accumulation_steps) for _, batch_size in sizes]
+    for size, _ in sizes:
+        _check_sizes(aug, size)
+    if mixup.mixing_enabled(aug.mix):
+        mixup.mix_table(aug.mix, seed, 0, 0, 2, 1)  # import SciPy now instead of during the first epoch
+
+    threads = data.threads or default_threads(local_world_size or world_size)
+    pixels = load_placed(data, split, device)  # shared by all stages
     mean, std = split.dataset.mean, split.dataset.std
     programs = policies.build_programs(aug, mean)
     epoch_order = TrainOrder(data, split, seed)
     bad = bad_samples.for_training(split, data)
-
-    if mixup.mixing_enabled(aug.mix):
-        mixup.mix_table(aug.mix, seed, 0, 0, 2, 1)  # import SciPy now instead of during the first epoch
-
-    def build(section: DataConfig) -> Loader:
-        batch_size = section.batch_size
-        steps = order.batches_per_epoch(len(split), batch_size, world_size, accumulation_steps)
-        if steps == 0:
-            most = len(split) // (world_size * accumulation_steps)
-            raise UserError(
-                f"data.batch_size={batch_size} exceeds the {most} samples per rank of split {split.name!r} "
-                f"({len(split)} samples, world_size {world_size}, accumulation_steps {accumulation_steps}); "
-                f"use {f'at most {most}' if most else 'fewer ranks or micro-steps, or more samples'}"
-            )
-        size = _image_size(section.image_size, data, split)
-        _check_sizes(aug, size)
-        transforms = _train_transforms(split, data, aug, size, programs, mean)
-        backend = choose_backend(resident, split, device, transforms)
+    stages: dict[tuple[int, int], Stage] = {}  # equal sizes share a stage
+    for (size, batch_size), count in dict(zip(sizes, steps, strict=True)).items():
         sampler = AugmentationSampler(aug, programs, seed, size, split.heights, split.widths, mean, std)
-        plan = TrainBatches(
-            epoch_order, batch_size, steps, rank, world_size, accumulation_steps, sampler, for_dali=backend.uses_dali
-        )
-        spec = LoaderSpec(split, section, size, device, local_world_size or world_size)
-        return assemble(spec, plan, transforms, backend, pixels, bad)
-
-    if not data.stages:
-        return build(data)
-    starts = stage_starts(data)
-    sections = [data_at(data, epoch) for epoch in starts]
-    sizes = [(section.image_size, section.batch_size) for section in sections]  # equal sizes share a loader
-    loaders = {size: build(section) for size, section in dict(zip(sizes, sections, strict=True)).items()}
-    return StagedLoader([loaders[size] for size in sizes], starts)
+        plan = TrainBatches(epoch_order, batch_size, count, rank, world_size, accumulation_steps, sampler)
+        spec = LoaderSpec(split, data, batch_size, size, device, threads, pixels, aug, programs)
+        stages[size, batch_size] = Stage(plan, choose_backend(spec), bad)
+    return TrainLoader([stages[key] for key in sizes], starts)
 
 
 def build_eval_loader(
@@ -109,7 +88,7 @@ def build_eval_loader(
     world_size: int = 1,
     local_world_size: int | None = None,
     replace_bad_samples: bool = False,
-) -> Loader:
+) -> EvalLoader:
     """Build the loader of an evaluation split. Together, the loaders of all ranks yield every sample once.
 
     Each rank reads a contiguous range of samples in stored order. Ranks may have different numbers of batches, and the
@@ -133,46 +112,29 @@ def build_eval_loader(
     opened = open_split(data.path, split or data.val_split, verify=data.verify, on_bad_sample=on_bad_sample)
     device = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
-    start, stop = order.eval_range(len(opened), rank, world_size)
-    plan = EvalBatches(start, stop, evaluation.batch_size or data.batch_size)
-    transforms = _eval_transforms(opened, data, evaluation, size)
-    backend = choose_backend(placed_on_device(data, opened, device), opened, device, transforms)
-    spec = LoaderSpec(opened, data, size, device, local_world_size or world_size)
+    batch_size = evaluation.batch_size or data.batch_size
+    threads = data.threads or default_threads(local_world_size or world_size)
+    spec = LoaderSpec(opened, data, batch_size, size, device, threads, load_placed(data, opened, device), evaluation)
+    plan = EvalBatches(*order.eval_range(len(opened), rank, world_size), batch_size)
     bad = bad_samples.for_training(opened, data) if replace_bad_samples else bad_samples.for_evaluation(opened, data)
-    return assemble(spec, plan, transforms, backend, lambda: load_resident(opened, device), bad)
+    return EvalLoader(Stage(plan, choose_backend(spec), bad))
 
 
-def _train_transforms(
-    split: Split,
-    data: DataConfig,
-    aug: AugConfig,
-    size: int,
-    programs: Programs | None,
-    mean: tuple[float, float, float],
-) -> Transforms:
-    options: dict[str, Any] = {
-        "aug": aug,
-        "size": size,
-        "interpolation": data.interpolation,
-        "antialias": data.antialias,
-        "programs": programs,
-    }
-    on_cpu = cpu_graph.train_graph(split.image_shape, mean=mean, **options)
-    keeps_size = split.encoding == "npy" and split.image_shape == (size, size, 3) and aug.crop != "random-resized"
-    paints = programs is not None or aug.erase.probability > 0 or aug.cutout > 0
-    dali = partial(dali_graph.train_graph, **options)
-    return Transforms(dali, on_cpu, crops_and_flips=keeps_size and not paints, padding_mode=aug.padding_mode)
+def _steps(split: Split, batch_size: int, world_size: int, accumulation_steps: int) -> int:
+    """Return the number of training batches per rank and epoch.
 
-
-def _eval_transforms(split: Split, data: DataConfig, evaluation: EvalConfig, size: int) -> Transforms:
-    options: dict[str, Any] = {
-        "size": size,
-        "crop_fraction": evaluation.crop_fraction,
-        "interpolation": data.interpolation,
-        "antialias": data.antialias,
-        "squash": evaluation.crop_mode == "squash",
-    }
-    return Transforms(partial(dali_graph.eval_graph, **options), cpu_graph.eval_graph(split.image_shape, **options))
+    Raises:
+        UserError: The split has too few samples for one optimizer step.
+    """
+    steps = order.batches_per_epoch(len(split), batch_size, world_size, accumulation_steps)
+    if steps == 0:
+        most = len(split) // (world_size * accumulation_steps)
+        raise UserError(
+            f"data.batch_size={batch_size} exceeds the {most} samples per rank of split {split.name!r} "
+            f"({len(split)} samples, world_size {world_size}, accumulation_steps {accumulation_steps}); "
+            f"use {f'at most {most}' if most else 'fewer ranks or micro-steps, or more samples'}"
+        )
+    return steps
 
 
 def _check_sizes(aug: AugConfig, size: int) -> None:

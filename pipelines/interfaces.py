@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
+Draws = dict[str, np.ndarray]  # [B, ...] each: augmentation parameters by name, or inputs of a graph other than images
+StoredImages = torch.Tensor | list[np.ndarray]  # uint8 [B, H, W, 3], or encoded files, uint8 [bytes] each
 # Images uint8 [B, H, W, 3], labels int64 [B], and a function that blocks until the slot can be overwritten.
 RunnerResult = tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
 
@@ -38,8 +40,8 @@ class SampleSource(Protocol):
 
     monitor: FileMonitor | None = None  # None if all samples were read at the start
 
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor | list[np.ndarray]:
-        """Return the samples at `indices`, int64 [B]: images, uint8 [B, H, W, 3], or encoded files, uint8 [bytes] each.
+    def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> StoredImages:
+        """Return the samples at `indices`, int64 [B], with the transforms that `draws` describe if the source has any.
 
         Samples in host memory are valid until the next call with the same `slot`.
 
@@ -66,7 +68,7 @@ class SampleSource(Protocol):
 class Runner(Protocol):
     """Runner that turns filled slots into batches on the device, in the order of submission."""
 
-    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None: ...
+    def submit(self, images: StoredImages, labels: np.ndarray, draws: Draws) -> None: ...
 
     def result(self) -> RunnerResult:
         """Remove and return the oldest submitted batch.

@@ -30,7 +30,7 @@ from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from tools.common.tables import csv_text, make_folder, write_json, write_text
 from tools.runs.lr_range import LossCurve, Suggestion, divergence_index, smooth_losses, suggest_lr
 from train.build import Job
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     with process_group(ranks) as device:
         limit_threads(device)
         job = job.on(device)
-        loader = job.train_loader().at(0)
+        loader = TrainLoader([job.train_loader().at(0)])
         steps = options.steps or min(MAX_STEPS, max(MIN_STEPS, len(loader) // config.train.accumulation_steps))
         state = job.build_state(loader.image_size)
         whiten(state, whitening_images(state, config.data))
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"curve and figures are in {out}")
 
 
-def range_test(state: TrainState, loader: Loader, rates: np.ndarray) -> LossCurve:
+def range_test(state: TrainState, loader: TrainLoader, rates: np.ndarray) -> LossCurve:
     """Take one optimizer step per learning rate, and return the losses up to and including the first diverged one.
 
     Losses are read every SYNC_EVERY steps, since reading synchronizes with the device. `state` is trained in place, so

@@ -30,7 +30,7 @@ from configs.schema import Config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from pipelines.interfaces import Position
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from tools.common.tables import write_json
 from train.build import Job
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def run(
-    job: Job, state: TrainState, images: Tensor | None, train_loader: TrainLoader, val_loader: Loader
+    job: Job, state: TrainState, images: Tensor | None, train_loader: TrainLoader, val_loader: EvalLoader
 ) -> SeedResult:
     """Whiten, train from the weights of `state`, and evaluate.
 

@@ -16,7 +16,7 @@ from models import build_from_config
 from models.pretrained import build_pretrained
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import DatasetInfo, ModelDataset, load_dataset
 from train.checkpoint.finetune import load_finetune, without_pretrained
@@ -94,7 +94,7 @@ class Job:
             accumulation_steps=config.train.accumulation_steps,
         )
 
-    def val_loader(self) -> Loader:
+    def val_loader(self) -> EvalLoader:
         """Build the loader of data.val_split, see `pipelines.build_eval_loader`."""
         config, ranks = self.config, self.ranks
         return build_eval_loader(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from train.build import Job
 from train.distributed import collectives
 from train.engine.cpu_settings import limit_threads
@@ -19,7 +19,7 @@ from train.engine.warm_up import check_image_sizes, warm_up
 from train.optim.freeze import set_training_mode
 
 
-def endless_batches(loader: Loader) -> Iterator[Batch]:
+def endless_batches(loader: TrainLoader) -> Iterator[Batch]:
     """Yield batches epoch after epoch, without end."""
     while True:
         yield from loader
@@ -34,7 +34,7 @@ def full_step(state: TrainState, batches: Iterator[Batch], step: int) -> None:
 
 
 def measure_images_per_s(
-    state: TrainState, loader: Loader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
+    state: TrainState, loader: TrainLoader, world_size: int, *, warmup_steps: int = 10, seconds: float = 10.0
 ) -> float:
     """Return the training throughput in images/s over all ranks.
 
@@ -83,7 +83,7 @@ def print_throughput(job: Job) -> None:
     state = job.build_state(image_size, pretrained=False)
     check_image_sizes(state, train_loader, image_size)
     for stage in train_loader.stages:
-        throughput = measure_images_per_s(state, stage, ranks.world_size)
+        throughput = measure_images_per_s(state, TrainLoader([stage]), ranks.world_size)
         if ranks.is_first:
             size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
             where = f"{ranks.world_size} x {state.device.type}"

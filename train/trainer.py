@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from configs.utils.errors import UserError
 from pipelines.interfaces import Position
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.stage import Stage
 from pipelines.loader.train_loader import TrainLoader
 from train.build import Job
 from train.checkpoint.progress import Progress, RunInfo
@@ -56,7 +57,7 @@ class Trainer:
     job: Job
     state: TrainState
     train_loader: TrainLoader
-    val_loader: Loader
+    val_loader: EvalLoader
     timeline: Timeline
     run: RunInfo
     log: RunLog
@@ -69,7 +70,7 @@ class Trainer:
         self.finite_check = FiniteCheck(self.state)
         self.consensus = StopConsensus(lambda: self.signals.number, is_due)
         self.meter = ThroughputMeter(self.train_loader)
-        self.stage: Loader | None = None
+        self.stage: Stage | None = None
 
     def run_epoch(self, position: Position) -> Position:
         """Train the rest of an epoch with logs and checkpoints, then evaluate and save.

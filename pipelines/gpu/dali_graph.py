@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nvidia.dali import fn, types
@@ -21,6 +22,7 @@ from pipelines.augment.ops import Programs, grey_levels
 from pipelines.gpu.dali_inputs import has_choice, has_numbers
 from pipelines.gpu.dali_ops import run_programs
 
+Resizer = Callable[..., DataNode]  # `fn.resize` with its filter
 INTERPOLATIONS = {"bilinear": types.DALIInterpType.INTERP_LINEAR, "bicubic": types.DALIInterpType.INTERP_CUBIC}
 
 
@@ -65,18 +67,19 @@ def train_graph(
         programs: Result of `build_programs`, or None if there are no programs.
     """
     mean = [float(level) for level in grey_levels(spec.mean)]
+    resize = _resizer(interpolation, antialias)
 
     def define() -> DataNode:
         images = _decoded(spec, config)
         if aug.crop == "random-resized":
             # The resampler flips for free: a region whose end is left of its start is mirrored.
             region = {"roi_start": _input("crop_start"), "roi_end": _input("crop_end")}
-            images = _resized(images, interpolation, antialias, size=[size, size], **region)
+            images = resize(images, size=[size, size], **region)
         else:
             if aug.crop == "squash":
-                images = _squashed(images, spec, size, interpolation, antialias)
+                images = _squashed(images, spec, size, resize)
             else:
-                images = _central(images, spec, size, size, interpolation, antialias)
+                images = _central(images, spec, size, size, resize)
             if aug.crop == "pad" and aug.padding_mode == PaddingMode.REFLECT:
                 shift = _input("shift", layout="HW")
                 images = fn.filter(images, shift if config.device_id is None else shift.gpu(), border="reflect_101")
@@ -91,7 +94,7 @@ def train_graph(
             numbers = _input("numbers") if has_numbers(programs) else None
             images = run_programs(images, programs, size, chosen, numbers)
         if aug.erase.probability > 0:  # after the programs, which would change the fill color
-            fills: dict[str, Any] = {"mean": mean, "black": 0.0}
+            fills = {"mean": mean, "black": [0.0]}
             fill = _input("erase_color") if aug.erase.fill == "random" else fills[aug.erase.fill]
             start, shape = _input("erase_start"), _input("erase_shape")
             images = fn.erase(images, anchor=start, shape=shape, axes=[0, 1], fill_value=fill)
@@ -124,13 +127,13 @@ def eval_graph(
         squash: Whether to resize the whole image to size x size, ignoring its aspect ratio. If so, `crop_fraction` is
             unused.
     """
-    shorter = round(size / crop_fraction)
+    shorter, resize = round(size / crop_fraction), _resizer(interpolation, antialias)
 
     def define() -> DataNode:
         images = _decoded(spec, config)
         if not squash:
-            return _central(images, spec, shorter, size, interpolation, antialias)
-        return _squashed(images, spec, size, interpolation, antialias)
+            return _central(images, spec, shorter, size, resize)
+        return _squashed(images, spec, size, resize)
 
     return _pipeline(config, define)
 
@@ -163,8 +166,8 @@ def _pipeline(config: PipelineConfig, define: Callable[[], DataNode], chooses: b
     return pipeline
 
 
-def _input(name: str, **options: Any) -> DataNode:
-    return fn.external_source(name=name, **options)  # type: ignore[return-value]
+def _input(name: str, layout: str | None = None) -> DataNode:
+    return fn.external_source(name=name, layout=layout)  # type: ignore[return-value]
 
 
 def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
@@ -176,37 +179,33 @@ def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
     if spec.encoding == "jpeg":
         files = fn.external_source(name="images", no_copy=True)
         # Like torchvision and timm, ignore orientation tags, so that a JPEG and its npy conversion agree.
-        how: dict[str, Any] = {"output_type": types.DALIImageType.RGB, "adjust_orientation": False}
-        if on_gpu:
-            return fn.decoders.image(files, device="mixed", hw_decoder_load=config.hw_decoder_load, **how)
-        return fn.decoders.image(files, device="cpu", **how)
+        decode = partial(fn.decoders.image, files, output_type=types.DALIImageType.RGB, adjust_orientation=False)
+        return decode(device="mixed", hw_decoder_load=config.hw_decoder_load) if on_gpu else decode(device="cpu")
     if spec.resident and on_gpu:
         return fn.external_source(name="images", device="gpu", layout="HWC", no_copy=True)
     images = fn.external_source(name="images", layout="HWC", no_copy=True)
     return images.gpu() if on_gpu else images
 
 
-def _central(
-    images: DataNode, spec: ImageSpec, shorter: int, size: int, interpolation: str, antialias: bool
-) -> DataNode:
+def _central(images: DataNode, spec: ImageSpec, shorter: int, size: int, resize: Resizer) -> DataNode:
     """Resize the shorter side to `shorter` and crop the central size x size pixels.
 
     An operator is omitted if all stored images have the same shape and do not need it.
     """
     shape = spec.image_shape
     if shape is None or min(shape[:2]) != shorter:
-        images = _resized(images, interpolation, antialias, resize_shorter=shorter)
+        images = resize(images, resize_shorter=shorter)
     if shape is None or shorter != size or shape[0] != shape[1]:
         images = fn.crop(images, crop=(size, size), rounding="truncate")
     return images
 
 
-def _squashed(images: DataNode, spec: ImageSpec, size: int, interpolation: str, antialias: bool) -> DataNode:
+def _squashed(images: DataNode, spec: ImageSpec, size: int, resize: Resizer) -> DataNode:
     """Resize images to size x size, unless all stored images have this size."""
     if spec.image_shape is not None and spec.image_shape[:2] == (size, size):
         return images
-    return _resized(images, interpolation, antialias, size=[size, size])
+    return resize(images, size=[size, size])
 
 
-def _resized(images: DataNode, interpolation: str, antialias: bool, **to: Any) -> DataNode:
-    return fn.resize(images, interp_type=INTERPOLATIONS[interpolation], antialias=antialias, **to)  # type: ignore[return-value]
+def _resizer(interpolation: str, antialias: bool) -> Resizer:
+    return partial(fn.resize, interp_type=INTERPOLATIONS[interpolation], antialias=antialias)  # type: ignore[return-value]

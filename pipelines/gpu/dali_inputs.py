@@ -14,6 +14,7 @@ import numpy as np
 
 from configs.schema import AugConfig, PaddingMode
 from pipelines.augment.ops import GEOMETRIC, Op, Programs
+from pipelines.interfaces import Draws
 
 ROWS, COLUMNS = 3, 8  # shape of the arguments (`numbers`) of one operation
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
@@ -63,7 +64,7 @@ def has_numbers(programs: Programs) -> bool:
     return any(not WITHOUT_NUMBERS.issuperset(branches(allowed)) for allowed in programs.slots)
 
 
-def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size: int) -> dict[str, np.ndarray]:
+def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size: int) -> Draws:
     """Convert the programs of a batch to inputs of the graph.
 
     Args:
@@ -77,7 +78,7 @@ def program_inputs(programs: Programs, ops: np.ndarray, values: np.ndarray, size
     """
     tables = _tables(programs)
     rows = (ops + len(Op) * np.arange(ops.shape[1])).reshape(-1)
-    feeds: dict[str, np.ndarray] = {}
+    feeds: Draws = {}
     if has_choice(programs):
         feeds["branches"] = tables.branches.take(rows).reshape(ops.shape)
     if has_numbers(programs):
@@ -109,9 +110,7 @@ def shifts(offsets: np.ndarray, padding: int) -> np.ndarray:
     return filters
 
 
-def graph_inputs(
-    draws: dict[str, np.ndarray], aug: AugConfig, programs: Programs | None, size: int
-) -> dict[str, np.ndarray]:
+def graph_inputs(draws: Draws, aug: AugConfig, programs: Programs | None, size: int) -> Draws:
     """Convert the draws of `AugmentationSampler` to the inputs of `dali_graph.train_graph`.
 
     Args:

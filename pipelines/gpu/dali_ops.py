@@ -8,6 +8,7 @@ uint8 result is rounded and saturated.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from pipelines.gpu.dali_inputs import SLACK, TRUNCATED, branches
 UINT8 = types.DALIDataType.UINT8
 
 
-def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, numbers: Any) -> DataNode:
+def run_programs(
+    images: DataNode, programs: Programs, size: int, chosen: DataNode | None, numbers: DataNode | None
+) -> DataNode:
     """Run all slots of the programs.
 
     Args:
@@ -33,7 +36,9 @@ def run_programs(images: DataNode, programs: Programs, size: int, chosen: Any, n
     """
     for slot, allowed in enumerate(programs.slots):
         candidates = [BRANCHES[name] for name in branches(allowed)]
-        number: Any = chosen[slot] if len(candidates) > 1 else None  # a single branch is applied to all samples
+        number: Any = None  # a single branch is applied to all samples
+        if chosen is not None and len(candidates) > 1:
+            number = chosen[slot]
         images = select(candidates, number, images, numbers=numbers, slot=slot, programs=programs, size=size)
     return images
 
@@ -64,12 +69,12 @@ def affine(images: DataNode, _: None, numbers: DataNode, slot: int, programs: Pr
     DALI fills all channels with the same level, so a fill color with different levels is blended in through an alpha
     channel.
     """
-    how: dict[str, Any] = {"matrix": numbers[slot, 0:2, 0:3], "interp_type": _interpolation(programs)}
+    warp = partial(fn.warp_affine, matrix=numbers[slot, 0:2, 0:3], interp_type=_interpolation(programs))
     fill = np.array(programs.fill, np.float32)
     if len(set(programs.fill)) == 1:
-        return fn.warp_affine(images, fill_value=float(fill[0]), **how)
+        return warp(images, fill_value=float(fill[0]))
     opaque = fn.coord_transform(images, M=np.eye(4, 3).ravel().tolist(), T=[0.0, 0.0, 0.0, 255.0], dtype=UINT8)
-    warped = fn.warp_affine(opaque, fill_value=0.0, **how)
+    warped = warp(opaque, fill_value=0.0)
     mix = np.concatenate([np.eye(3), -fill[:, None] / 255], axis=1)
     return fn.coord_transform(warped, M=mix.ravel().tolist(), T=fill.tolist(), dtype=UINT8)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
 from pipelines.gpu.device_inputs import blocking_event
-from pipelines.interfaces import RunnerResult, no_wait
+from pipelines.interfaces import Draws, RunnerResult, StoredImages, no_wait
 
 DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # parts of the messages of DALI's RuntimeErrors
 
@@ -26,9 +25,9 @@ class DaliRunner:
         self._pipeline = build()
         self._device = device
         self._labels: deque[torch.Tensor] = deque()
-        self._fed: deque[Any] = deque()  # DALI reads inputs in place until the result is ready
+        self._fed: deque[StoredImages] = deque()  # DALI reads inputs in place until the result is ready
 
-    def submit(self, images: Any, labels: np.ndarray, draws: dict[str, np.ndarray]) -> None:
+    def submit(self, images: StoredImages, labels: np.ndarray, draws: Draws) -> None:
         self._fed.append(images)
         if isinstance(images, torch.Tensor) and images.is_cuda:
             self._pipeline.feed_input("images", images, layout="HWC")  # gathered already, see DevicePixels

@@ -16,9 +16,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import triton
 import triton.language as tl
 
-from configs.schema import PaddingMode
+from configs.schema import AugConfig, PaddingMode
+from pipelines.gpu.copy_backend import CopyBackend
 from pipelines.gpu.device_inputs import DeviceInputs
-from pipelines.interfaces import SampleSource
+from pipelines.interfaces import Draws, SampleSource
 
 BLOCK_BYTES = 1024  # output bytes per Triton program; an image of 32x32 takes three programs
 DRAW_ROWS = 4  # rows: sample index, offset y, offset x, flip
@@ -105,6 +106,16 @@ def gather_crop_flip(
     return out
 
 
+class TritonBackend(CopyBackend):
+    """A Triton kernel gathers, crops and flips the images of a resident split, without DALI."""
+
+    def source(self, slots: int, slot_size: int) -> SampleSource:
+        pixels, aug = self.spec.pixels, self.spec.transforms
+        assert pixels is not None
+        assert isinstance(aug, AugConfig)
+        return TritonCropFlip(pixels, self.image_shape, self.spec.image_size, slot_size, slots, aug.padding_mode)
+
+
 class TritonCropFlip(SampleSource):
     """Source that gathers, crops and flips each batch of a split in GPU memory with one kernel launch.
 
@@ -131,7 +142,7 @@ class TritonCropFlip(SampleSource):
         self._pixels, self._shape, self._size, self._padding_mode = pixels, shape, size, padding_mode
         self._draws = DeviceInputs(slots, (DRAW_ROWS, batch_size), pixels.device)
 
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+    def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> torch.Tensor:
         """Return the images, uint8 [B, size, size, 3], written on the current stream.
 
         Args:

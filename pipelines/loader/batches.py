@@ -10,7 +10,7 @@ import torch
 from pipelines import order
 from pipelines.augment import mixup
 from pipelines.augment.sampler import AugmentationSampler
-from pipelines.gpu import dali_inputs
+from pipelines.interfaces import Draws
 from pipelines.loader.epoch_order import TrainOrder
 
 
@@ -50,7 +50,6 @@ class BatchPlan:
 
     samples: int  # samples per epoch
     batch_size: int  # the last batch may be smaller
-    repeats = False  # whether every iteration starts at the first batch of epoch 0, as in evaluation
 
     @property
     def steps(self) -> int:
@@ -61,11 +60,8 @@ class BatchPlan:
         """Return the indices of the samples of a batch, int64 [B]."""
         raise NotImplementedError
 
-    def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the augmentation parameters of `samples`, int64 [N], as a dict of arrays [N, ...].
-
-        The dict contains all inputs of the graph except the images, keyed by name.
-        """
+    def draws(self, epoch: int, samples: np.ndarray) -> Draws:
+        """Return the augmentation parameters of `samples`, int64 [N], by name; see `AugmentationSampler`."""
         return {}
 
     def prepare(self, epoch: int) -> None:
@@ -89,7 +85,6 @@ class TrainBatches(BatchPlan):
         rank, world_size: Rank of this process, and number of ranks.
         accumulation_steps: Batches per optimizer step.
         sampler: Sampler that draws the augmentation.
-        for_dali: Whether to convert the draws to inputs of the DALI graph.
     """
 
     def __init__(
@@ -101,13 +96,11 @@ class TrainBatches(BatchPlan):
         world_size: int,
         accumulation_steps: int,
         sampler: AugmentationSampler,
-        *,
-        for_dali: bool,
     ) -> None:
         self.samples, self.batch_size = steps * batch_size, batch_size
         self._order, self._rank, self._world_size = epoch_order, rank, world_size
         self._accumulation_steps = accumulation_steps
-        self._sampler, self._for_dali = sampler, for_dali
+        self._sampler = sampler
         self._mixes = mixup.mixing_enabled(sampler.aug.mix)
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
@@ -116,12 +109,8 @@ class TrainBatches(BatchPlan):
             self._order.read_ahead(epoch, batch)
         return batch
 
-    def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
-        sampler = self._sampler
-        draws = sampler(epoch, samples)
-        if self._for_dali:
-            return dali_inputs.graph_inputs(draws, sampler.aug, sampler.programs, sampler.size)
-        return draws
+    def draws(self, epoch: int, samples: np.ndarray) -> Draws:
+        return self._sampler(epoch, samples)
 
     def prepare(self, epoch: int) -> None:
         self._order(epoch)
@@ -150,8 +139,6 @@ class EvalBatches(BatchPlan):
         batch_size: Samples per batch.
     """
 
-    repeats = True
-
     def __init__(self, start: int, stop: int, batch_size: int) -> None:
         self.samples, self.batch_size = stop - start, batch_size
         self._start, self._stop = start, stop
@@ -170,13 +157,13 @@ class ChosenSamples(BatchPlan):
     """
 
     def __init__(self, plan: BatchPlan, samples: np.ndarray) -> None:
-        self.samples, self.batch_size, self.repeats = len(samples), plan.batch_size, plan.repeats
+        self.samples, self.batch_size = len(samples), plan.batch_size
         self._plan, self._chosen = plan, samples
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
         return self._chosen[step * self.batch_size : (step + 1) * self.batch_size]
 
-    def draws(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+    def draws(self, epoch: int, samples: np.ndarray) -> Draws:
         return self._plan.draws(epoch, samples)
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:

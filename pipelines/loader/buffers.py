@@ -1,12 +1,12 @@
-"""Memory for pixels: the loader's reused slots, and whole splits in device memory."""
+"""Memory for pixels: the loader's reused buffers, and whole splits in device memory."""
 
 from __future__ import annotations
 
 import math
 import mmap
-import sys
+import weakref
+from collections import deque
 from contextlib import suppress
-from threading import Lock
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ import torch
 from pipelines.storage.split import Split
 
 HUGE_PAGE = 2**21  # bytes
+CONSUMER_HELD = 2  # buffers that a consumer usually still holds when it requests the next batch
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which all ranks share
 
 
 class SlotBuffers:
-    """Reused buffers in host memory, uint8 [batch_size, H, W, 3] each.
+    """One buffer in host memory per slot, uint8 [batch_size, H, W, 3] each, for batches that the device or DALI reads.
 
     Buffers are reused because page faults in fresh memory would cost more than copying a batch.
 
@@ -27,47 +28,47 @@ class SlotBuffers:
         batch_size: Images per slot.
         shape: (H, W, 3).
         pinned: Whether to use pinned memory, from which a GPU can copy asynchronously.
-        handed_out: Whether batches reach the consumer without a copy. If so, a buffer that the consumer still holds is
-            not overwritten. Instead, its slot gets a buffer that was replaced earlier and is free again, or a new one.
     """
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        shape: tuple[int, int, int],
-        *,
-        pinned: bool = False,
-        handed_out: bool = False,
-    ) -> None:
-        self.batch_size = batch_size
-        self._shape, self._pinned, self._handed_out = (batch_size, *shape), pinned, handed_out
-        self._slots = [self._new() for _ in range(count)]
-        self._replaced: list[np.ndarray] = []
-        self._lock = Lock()
-        self._references_when_idle = self._references(self._slots, 0)
+    def __init__(self, count: int, batch_size: int, shape: tuple[int, int, int], *, pinned: bool = False) -> None:
+        self.batch_size, self._slots = batch_size, [_slot((batch_size, *shape), pinned) for _ in range(count)]
 
     def __call__(self, slot: int, size: int) -> np.ndarray:
         """Return a slot's buffer for writing, limited to the first `size` images: uint8 [size, H, W, 3]."""
-        if self._handed_out and self._references(self._slots, slot) > self._references_when_idle:
-            with self._lock:
-                replaced = range(len(self._replaced))
-                free = [i for i in replaced if self._references(self._replaced, i) <= self._references_when_idle]
-                other = self._replaced.pop(free[0]) if free else self._new()
-                self._replaced = [*self._replaced, self._slots[slot]][-len(self._slots) :]
-                self._slots[slot] = other
         return self._slots[slot][:size]
 
-    def _references(self, arrays: list[np.ndarray], number: int) -> int:
-        """Count the references to an array. Each tensor that shares the array's memory holds one reference."""
-        return sys.getrefcount(arrays[number])
 
-    def _new(self) -> np.ndarray:
-        if self._pinned:
-            return torch.empty(self._shape, dtype=torch.uint8, pin_memory=True).numpy()
-        slot = _on_huge_pages(*self._shape)
-        slot.fill(0)  # touch the pages now, so that no batch pays for page faults
-        return slot
+class LentBuffers:
+    """Reused buffers in host memory, uint8 [batch_size, H, W, 3] each, for batches that are handed out without a copy.
+
+    A buffer is lent as a new array, which everything that shares its memory keeps alive: the batch's tensors, their
+    views, and arrays made from them. The buffer is lent again only after that array has been freed, so a batch that the
+    user keeps is never overwritten. If no buffer has returned, a new one is allocated.
+
+    Args:
+        slots: Number of slots that are filled ahead of the consumer.
+        batch_size: Images per buffer.
+        shape: (H, W, 3).
+    """
+
+    def __init__(self, slots: int, batch_size: int, shape: tuple[int, int, int]) -> None:
+        self.batch_size, self._shape = batch_size, shape
+        count = slots + CONSUMER_HELD
+        self._free = deque((self._new() for _ in range(count)), maxlen=count)
+
+    def __call__(self, slot: int, size: int) -> np.ndarray:
+        """Return a buffer for writing, limited to the first `size` images: uint8 [size, H, W, 3]."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = self._new()
+        # A view of an array refers to the innermost array. This is `lent`, since its memory comes from a memoryview.
+        lent = np.ndarray((size, *self._shape), np.uint8, memory)
+        weakref.finalize(lent, self._free.append, memory)
+        return lent
+
+    def _new(self) -> memoryview:
+        return _slot((self.batch_size, *self._shape)).data
 
 
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:
@@ -80,7 +81,7 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
     view, rows = split.pixel_rows()
     mapped, order = torch.from_numpy(view), torch.from_numpy(rows)
     pixels = (
-        torch.from_numpy(_on_huge_pages(len(rows), view.shape[1]))
+        torch.from_numpy(_on_huge_pages((len(rows), view.shape[1])))
         if device.type == "cpu"
         else torch.empty((len(rows), view.shape[1]), dtype=torch.uint8, device=device)
     )
@@ -106,7 +107,15 @@ def resident_fits(split: Split, device: torch.device) -> bool:
     return len(split) * int(np.prod(split.image_shape)) <= limit
 
 
-def _on_huge_pages(*shape: int) -> np.ndarray:
+def _slot(shape: tuple[int, ...], pinned: bool = False) -> np.ndarray:
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+    slot = _on_huge_pages(shape)
+    slot.fill(0)  # touch the pages now, so that no batch pays for page faults
+    return slot
+
+
+def _on_huge_pages(shape: tuple[int, ...]) -> np.ndarray:
     """Allocate uint8 [*shape] on 2 MiB pages if available, to reduce TLB misses when samples are scattered."""
     memory = mmap.mmap(-1, math.prod(shape) + HUGE_PAGE)
     with suppress(OSError):  # kernels built without huge pages

@@ -22,29 +22,13 @@ class SampleChecksum:
     samples: int = 0
     checksum: int = 0
 
-    def __add__(self, other: SampleChecksum) -> SampleChecksum:
-        return SampleChecksum(self.samples + other.samples, (self.checksum + other.checksum) % MODULUS)
 
-
-EMPTY = SampleChecksum()
-
-
-def checksums(indices: np.ndarray, batch_size: int) -> list[SampleChecksum]:
-    """Return one checksum for each batch.
-
-    All checksums are computed at once, since the overhead of NumPy calls dominates for small batches.
-
-    Args:
-        indices: Sample indices of consecutive batches, int64 [N].
-        batch_size: Samples per batch; the last batch may be smaller.
-    """
-    starts = np.arange(0, len(indices), batch_size)
-    sums = np.add.reduceat(hash64(indices.view(np.uint64)), starts)
-    sizes = np.minimum(batch_size, len(indices) - starts)
-    return [SampleChecksum(*pair) for pair in zip(sizes.tolist(), sums.tolist(), strict=True)]
+def checksum(indices: np.ndarray) -> SampleChecksum:
+    """Return the checksum of the samples `indices`, int64 [N]."""
+    return SampleChecksum(len(indices), int(hash64(indices.view(np.uint64)).sum()))
 
 
 @lru_cache(maxsize=8)  # needed after every evaluation
 def split_checksum(samples: int) -> SampleChecksum:
     """Return the checksum of a split with `samples` samples, each visited once."""
-    return checksums(np.arange(samples, dtype=np.int64), samples)[0]
+    return checksum(np.arange(samples, dtype=np.int64))

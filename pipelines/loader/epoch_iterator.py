@@ -1,62 +1,266 @@
-"""Iterators over a loader's batches. Only the newest iterator of a loader can be used."""
+"""The base class of loaders, and the iterator over one epoch.
+
+Background threads gather groups of batches into slots. The consumer's thread submits these batches to a runner and
+takes finished batches from the runner. The runner works ahead in its own threads or on the GPU.
+"""
 
 from __future__ import annotations
 
-import atexit
+import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from inspect import GEN_CLOSED, getgeneratorstate
-from typing import Generic, TypeVar
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 
-Item = TypeVar("Item")
+import numpy as np
+import torch
 
-_iterators: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
+from pipelines.interfaces import Position
+from pipelines.loader.batches import Batch, BatchPlan, MixedBatch
+from pipelines.loader.stage import IN_FLIGHT, HostBatch, Stage
+from pipelines.storage.split import Split
 
-
-@atexit.register
-def _close_iterators() -> None:
-    """Close unfinished iterators, since a thread inside torch or DALI must not outlive the interpreter."""
-    for iterator in list(_iterators):
-        with suppress(ValueError, RuntimeError):  # the generator is running, or ended with an error
-            iterator.close()
+Task = Callable[[], list[HostBatch] | None]
 
 
-class EpochIterator(Iterator[Item], Generic[Item]):
-    """Iterator over the items of a generator. The iterator can be ended early.
+class Loader(Iterable[Batch]):
+    """Iterable over the batches of an epoch. It supports one iterator at a time. `len` is the number of batches.
 
-    Args:
-        items: Generator of pairs (item, is_last).
+    Attributes:
+        device: Device of the batches.
+        bad: Record of the bad samples to replace.
+        wait_s: Total time that the consumer waited for data, in seconds; callers take differences.
     """
 
-    def __init__(self, items: Generator[tuple[Item, bool]]) -> None:
-        self._items = items
-        self.is_started = False
-        self._had_last = False
-        self._is_replaced = False
-        _iterators.add(self)
+    def __init__(self, stage: Stage) -> None:
+        self.device, self.bad = stage.backend.spec.device, stage.bad
+        self.wait_s = 0.0
+        # Weak reference to the newest iterator, so that an iterator dropped by the consumer ends immediately.
+        self._newest: Callable[[], EpochIterator | None] = lambda: None
 
-    def __next__(self) -> Item:
-        """Return the next item.
+    @property
+    def stage(self) -> Stage:
+        """The stage that makes the next batch."""
+        raise NotImplementedError
+
+    def start_iteration(self) -> Position:
+        """Return the position at which an iterator starts. Called before its first batch."""
+        raise NotImplementedError
+
+    def count(self, indices: np.ndarray, *, is_last: bool) -> None:
+        """Count a batch with the samples `indices`, int64 [B], as consumed; `is_last`: it ends the epoch."""
+        raise NotImplementedError
+
+    @property
+    def plan(self) -> BatchPlan:
+        return self.stage.plan
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a batch's images, pixels."""
+        return self.stage.image_size
+
+    @property
+    def split(self) -> Split:
+        return self.bad.split
+
+    def __len__(self) -> int:
+        return len(self.stage)
+
+    def __iter__(self) -> EpochIterator:
+        """Iterate over the rest of the epoch.
+
+        A loader has one set of buffers. An earlier iterator with batches left therefore raises RuntimeError when it is
+        used again.
+        """
+        self.end_iteration()
+        iterator = EpochIterator(self)
+        self._newest = weakref.ref(iterator)
+        return iterator
+
+    def end_iteration(self, *, only_started: bool = False) -> None:
+        """End the newest iterator, as creating another one would; with `only_started`, only if it has started."""
+        newest = self._newest()
+        if newest is not None and (newest.is_started or not only_started):
+            newest.replace()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file of the data set has changed. Call this method before saving a checkpoint."""
+        self.stage.source.check_unchanged()
+
+
+class EpochIterator(Iterator[Batch]):
+    """Iterator over the rest of an epoch. It owns the threads, the free slots and the batches in flight.
+
+    All of them end with the last batch, with an error, with `close`, and when the iterator is dropped.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._remaining: int | None = None  # batches; None: not started
+        self._is_replaced = False
+        self._stop: Callable[[], object] = lambda: None
+
+    @property
+    def is_started(self) -> bool:
+        return self._remaining is not None
+
+    def __next__(self) -> Batch:
+        """Return the next batch.
 
         Raises:
-            RuntimeError: The iterator was replaced before its last item.
+            RuntimeError: The iterator was replaced before its last batch, or the runner failed.
+            UserError: A file of the data set has changed, or a sample can be neither decoded nor replaced.
         """
         if self._is_replaced:
             raise RuntimeError(
                 "this iterator was ended by a newer one or by setting the loader's position; a loader has one set of "
                 "buffers, so use one iterator at a time, or build a second loader"
             )
-        self.is_started = True
-        item, self._had_last = next(self._items)
-        return item
+        try:
+            if self._remaining is None:
+                self._remaining = self._start()
+            if not self._remaining:
+                raise StopIteration
+            return self._next_batch()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """End the iterator, so that `next` raises StopIteration."""
-        self._items.close()
+        """End the iterator and its threads, so that `next` raises StopIteration. Batches remain valid."""
+        self._remaining = 0
+        self._stop()
 
     def replace(self) -> None:
-        """End the iterator. `next` then raises RuntimeError if the iterator was unfinished, otherwise StopIteration."""
-        is_unfinished = not self._had_last and getgeneratorstate(self._items) != GEN_CLOSED
-        self._items.close()
-        self._is_replaced |= is_unfinished
+        """Close the iterator. `next` then raises RuntimeError if batches were left, otherwise StopIteration."""
+        self._is_replaced = self._is_replaced or self._remaining != 0
+        self.close()
+
+    def _start(self) -> int:
+        """Start the threads and return the number of batches."""
+        position = self._loader.start_iteration()
+        self._stage, self._epoch, self._step = self._loader.stage, position.epoch, position.step
+        self._steps, self._groups = len(self._stage), self._stage.groups(position.step)
+        self._tasks: SimpleQueue[tuple[Task, SimpleQueue] | None] = SimpleQueue()
+        # For each group on its way, in the order of the batches: a queue that will hold the group, or an error.
+        self._gathering: deque[SimpleQueue[list[HostBatch] | BaseException]] = deque()
+        self._group: list[HostBatch] = []  # remaining batches of the group taken last, in reverse order
+        self._in_flight: deque[HostBatch] = deque()  # in the runner
+        for slot in range(self._stage.slots):
+            self._refill(slot)
+        self._tasks.put((partial(self._stage.plan.prepare, self._epoch + 1), SimpleQueue()))  # after the first batches
+        # Daemons, since Python waits for other threads before it finalizes the iterator.
+        threads = [
+            Thread(target=_run_tasks, args=(self._tasks,), name="gather", daemon=True)
+            for _ in range(self._stage.backend.threads)
+        ]
+        # Threads do not refer to the iterator, so that it is finalized when the consumer drops it, and at exit.
+        self._stop = weakref.finalize(self, _stop, self._stage, self._in_flight, self._tasks, threads)
+        for thread in threads:
+            thread.start()
+        return self._steps - position.step
+
+    def _refill(self, slot: int) -> None:
+        """Let a thread fill a free slot with the next group, if there is one left."""
+        if (steps := next(self._groups, None)) is not None:
+            self._gathering.append(SimpleQueue())
+            self._tasks.put((partial(self._stage.gather_group, self._epoch, steps, slot), self._gathering[-1]))
+
+    def _next_batch(self) -> Batch:
+        start_s, loader = time.perf_counter(), self._loader
+        while len(self._in_flight) < IN_FLIGHT and (host_batch := self._gathered()) is not None:
+            self._submit(host_batch)
+        host_batch, images, labels = self._result()
+        if host_batch.is_last:
+            self._refill(host_batch.slot)
+        batch = self._batch(images, labels)
+        self._step += 1
+        self._remaining = remaining = self._steps - self._step
+        loader.count(host_batch.indices, is_last=not remaining)
+        if not remaining:
+            self.close()
+        # On a GPU the host also blocks here when it runs ahead; data is late only if the device is idle.
+        if loader.device.type != "cuda" or torch.cuda.current_stream(loader.device).query():
+            loader.wait_s += time.perf_counter() - start_s
+        return batch
+
+    def _gathered(self) -> HostBatch | None:
+        """Return the next gathered batch, or None if there is none yet. Wait for it if no other batch is in flight.
+
+        The error of a thread is raised only if no other batch is in flight, since that batch's error comes first.
+        """
+        if not self._group:
+            if not self._gathering or (self._in_flight and self._gathering[0].empty()):
+                return None
+            group = self._gathering[0].get()
+            if isinstance(group, BaseException):
+                if not self._in_flight:
+                    raise group
+                self._gathering[0].put(group)
+                return None
+            self._gathering.popleft()
+            self._group = group
+        return self._group.pop()
+
+    def _submit(self, host_batch: HostBatch) -> None:
+        self._stage.runner.submit(host_batch.images, host_batch.labels, host_batch.draws)
+        self._in_flight.append(host_batch._replace(images=[]))  # lent buffers return when nothing refers to the images
+
+    def _result(self) -> tuple[HostBatch, torch.Tensor, torch.Tensor]:
+        """Return the oldest batch in flight, and its images and labels on the device."""
+        stage = self._stage
+        while True:
+            host_batch = self._in_flight.popleft()
+            try:
+                images, labels, stage.slot_waits[host_batch.slot] = stage.runner.result()
+                stage.source.poll()  # DALI has read the encoded images only now
+                return host_batch, images, labels
+            except RuntimeError as error:
+                in_flight = [host_batch, *self._in_flight]
+                self._in_flight.clear()
+                for one in stage.replace_bad_samples(self._epoch, in_flight, error):
+                    self._submit(one)
+
+    def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
+        """Return images uint8 [B, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""
+        batch = Batch(images.permute(0, 3, 1, 2), labels)
+        mix = self._stage.plan.mix(self._epoch, self._step, len(labels), images.shape[1])
+        if mix is None:
+            return batch
+        table = torch.from_numpy(mix)
+        if self._loader.device.type == "cuda":  # torch keeps the pinned memory until the copy is done
+            table = table.pin_memory().to(self._loader.device, non_blocking=True)
+        return MixedBatch(*batch, table)
+
+
+def _run_tasks(tasks: SimpleQueue[tuple[Task, SimpleQueue] | None]) -> None:
+    """Run tasks until there is a None, and put the result or the error of each into the task's queue."""
+    while (item := tasks.get()) is not None:
+        task, result = item
+        try:
+            result.put(task())
+        except BaseException as error:
+            result.put(error)
+
+
+def _stop(
+    stage: Stage,
+    in_flight: deque[HostBatch],
+    tasks: SimpleQueue[tuple[Task, SimpleQueue] | None],
+    threads: Sequence[Thread],
+) -> None:
+    """Take the batches in flight out of the runner, and end the threads after the tasks that they are running."""
+    for host_batch in in_flight:
+        with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
+            *_, stage.slot_waits[host_batch.slot] = stage.runner.result()
+    with suppress(Empty):
+        while True:
+            tasks.get_nowait()
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        thread.join()

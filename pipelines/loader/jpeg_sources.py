@@ -12,9 +12,9 @@ import torch
 
 from pipelines.cpu import jpeg_headers
 from pipelines.cpu.graph import CpuGraph, Images
-from pipelines.interfaces import SampleSource
+from pipelines.interfaces import Draws, SampleSource
 from pipelines.loader.bad_samples import Undecodable
-from pipelines.loader.buffers import SlotBuffers
+from pipelines.loader.buffers import LentBuffers, SlotBuffers
 from pipelines.storage.jpeg_check import UNDECODABLE, decode_with_pillow, header_error
 from pipelines.storage.split import Split
 
@@ -28,18 +28,18 @@ class HostJpegs(SampleSource):
 
     CHUNK = 2**20  # bytes of decoded pixels per piece
 
-    def __init__(self, split: Split, slots: SlotBuffers, graph: CpuGraph | None = None) -> None:
-        self._split, self._slots, self._graph, self.monitor = split, slots, graph, split.monitor
+    def __init__(self, split: Split, buffers: SlotBuffers | LentBuffers, graph: CpuGraph | None = None) -> None:
+        self._split, self._buffers, self._graph, self.monitor = split, buffers, graph, split.monitor
         self._decoded_sizes = split.heights.astype(np.int64) * split.widths * 3  # bytes
         self._scratch: deque[np.ndarray] = deque()
 
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
+    def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> torch.Tensor:
         """Return the images, uint8 [B, H, W, 3].
 
         Raises:
             Undecodable: A sample cannot be decoded or does not have the size given by the index.
         """
-        out = self._slots(slot, len(indices))
+        out = self._buffers(slot, len(indices))
         sizes = self._decoded_sizes[indices]
         if self._graph is None:
             self._decode(indices, sizes, out.reshape(-1))
@@ -119,7 +119,7 @@ class MappedFiles(SampleSource):
         self._content, self._address, self._size = split.content, split.address, split.size
         self._sound: set[int] = set()  # suspicious samples that DALI decodes
 
-    def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> list[np.ndarray]:
         """Return the encoded files as B arrays, uint8 [bytes].
 
         Files with suspicious headers (see `jpeg_headers.find_mismatches`) are tested one by one. Within a batch, an

@@ -1,108 +1,67 @@
-"""Progressive resizing with one loader per stage, behind the interface of a single loader.
-
-A stage is a range of epochs with the same image size and batch size. The loaders of all stages are built in
-advance, so a new stage does not delay an epoch. The order of the samples does not depend on the stages.
-"""
+"""The loader of a training split, with one or more stages (progressive resizing)."""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from pipelines.interfaces import Position
-from pipelines.loader.bad_samples import BadSamples
-from pipelines.loader.batches import Batch, BatchPlan
-from pipelines.loader.epoch_iterator import EpochIterator
-from pipelines.loader.loader import Loader
+from pipelines.loader.epoch_iterator import Loader
+from pipelines.loader.stage import Stage
 
 
-class StagedLoader:
-    """Loader whose length, plan and image size depend on the stage of the current epoch.
+class TrainLoader(Loader):
+    """Loader of training batches, whose length, plan and image size depend on the stage of the current epoch.
+
+    The stages are built in advance, so a new one does not delay an epoch. The order of the samples does not depend on
+    the stages.
 
     Args:
-        loaders: Loader of each stage. Stages can share a loader.
+        stages: What makes the batches of each stage. Several stages may be the same object.
         starts: First epoch of each stage, ascending from 0.
     """
 
-    def __init__(self, loaders: Sequence[Loader], starts: Sequence[int]) -> None:
-        self._loaders, self._starts = tuple(loaders), tuple(starts)
-        self._current_stage = 0
+    def __init__(self, stages: Sequence[Stage], starts: Sequence[int] = (0,)) -> None:
+        super().__init__(stages[0])
+        self._stages, self._starts = tuple(stages), tuple(starts)
+        self._position = Position(0)
 
-    def at(self, epoch: int) -> Loader:
-        """Return the loader of an epoch."""
-        return self._loaders[self._stage_at(epoch)]
+    def at(self, epoch: int) -> Stage:
+        """Return the stage of an epoch."""
+        return self._stages[bisect(self._starts, epoch) - 1]
 
     @property
-    def stages(self) -> Sequence[Loader]:
-        """All distinct loaders, in the order of their first stage."""
-        return tuple(dict.fromkeys(self._loaders))
+    def stages(self) -> Sequence[Stage]:
+        """All distinct stages, in order."""
+        return tuple(dict.fromkeys(self._stages))
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the current epoch."""
+        return self.at(self._position.epoch)
 
     @property
     def position(self) -> Position:
-        """See `Loader.position`."""
-        return self._current().position
+        """Position of the next batch. The step is the number of batches of the epoch that have been consumed.
+
+        Setting the position ends an iterator that has started, and raises ValueError if the epoch or step is out of
+        range. An iterator that has not started begins at the new position.
+        """
+        return self._position
 
     @position.setter
     def position(self, position: Position) -> None:
-        current = self.at(position.epoch)
-        current.position = position
-        self._current_stage = self._stage_at(position.epoch)
-        for stage in self.stages:
-            if stage is not current:
-                stage.end_iteration()
+        steps = len(self.at(max(position.epoch, 0)))
+        if position.epoch < 0 or not 0 <= position.step < steps:
+            raise ValueError(f"loader position {position} is outside of epochs of {steps} steps")
+        self.end_iteration(only_started=True)
+        self._position = position
 
-    @property
-    def plan(self) -> BatchPlan:
-        return self._current().plan
+    def start_iteration(self) -> Position:
+        return self._position
 
-    @property
-    def image_size(self) -> int:
-        return self._current().image_size
-
-    @property
-    def device(self) -> torch.device:
-        return self._loaders[0].device
-
-    @property
-    def bad(self) -> BadSamples:
-        return self._loaders[0].bad  # shared by all stages
-
-    @property
-    def wait_s(self) -> float:
-        return sum(loader.wait_s for loader in self.stages)
-
-    def check_unchanged(self) -> None:
-        """See `Loader.check_unchanged`. One check is enough, since all stages read the same files."""
-        self._current().check_unchanged()
-
-    def __len__(self) -> int:
-        return len(self._current())
-
-    def __iter__(self) -> EpochIterator[Batch]:
-        """See `Loader.__iter__`. Creating an iterator ends any earlier one, whichever stage it belongs to."""
-        self.end_iteration()
-        return iter(self._current())
-
-    def end_iteration(self) -> None:
-        """End the newest iterator, as creating another iterator would."""
-        for stage in self.stages:
-            stage.end_iteration()
-
-    def _stage_at(self, epoch: int) -> int:
-        return max(number for number, start in enumerate(self._starts) if start <= epoch)
-
-    def _current(self) -> Loader:
-        """Return the loader of the current epoch.
-
-        If the stage has changed, pass the position on from the loader of the previous stage.
-        """
-        position = self._loaders[self._current_stage].position
-        stage = self._stage_at(position.epoch)
-        if stage != self._current_stage:
-            self._current_stage = stage
-            self._loaders[stage].position = position
-        return self._loaders[stage]
-
-
-TrainLoader = Loader | StagedLoader
+    def count(self, indices: np.ndarray, *, is_last: bool) -> None:
+        epoch, step = self._position.epoch, self._position.step
+        self._position = Position(epoch + 1) if is_last else Position(epoch, step + 1)

@@ -21,7 +21,7 @@ from helpers.loaders import train
 from helpers.shards import converted_digits, shards_of
 from helpers.training import CLEAN, DIGITS, command_line, run_here
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.epoch_iterator import Loader
 from train.checkpoint import store
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipelines import build
-from pipelines.assemble import Backend
+from pipelines.gpu.dali_backend import DaliBackend
 
 
 def use_dali(patch: pytest.MonkeyPatch) -> None:
     """Use the DALI graph on the CPU too, as on a GPU."""
-    patch.setattr(build, "choose_backend", lambda *_: Backend(resident=False, uses_dali=True, passes_through=False))
+    patch.setattr(build, "choose_backend", DaliBackend)

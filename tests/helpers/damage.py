@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 
@@ -102,7 +102,7 @@ def substitutes(samples: int, bad: Collection[int]) -> np.ndarray:
     return np.array(places)
 
 
-def substituted(loader: Loader, split: Split, bad: Collection[int]) -> Loader:
+def substituted(loader: TrainLoader, split: Split, bad: Collection[int]) -> TrainLoader:
     """Return a loader of intact data whose indices are the substitutes."""
     places, indices = substitutes(len(split), bad), loader.plan.indices
     loader.plan.indices = lambda epoch, step: places[indices(epoch, step)]  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.train_loader import TrainLoader
 
 NO_AUG = AugConfig(flip=0)
 
@@ -29,7 +30,7 @@ def train(
     accumulation_steps: int = 1,
     seed: int = 3,
     **options: Any,
-) -> Loader:
+) -> TrainLoader:
     return build_train_loader(
         data_of(folder, batch_size, **options),
         aug,
@@ -41,7 +42,7 @@ def train(
     )
 
 
-def train_loader(folder: Path, batch_size: int = 100, accumulation_steps: int = 1) -> Loader:
+def train_loader(folder: Path, batch_size: int = 100, accumulation_steps: int = 1) -> TrainLoader:
     """Build a training loader with crops, flips and the default number of threads."""
     return build_train_loader(
         DataConfig(path=str(folder), batch_size=batch_size),
@@ -60,13 +61,13 @@ def evaluation(
     split: str | None = None,
     config: EvalConfig | None = None,
     **options: Any,
-) -> Loader:
+) -> EvalLoader:
     return build_eval_loader(
         data_of(folder, batch_size, **options), config, split=split, device="cpu", rank=rank, world_size=world_size
     )
 
 
-def copies(batches: Iterator[Batch] | Loader) -> list[Batch]:
+def copies(batches: Iterable[Batch]) -> list[Batch]:
     """Return clones of all batches."""
     return [Batch(images.clone(), labels.clone()) for images, labels in batches]
 

@@ -21,7 +21,7 @@ import torch
 from configs.utils.errors import run_main
 from helpers.training import free_port, strict_lines
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from train import ddp
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
@@ -115,9 +115,9 @@ def _run(
 def note_batches(path: Path, step_s: float = 0.0) -> None:
     """Make training loaders append a line to the file before each batch, and delay it."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    ranks, iterate = Ranks.from_environment(), Loader.__iter__
+    ranks, iterate = Ranks.from_environment(), TrainLoader.__iter__
 
-    def noting(loader: Loader) -> Iterator[Batch]:
+    def noting(loader: TrainLoader) -> Iterator[Batch]:
         batches = iterate(loader)
         while True:
             position = loader.position
@@ -125,20 +125,19 @@ def note_batches(path: Path, step_s: float = 0.0) -> None:
                 batch = next(batches)
             except StopIteration:
                 return
-            if not loader.plan.repeats:  # not of evaluation
-                indices = loader.plan.indices(position.epoch, position.step)
-                first = (position.step * ranks.world_size + ranks.rank) * len(indices)
-                pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
-                samples = [
-                    f"{index} {label} {hashlib.blake2b(image, digest_size=8).hexdigest()}"
-                    for index, label, image in zip(indices.tolist(), batch.labels.tolist(), pixels, strict=True)
-                ]
-                line = json.dumps({"epoch": position.epoch, "first": first, "samples": samples})
-                os.write(file, line.encode() + b"\n")  # in one write, so that a kill leaves no partial line
-                time.sleep(step_s)
+            indices = loader.plan.indices(position.epoch, position.step)
+            first = (position.step * ranks.world_size + ranks.rank) * len(indices)
+            pixels = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
+            samples = [
+                f"{index} {label} {hashlib.blake2b(image, digest_size=8).hexdigest()}"
+                for index, label, image in zip(indices.tolist(), batch.labels.tolist(), pixels, strict=True)
+            ]
+            line = json.dumps({"epoch": position.epoch, "first": first, "samples": samples})
+            os.write(file, line.encode() + b"\n")  # in one write, so that a kill leaves no partial line
+            time.sleep(step_s)
             yield batch
 
-    Loader.__iter__ = noting  # type: ignore[method-assign]
+    TrainLoader.__iter__ = noting  # type: ignore[method-assign, assignment]
 
 
 def samples_of(notes: Path) -> dict[Sample, str]:

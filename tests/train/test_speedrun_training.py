@@ -18,7 +18,8 @@ from models import Normalize, PixelClassifier
 from models.speedrun import SpeedrunNet, find_whitening
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.interfaces import Position
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.distributed.process_group import Ranks
@@ -68,13 +69,13 @@ def section_of(data: Path, batch_size: int = 16) -> DataConfig:
     return DataConfig(path=str(data), batch_size=batch_size, train_split="val")
 
 
-def loaders(data: Path) -> tuple[Loader, Loader]:
+def loaders(data: Path) -> tuple[TrainLoader, EvalLoader]:
     section = section_of(data)
     aug = AugConfig(crop="pad", padding=2, padding_mode="reflect", flip_mode="alternating", cutout=8)
     return build_train_loader(section, aug, seed=3, device=CPU), build_eval_loader(section, EvalConfig(), device=CPU)
 
 
-def train(state: TrainState, loader: Loader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
+def train(state: TrainState, loader: TrainLoader, after_step: Callable[[int, float], None] = lambda *_: None) -> None:
     while loader.position.epoch < EPOCHS:
         for step, lr in training_steps(state, loader, seed=0):
             after_step(step, lr)

@@ -25,7 +25,7 @@ from configs.load import load_config
 from configs.stages import config_at
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, path_text
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from tools.benchmarks.engine import results
 from tools.common.tables import make_folder, markdown, write_csv, write_json
 from tools.perf import plots
@@ -103,16 +103,16 @@ def profile_uncaptured(job: Job, steps: int, seconds: float, trace: Path) -> tup
     return loader.image_size, rate, profile
 
 
-def build_training(job: Job) -> tuple[TrainState, Loader]:
+def build_training(job: Job) -> tuple[TrainState, TrainLoader]:
     """Build the training state, without pretrained weights, and the loader of epoch 0.
 
     All ranks must call this function.
     """
-    loader = job.train_loader().at(0)
+    loader = TrainLoader([job.train_loader().at(0)])
     return job.build_state(loader.image_size, pretrained=False), loader
 
 
-def measure_rate(state: TrainState, loader: Loader, ranks: Ranks, seconds: float) -> float:
+def measure_rate(state: TrainState, loader: TrainLoader, ranks: Ranks, seconds: float) -> float:
     """Return the training rate over all ranks in images/s, measured without the profiler.
 
     All ranks must call this function.

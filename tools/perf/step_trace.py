@@ -29,7 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from train.engine.state import TrainState
 from train.optim.freeze import set_training_mode
 from train.throughput import endless_batches, full_step
@@ -89,7 +89,7 @@ class StepProfile:
     operators: list[Operator]  # per step
 
 
-def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) -> StepProfile:
+def profile_steps(state: TrainState, loader: TrainLoader, steps: int, trace: Path) -> StepProfile:
     """Profile `steps` micro-steps and write the trace in Chrome's format (.json.gz).
 
     `steps` is rounded up to whole optimizer steps. WARM_STEPS micro-steps run first and are not counted. All other
@@ -120,7 +120,7 @@ def profile_steps(state: TrainState, loader: Loader, steps: int, trace: Path) ->
     )
 
 
-def run_alongside(state: TrainState, loader: Loader, steps: int) -> None:
+def run_alongside(state: TrainState, loader: TrainLoader, steps: int) -> None:
     """Run the same steps as `profile_steps`, on a rank that does not profile."""
     batches = endless_batches(loader)
     _run(state, batches, WARM_STEPS)

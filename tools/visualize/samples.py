@@ -15,9 +15,10 @@ from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.interfaces import Position
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.open import open_split
 from tools.common.tables import Row, make_folder, write_csv
-from tools.visualize.subset import load_images, select_samples
+from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.engine.losses import RenderedBatch, render_batch
 from train.reporting import figures, image_grids
@@ -85,9 +86,9 @@ def augmented_samples(
     rows = []
     for epoch in epochs:
         # a sample's augmentation depends on (seed, epoch, sample), not on its batch
-        stage = select_samples(loader.at(epoch), samples)
-        stage.position = Position(epoch)
-        seen = [RenderedBatch(*(part.cpu() for part in render_batch(batch))) for batch in stage]
+        chosen = TrainLoader([loader.at(epoch).select(samples)])
+        chosen.position = Position(epoch)
+        seen = [RenderedBatch(*(part.cpu() for part in render_batch(batch))) for batch in chosen]
         rows.append(RenderedBatch(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))
     return samples[:count], rows
 

@@ -1,4 +1,4 @@
-"""Load selected samples of a split with the loaders of training and evaluation."""
+"""Load selected samples of a split as evaluation loads them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,7 @@ from torch import Tensor
 
 from configs.schema import DataConfig, EvalConfig
 from pipelines import build_eval_loader
-from pipelines.loader.batches import ChosenSamples
-from pipelines.loader.loader import Loader
-
-
-def select_samples(loader: Loader, samples: np.ndarray) -> Loader:
-    """Change the loader in place so that each epoch consists of `samples`, int64 [N], in this order, and return it.
-
-    Each sample is augmented as before.
-    """
-    loader.plan = ChosenSamples(loader.plan, samples)
-    return loader
+from pipelines.loader.eval_loader import EvalLoader
 
 
 def load_images(
@@ -27,6 +17,6 @@ def load_images(
     """Return the images of `samples` as evaluation loads them, uint8 [N, 3, H, W] on the host."""
     section = data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
     batch = evaluation.model_copy(update={"batch_size": min(256, max(1, len(samples)))})
-    loader = select_samples(build_eval_loader(section, batch, split=split, device=device), samples)
+    loader = EvalLoader(build_eval_loader(section, batch, split=split, device=device).stage.select(samples))
     images = [images.cpu().clone() for images, _ in loader]
     return torch.cat(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8)

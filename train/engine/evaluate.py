@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.loader.batches import Batch
 from pipelines.loader.coverage import MODULUS, SampleChecksum, split_checksum
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from train.distributed import collectives
 from train.engine.state import TrainState
 
@@ -114,17 +114,18 @@ def loss_and_hits(logits: Tensor, labels: Tensor) -> Tensor:
 def check_full_coverage(loader: Iterable[Batch]) -> None:
     """Check that the last evaluation pass visited every sample of the split exactly once across all ranks.
 
-    All ranks must call this function. No-op for batches that do not come from a `Loader`, e.g. in warm-up.
+    All ranks must call this function. No-op for batches that do not come from an `EvalLoader`, e.g. in warm-up.
 
     Raises:
         RuntimeError: Some samples were missed or counted twice.
         UserError: A file of the data set has changed.
     """
-    if not isinstance(loader, Loader):
+    if not isinstance(loader, EvalLoader):
         return
     loader.check_unchanged()
-    upper, lower = divmod(loader.seen.checksum, HALF)
-    samples, upper, lower = collectives.sum_over_ranks(torch.tensor([loader.seen.samples, upper, lower])).tolist()
+    seen = loader.seen
+    upper, lower = divmod(seen.checksum, HALF)
+    samples, upper, lower = collectives.sum_over_ranks(torch.tensor([seen.samples, upper, lower])).tolist()
     found, expected = SampleChecksum(samples, (upper * HALF + lower) % MODULUS), split_checksum(len(loader.split))
     name = loader.split.name
     if found.samples != expected.samples:

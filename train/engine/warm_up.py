@@ -14,7 +14,7 @@ import torch
 
 from configs.utils.errors import UserError
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 from train.distributed.process_group import is_data_parallel
@@ -29,7 +29,7 @@ from train.optim.freeze import set_training_mode
 WARM_UP_STEPS = 3  # steps before a capture: the first compiles kernels, the first two tune them
 
 
-def warm_up(state: TrainState, loader: TrainLoader, val_loader: Loader | None = None, tta: str = "none") -> float:
+def warm_up(state: TrainState, loader: TrainLoader, val_loader: EvalLoader | None = None, tta: str = "none") -> float:
     """Prepare the training state for the batch shapes of the loaders, and return the duration in seconds.
 
     No-op for a single CPU process without compilation. All ranks must call this function, and call it again after
@@ -140,7 +140,7 @@ def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> 
     return batch
 
 
-def warm_up_evaluation(state: TrainState, loader: Loader, tta: str = "none") -> None:
+def warm_up_evaluation(state: TrainState, loader: EvalLoader, tta: str = "none") -> None:
     """Evaluate a blank batch with the size of the loader's first batch.
 
     All ranks must call this function, even those without samples.

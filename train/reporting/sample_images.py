@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 from train.engine.evaluate import check_full_coverage, predictions
@@ -41,7 +41,7 @@ def show_samples(log: RunLog, loader: TrainLoader, classes: Sequence[str]) -> No
 
 
 def show_predictions(
-    log: RunLog, state: TrainState, loader: Loader, config: Config, classes: Sequence[str], *, step: int
+    log: RunLog, state: TrainState, loader: EvalLoader, config: Config, classes: Sequence[str], *, step: int
 ) -> None:
     """Show the confusion matrix of the validation split, and predictions for some images of rank 0, in the trackers.
 
@@ -72,7 +72,9 @@ def show_predictions(
     )
 
 
-def collect_predictions(state: TrainState, loader: Loader, tta: str, classes: int) -> tuple[np.ndarray, Batch, Tensor]:
+def collect_predictions(
+    state: TrainState, loader: EvalLoader, tta: str, classes: int
+) -> tuple[np.ndarray, Batch, Tensor]:
     """Evaluate a split, and keep the predictions for some of its samples. All ranks must call this function.
 
     Args:

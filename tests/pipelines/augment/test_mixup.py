@@ -33,7 +33,7 @@ from pipelines import build_train_loader
 from pipelines.augment.mixup import check_mixing, draw_mixes, mix_table, mixing_enabled
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch, MixedBatch
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.rng import uniform
 from tools import convert
 from train import ddp
@@ -53,7 +53,7 @@ def many_mixes(size: int = 224, **settings: Any) -> np.ndarray:
     return draw_mixes(MixConfig(**settings), np.arange(MANY), SEED, EPOCH, size)
 
 
-def loader_of(data: Path, mix: MixConfig, batch_size: int = 16, **where: Any) -> Loader:
+def loader_of(data: Path, mix: MixConfig, batch_size: int = 16, **where: Any) -> TrainLoader:
     section = DataConfig(path=str(data), batch_size=batch_size)
     return build_train_loader(section, AugConfig(crop="pad", mix=mix), seed=SEED, device=CPU, **where)
 

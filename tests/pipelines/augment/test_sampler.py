@@ -27,7 +27,7 @@ from helpers.backends import use_dali
 from helpers.photos import converted, photos
 from pipelines import build_train_loader
 from pipelines.interfaces import Position
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 
 BATCH, SIZE, STEPS = 24, 48, 3
 EVERYTHING = AugConfig(
@@ -63,13 +63,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @lru_cache
-def loaders(folder: Path, name: str) -> tuple[Loader, Loader]:
+def loaders(folder: Path, name: str) -> tuple[TrainLoader, TrainLoader]:
     """Return a loader with the DALI graph, as on a GPU, and one with the CPU graph."""
     data = DataConfig(path=str(folder), batch_size=BATCH, image_size=SIZE, threads=1)
     with pytest.MonkeyPatch.context() as patch:
         use_dali(patch)
         dalis = build_train_loader(data, AUGS[name], seed=7, device="cpu")
-    return dalis.at(0), build_train_loader(data, AUGS[name], seed=7, device="cpu").at(0)
+    return dalis, build_train_loader(data, AUGS[name], seed=7, device="cpu")
 
 
 @pytest.mark.slow

@@ -29,12 +29,13 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment import geometry
 from pipelines.augment.ops import Op, Programs
 from pipelines.gpu import dali_graph
+from pipelines.gpu.copy_backend import CopyRunner
 from pipelines.gpu.dali_inputs import program_inputs
 from pipelines.gpu.dali_runner import DaliRunner
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
-from pipelines.loader.runner import CopyRunner
+from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -67,7 +68,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(tmp_path_factory.mktemp("mixed") / "tiny", images, "jpeg")
 
 
-def train(folder: Path, aug: AugConfig, device: Any = "cpu", **options: Any) -> Loader:
+def train(folder: Path, aug: AugConfig, device: Any = "cpu", **options: Any) -> TrainLoader:
     """Return a loader at the start of EPOCH."""
     data = DataConfig(path=str(folder), **{"batch_size": BATCH, "threads": 1, **options})
     loader = build_train_loader(data, aug, seed=SEED, device=device)
@@ -75,7 +76,7 @@ def train(folder: Path, aug: AugConfig, device: Any = "cpu", **options: Any) -> 
     return loader
 
 
-def evaluate(folder: Path, device: Any = "cpu", crop_fraction: float = 1.0, **options: Any) -> Loader:
+def evaluate(folder: Path, device: Any = "cpu", crop_fraction: float = 1.0, **options: Any) -> EvalLoader:
     data = DataConfig(path=str(folder), **{"batch_size": BATCH, "threads": 1, **options})
     return build_eval_loader(data, EvalConfig(crop_fraction=crop_fraction), device=device)
 
@@ -87,7 +88,7 @@ def pixels(split: Split) -> np.ndarray:
     return view[rows].reshape(-1, *split.image_shape)
 
 
-def trained_on(loader: Loader, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def trained_on(loader: TrainLoader, folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first batch [B, H, W, 3], its stored images, and their sample indices."""
     indices = loader.plan.indices(EPOCH, 0)
     return nhwc(next(iter(loader))), pixels(open_split(folder, "train"))[indices], indices
@@ -469,7 +470,7 @@ PLACEMENTS = pytest.mark.parametrize("placement", ["host", pytest.param("device"
 AUGS = pytest.mark.parametrize("aug", [RANDOM_RESIZED, PAD, JITTERED], ids=["random-resized", "pad", "jittered"])
 
 
-def epoch(loader: Loader) -> list[Batch]:
+def epoch(loader: TrainLoader) -> list[Batch]:
     """Return one epoch from EPOCH on, copied to the host batch by batch."""
     loader.position = Position(EPOCH)
     return [Batch(images.cpu(), labels.cpu()) for images, labels in loader]

@@ -34,8 +34,7 @@ from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch, MixedBatch
 from pipelines.loader.buffers import SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs, MappedFiles, header_error
-from pipelines.loader.loader import Loader
-from pipelines.loader.train_loader import StagedLoader
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.open import open_split
 
 BAD = (17, 18, 19, 250, 519)  # three in a row, and the last sample, whose substitute is the first
@@ -61,7 +60,7 @@ def damaged(jpeg_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def expected_of(folder: Path, *arguments: Any, **options: Any) -> Loader:
+def expected_of(folder: Path, *arguments: Any, **options: Any) -> TrainLoader:
     """Return a loader of intact data with substitutes."""
     return substituted(train(folder, *arguments, image_size=24, **options), open_split(folder, "train"), BAD)
 
@@ -110,7 +109,7 @@ def test_substitutes_do_not_change_mixing(damaged: Path, jpeg_data: Path) -> Non
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _mixed(loader: Loader) -> Any:
+def _mixed(loader: TrainLoader) -> Any:
     for batch in loader:
         assert isinstance(batch, MixedBatch)
         yield batch
@@ -119,7 +118,6 @@ def _mixed(loader: Loader) -> Any:
 def test_stages_share_their_bad_samples(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = data_of(damaged, 40, **SKIP, stages=[{"epoch": 1, "image_size": 32}])
     loader = build_train_loader(data, device="cpu", seed=3)
-    assert isinstance(loader, StagedLoader)
     assert len({id(stage.bad) for stage in (*loader.stages, loader)}) == 1
     assert [len(copies(iter(loader))) for _ in range(2)] == [13, 13]
     assert len(loader.bad.found) == len(BAD)
@@ -196,7 +194,7 @@ def test_file_only_dali_decodes_is_not_replaced(
     loader = train(jpeg_copy, batch_size, AUG, **SKIP)
     labels = labels_of(copies(loader))
     assert loader.bad.found == [(9, 10)]
-    assert loader.source.defect(5) is None
+    assert loader.stage.source.defect(5) is None
     stream = np.concatenate([loader.plan.indices(0, step) for step in range(len(loader))])
     assert [place for place, _ in enumerate(stream) if labels[place] != expected[place]] == np.flatnonzero(
         stream == 9
@@ -226,7 +224,7 @@ def test_dali_error_without_bad_sample_is_raised(jpeg_data: Path, monkeypatch: p
     def fail() -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loader._runner, "result", fail)
+    monkeypatch.setattr(loader.stage.runner, "result", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         copies(loader)
 

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from helpers.loaders import NO_AUG, assert_same, copies, data_of, evaluation, me
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, write
 from pipelines.interfaces import Position, SampleSource
 from pipelines.loader import buffers
+from pipelines.loader.backend import Backend, LoaderSpec
 from pipelines.loader.bad_samples import for_training
 from pipelines.loader.batches import Batch, EvalBatches
-from pipelines.loader.loader import Loader
-from pipelines.loader.prefetch import BufferConfig
+from pipelines.loader.epoch_iterator import Loader
+from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.stage import Stage
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.order import shard_windows
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -251,7 +255,7 @@ def test_replaced_iterator_raises_when_used(loader_of: LoaderOf, npy_data: Path,
     for _ in range(2):
         with pytest.raises(RuntimeError, match="one iterator at a time"):
             next(first)
-    if loader.plan.repeats:  # each iteration of an evaluation starts from the beginning
+    if isinstance(loader, EvalLoader):  # each iteration of an evaluation starts from the beginning
         seen = []
     assert_same(seen + copies(second), expected)
 
@@ -369,12 +373,25 @@ def test_wait_time_of_consumer_is_counted(npy_data: Path) -> None:
     assert waited[0] > 0
 
 
-class Recorder(SampleSource):
-    """Source and runner of a simulated GPU; fails if a slot is filled before the GPU has read it."""
+class Recorder(Backend, SampleSource):
+    """Backend, source and runner of a simulated GPU; fails if a slot is filled before the GPU has read it."""
 
-    def __init__(self) -> None:
+    image_shape = (1, 1, 3)
+
+    def __init__(self, split: Split, threads: int) -> None:
+        super().__init__(LoaderSpec(split, data_of(Path("x")), 2, 1, torch.device("cpu"), threads, None, NO_AUG))
+        self.threads = threads
         self.reading: set[int] = set()
         self.under_way: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+
+    def source(self, slots: int, slot_size: int) -> Recorder:
+        return self
+
+    def runner(self) -> Recorder:
+        return self
+
+    def restart(self) -> None:
+        raise NotImplementedError
 
     def fill(self, slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> torch.Tensor:
         assert slot not in self.reading, f"slot {slot} is overwritten while it is read"
@@ -394,20 +411,10 @@ class Recorder(SampleSource):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_slot_is_refilled_only_after_its_reader_finished(threads: int, npy_data: Path) -> None:
-    recorder = Recorder()
-    plan = EvalBatches(0, 60, 2)
-    plan.repeats = False
-    bad = for_training(open_split(npy_data, "train"), data_of(npy_data))
-    loader = Loader(
-        plan,
-        recorder,
-        recorder,
-        BufferConfig(8, threads, 1),
-        bad,
-        labels=np.arange(60),
-        image_size=1,
-        device=torch.device("cpu"),
-    )
+    split = open_split(npy_data, "train")
+    split = replace(split, labels=np.arange(len(split)))
+    bad = for_training(split, data_of(npy_data))
+    loader = TrainLoader([Stage(EvalBatches(0, 60, 2), Recorder(split, threads), bad)])
     seen = []
     for count in (1, 5, 99, 2, 99, 99):
         for _, labels in itertools.islice(loader, count):
@@ -453,7 +460,7 @@ def test_background_error_reaches_the_consumer(
 ) -> None:
     loader = train(npy_data, 50, aug)
     before = set(threading.enumerate())
-    fill, bad = loader.source.fill, loader.plan.indices(0, failing)
+    fill, bad = loader.stage.source.fill, loader.plan.indices(0, failing)
 
     def breaking(slot: int, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Any:
         if np.isin(bad, indices).all():
@@ -461,7 +468,7 @@ def test_background_error_reaches_the_consumer(
         return fill(slot, indices, draws)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader.source, "fill", breaking)
+        patch.setattr(loader.stage.source, "fill", breaking)
         with pytest.raises(OSError, match="the disk is gone"):
             list(loader)
     assert set(threading.enumerate()) == before

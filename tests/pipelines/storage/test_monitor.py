@@ -16,7 +16,7 @@ from configs.utils.errors import UserError
 from helpers.backends import use_dali
 from helpers.loaders import copies, train
 from pipelines.interfaces import Position
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage import monitor
 from pipelines.storage.open import open_split
 
@@ -75,7 +75,7 @@ def by_name(changes: dict[Change, str | None]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("change", "says"), changes.items(), ids=[change.__name__ for change in changes])
 
 
-def loader_of(encoding: str, request: pytest.FixtureRequest) -> tuple[Loader, Path]:
+def loader_of(encoding: str, request: pytest.FixtureRequest) -> tuple[TrainLoader, Path]:
     """Return a loader that reads from the mapping, and its second shard."""
     folder: Path = request.getfixturevalue(f"{encoding}_copy")
     return train(folder, 16, image_size=32, placement="host"), folder / NAME

@@ -16,7 +16,7 @@ from helpers.loaders import train_loader
 from helpers.training import alone, make_state, small_net
 from models import build_model
 from pipelines.interfaces import Position
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
 from train.engine.epoch import train_epoch, training_steps
@@ -70,7 +70,7 @@ class Interrupted(Exception):
     pass
 
 
-def train_both_epochs(state: TrainState, loader: Loader, after_step: Callable[[int, float], None]) -> None:
+def train_both_epochs(state: TrainState, loader: TrainLoader, after_step: Callable[[int, float], None]) -> None:
     while loader.position.epoch < 2:
         for step, lr in training_steps(state, loader, seed=0):
             after_step(step, lr)
@@ -91,7 +91,7 @@ def trained(data: Path, accumulation_steps: int, *, epochs: int = 2, seed: int =
 def test_run_with_dropout_resumes_bitwise_after_any_step(
     accumulation_steps: int, break_at: int, npy_data: Path, tmp_path: Path
 ) -> None:
-    def new() -> tuple[TrainState, Loader]:
+    def new() -> tuple[TrainState, TrainLoader]:
         state = make_state(small_net(), accumulation_steps=accumulation_steps, epochs=2)
         return state, train_loader(npy_data, batch_size=50, accumulation_steps=accumulation_steps)
 

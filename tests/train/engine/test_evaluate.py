@@ -19,7 +19,7 @@ from helpers.memory_source import MemoryRows, memory_source, write
 from helpers.training import CPU, alone, make_state, on_ranks, random_batch, small_net
 from pipelines import build_eval_loader
 from pipelines.loader.batches import Batch
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from train.distributed import collectives
 from train.distributed.process_group import Ranks
 from train.engine.epoch import train_epoch
@@ -40,7 +40,7 @@ def _process_group() -> Iterator[None]:
 # Evaluation
 
 
-def val_loader(data: Path, ranks: Ranks, batch_size: int = 16) -> Loader:
+def val_loader(data: Path, ranks: Ranks, batch_size: int = 16) -> EvalLoader:
     return build_eval_loader(
         DataConfig(path=str(data)), EvalConfig(batch_size=batch_size), device=CPU, rank=ranks.rank,
         world_size=ranks.world_size,
@@ -138,13 +138,13 @@ def test_fewer_than_five_classes_give_full_top5(npy_data: Path) -> None:
     assert result.top1 < 1.0
 
 
-def finished(loader: Loader) -> Loader:
+def finished(loader: EvalLoader) -> EvalLoader:
     for _ in loader:
         pass
     return loader
 
 
-def check_together(loaders: Sequence[Loader], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_together(loaders: Sequence[EvalLoader], monkeypatch: pytest.MonkeyPatch) -> None:
     """Call check_full_coverage for one finished loader per rank, in this process."""
     parts: list[torch.Tensor] = []
     monkeypatch.setattr(
@@ -159,7 +159,7 @@ def check_together(loaders: Sequence[Loader], monkeypatch: pytest.MonkeyPatch) -
         check_full_coverage(loader)
 
 
-def pieces(folder: Path, world_size: int, batch_size: int = 10) -> list[Loader]:
+def pieces(folder: Path, world_size: int, batch_size: int = 10) -> list[EvalLoader]:
     return [evaluation(folder, batch_size, rank, world_size) for rank in range(world_size)]
 
 

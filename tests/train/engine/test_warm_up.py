@@ -23,7 +23,7 @@ from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import mix_table
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch, MixedBatch
-from pipelines.loader.loader import Loader
+from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
@@ -385,7 +385,7 @@ def gpu_loaders(
     accumulation_steps: int = 1,
     mix: MixConfig | None = None,
     stages: tuple[StageConfig, ...] = (),
-) -> tuple[TrainLoader, Loader]:
+) -> tuple[TrainLoader, EvalLoader]:
     section = DataConfig(path=str(data), batch_size=BATCH, stages=stages)
     aug = AugConfig(crop="pad", flip=0.5, mix=mix or MixConfig())
     train = build_train_loader(section, aug, seed=3, device=device, accumulation_steps=accumulation_steps)

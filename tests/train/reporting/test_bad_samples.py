@@ -11,7 +11,7 @@ from configs.utils.errors import UserError
 from helpers.damage import DAMAGE, damage
 from helpers.loaders import train
 from helpers.training import alone, on_ranks
-from pipelines.loader.loader import Loader
+from pipelines.loader.train_loader import TrainLoader
 from train.distributed.process_group import Ranks
 from train.reporting.bad_samples import report_bad_samples
 
@@ -23,7 +23,7 @@ def _unsaid() -> None:
     warnings.warn.cache_clear()
 
 
-def finished(loader: Loader) -> Loader:
+def finished(loader: TrainLoader) -> TrainLoader:
     for _ in loader:
         pass
     return loader
@@ -63,7 +63,7 @@ def reports_with_budgets(ranks: Ranks, data: Path) -> list[str]:
     for budget in (3, 2):
         loader = train(data, 26, rank=ranks.rank, world_size=2, **SKIP, max_bad_samples=budget)
         met = (200, 4) if ranks.rank and budget == 3 else ((3, 200)[ranks.rank],)
-        loader.bad.add(dict.fromkeys(met, "cannot be decoded"), loader.source.defect)
+        loader.bad.add(dict.fromkeys(met, "cannot be decoded"), loader.stage.source.defect)
         try:
             found.append(str(report_bad_samples(loader)))
         except UserError as error:

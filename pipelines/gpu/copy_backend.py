@@ -1,0 +1,96 @@
+"""The backend for stored pixels that need no transforms: copies to the device, or gathers from its memory."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+
+from pipelines.gpu.device_inputs import DeviceInputs, blocking_event
+from pipelines.interfaces import Draws, Runner, RunnerResult, SampleSource, StoredImages
+from pipelines.loader.backend import MAX_COPY_THREADS, Backend, LoaderSpec, pixels_on_host
+from pipelines.loader.buffers import SlotBuffers
+
+
+class CopyBackend(Backend):
+    """Pixels in host memory are copied to the GPU; those of a resident split are gathered on the GPU."""
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        super().__init__(spec)
+        self.image_shape = spec.split.image_shape or (0, 0, 0)
+        # The thread of a resident split only launches kernels.
+        self.threads = min(MAX_COPY_THREADS, spec.threads) if spec.pixels is None else 1
+        self.stream = torch.cuda.Stream(spec.device)
+
+    def source(self, slots: int, slot_size: int) -> SampleSource:
+        if self.spec.pixels is not None:
+            return DevicePixels(self.spec.pixels, self.image_shape, slot_size, slots, waits=False)
+        return pixels_on_host(self.spec, SlotBuffers(slots, slot_size, self.image_shape, pinned=True))
+
+    def runner(self) -> Runner:
+        assert self.stream is not None
+        return CopyRunner(self.spec.device, self.stream)
+
+
+class DevicePixels(SampleSource):
+    """Source that gathers batches of a split in GPU memory, without copying pixels from the host.
+
+    Each batch is a new tensor, so it can be passed on without a copy. torch's allocator reuses the memory of a batch
+    once the streams on which the tensor was recorded are done with it.
+
+    Args:
+        pixels: uint8 [N, H * W * 3].
+        shape: (H, W, 3) of the stored images.
+        batch_size: Images per slot.
+        slots: Number of slots.
+        waits: Whether `fill` blocks until the batch is written. DALI needs this, since it does not wait for a stream
+            before reading an input that was fed with no_copy.
+    """
+
+    def __init__(
+        self, pixels: torch.Tensor, shape: tuple[int, int, int], batch_size: int, slots: int, *, waits: bool
+    ) -> None:
+        self._pixels, self._shape, self._waits = pixels, shape, waits and pixels.is_cuda
+        self._indices = DeviceInputs(slots, (batch_size,), pixels.device)
+
+    def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> torch.Tensor:
+        """Return the images, uint8 [B, H, W, 3], written on the current stream."""
+        samples = len(indices)
+        self._indices.host(slot)[:samples] = indices
+        rows = self._pixels.index_select(0, self._indices.to_device(slot)[:samples])
+        if self._waits:
+            blocking_event().synchronize()
+        return rows.view(samples, *self._shape)
+
+
+class CopyRunner:
+    """Runner that copies batches to a GPU. The source has already applied any transforms.
+
+    Batches in host memory are copied on a separate stream, so that the copy overlaps with the model's work on the
+    previous batch. Batches that are already on the device are passed on without a copy.
+    """
+
+    def __init__(self, device: torch.device, gather_stream: torch.cuda.Stream) -> None:
+        self._device, self._gather_stream, self._copy_stream = device, gather_stream, torch.cuda.Stream(device)
+        self._ready: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+
+    def submit(self, images: StoredImages, labels: np.ndarray, draws: Draws) -> None:
+        assert isinstance(images, torch.Tensor)
+        self._copy_stream.wait_stream(self._gather_stream)
+        with torch.cuda.stream(self._copy_stream):
+            on_device = images.to(self._device, non_blocking=True)  # no copy if it is already on the device
+            labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
+            self._ready.append((on_device, labels_on_device, blocking_event()))
+
+    def result(self) -> RunnerResult:
+        images, labels, copied = self._ready.popleft()
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for tensor in (images, labels):
+            tensor.record_stream(current)  # allocated on another stream, which must not reuse the memory early
+        # The slot is free once the copy, or the gather before it, has ended, even while the batch is in use.
+        return images, labels, copied.synchronize
+
+    def restart(self) -> None:
+        self._ready.clear()

@@ -1,0 +1,172 @@
+"""Everything that makes the batches of one image size and batch size."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configs.utils.errors import UserError
+from pipelines.interfaces import Draws, StoredImages, no_wait
+from pipelines.loader.backend import Backend
+from pipelines.loader.bad_samples import BadSamples, Undecodable
+from pipelines.loader.batches import BatchPlan, ChosenSamples
+
+IN_FLIGHT = 2  # maximum number of batches in the runner
+MAX_GROUP = 8  # maximum number of batches that are gathered together
+GROUP_BYTES = 2**24  # maximum size of a group of several batches
+
+
+class HostBatch(NamedTuple):
+    """A gathered batch, ready to be submitted to the runner."""
+
+    images: StoredImages
+    labels: np.ndarray  # int64 [B]; -1 if the split has no labels
+    indices: np.ndarray  # int64 [B]
+    draws: Draws
+    slot: int
+    is_last: bool = True  # whether this is the last batch of the slot's group; after it, the slot is free
+
+    def piece(self, place: slice) -> HostBatch:
+        """Return the samples at `place`, which are not the last of the group."""
+        draws = {name: values[place] for name, values in self.draws.items()}
+        return HostBatch(self.images[place], self.labels[place], self.indices[place], draws, self.slot, is_last=False)
+
+
+class Stage:
+    """A plan, the source and runner of a backend, and the slots between them.
+
+    Consecutive batches are gathered in groups, one group per slot, because for small batches the function calls and
+    thread wake-ups take longer than gathering the samples.
+
+    Args:
+        plan: Plan that determines the batches.
+        backend: Backend that makes them.
+        bad: Bad samples found so far, shared by all stages.
+
+    Attributes:
+        slots: Number of slots.
+        slot_waits: For each slot, a function that blocks until the device has finished reading the slot.
+    """
+
+    def __init__(self, plan: BatchPlan, backend: Backend, bad: BadSamples) -> None:
+        self.plan, self.backend, self.bad = plan, backend, bad
+        self.image_size = backend.spec.image_size
+        batch_bytes = plan.batch_size * math.prod(backend.image_shape)
+        self._max_group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
+        groups_ahead = -(-max(backend.spec.data.prefetch, IN_FLIGHT) // self._max_group) + 1
+        self.slots = groups_ahead + 2 * backend.threads
+        self.slot_waits: list[Callable[[], None]] = [no_wait] * self.slots
+        # The allocator reuses the source's memory only after this stream has finished using the memory.
+        with torch.cuda.stream(backend.stream):
+            self.source = backend.source(self.slots, plan.batch_size * self._max_group)
+        self.runner = backend.runner()
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch."""
+        return self.plan.steps
+
+    def select(self, samples: np.ndarray) -> Stage:
+        """Return a stage whose epochs consist of `samples`, int64 [N], in this order. Each is augmented as before.
+
+        Both stages have the same source and runner, so use one at a time.
+        """
+        stage = copy.copy(self)
+        stage.plan = ChosenSamples(self.plan, samples)
+        return stage
+
+    def groups(self, first: int) -> Iterator[range]:
+        """Yield the groups of consecutive batches of an epoch that starts with batch `first`.
+
+        The group size starts at 1 and doubles after every `backend.threads` groups. The first groups are small because
+        training waits for them.
+        """
+        number = 0
+        while first < len(self):
+            size = min(self._max_group, 2 ** (number // self.backend.threads))
+            yield range(first, min(first + size, len(self)))
+            first, number = first + size, number + 1
+
+    def gather_group(self, epoch: int, steps: range, slot: int) -> list[HostBatch]:
+        """Fill a slot with the batches numbered `steps` and return them in reverse order.
+
+        Raises:
+            UserError: A file of the source has changed, or bad samples cannot be replaced.
+        """
+        batches = [self.plan.indices(epoch, step) for step in steps]
+        group = self.gather(epoch, batches[0] if len(batches) == 1 else np.concatenate(batches), slot)
+        if len(batches) == 1:
+            return [group]
+        size = self.plan.batch_size
+        pieces = [group.piece(slice(start, start + size)) for start in range(0, len(group.indices), size)]
+        pieces[-1] = pieces[-1]._replace(is_last=True)
+        return pieces[::-1]
+
+    def gather(self, epoch: int, wanted: np.ndarray, slot: int) -> HostBatch:
+        """Fill a slot with the samples `wanted`, int64 [N], and replace bad samples with their substitutes.
+
+        The labels, indices and draws of a replaced sample are those of the substitute.
+
+        Raises:
+            UserError: A file of the source has changed, or bad samples cannot be replaced.
+        """
+        stored_labels, stream = self.bad.split.labels, self.backend.stream
+        while True:
+            indices = self.bad.substitute(wanted)
+            draws = self.backend.inputs(self.plan.draws(epoch, indices))
+            labels = np.full(len(indices), -1) if stored_labels is None else stored_labels[indices]
+            self.slot_waits[slot]()
+            try:
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    return HostBatch(self._fill(slot, indices, draws), labels, indices, draws, slot)
+            except Undecodable as found:
+                self.bad.add(found.defects, self.source.defect)
+
+    def _fill(self, slot: int, indices: np.ndarray, draws: Draws) -> StoredImages:
+        """Fill a slot and return its images.
+
+        Raises:
+            UserError: A file of the source has changed.
+            Undecodable: Samples cannot be decoded.
+        """
+        try:
+            images = self.source.fill(slot, indices, draws)
+        except Exception:
+            self.source.check_unchanged()  # report a changed file rather than the sample that it broke
+            raise
+        self.source.poll()
+        return images
+
+    def replace_bad_samples(self, epoch: int, batches: list[HostBatch], error: RuntimeError) -> list[HostBatch]:
+        """Restart a runner that failed with `error` while it had `batches`, and return them without bad samples.
+
+        DALI's errors do not name a sample. This method therefore searches the batches for the first one with samples
+        that cannot be decoded, and gathers all of them again with substitutes.
+
+        Raises:
+            UserError: A file has changed, or bad samples cannot be replaced.
+            RuntimeError: `error`, if all samples can be decoded.
+        """
+        self.source.check_unchanged()  # report a changed file rather than the sample that it broke
+        defects = next(filter(None, map(self._defects, batches)), None)  # usually in the first batch
+        if defects is None:
+            raise error
+        try:
+            self.bad.add(defects, self.source.defect)
+        except UserError as refusal:
+            raise refusal from error
+        self.runner.restart()
+        return [self.gather(epoch, one.indices, one.slot)._replace(is_last=one.is_last) for one in batches]
+
+    def _defects(self, host_batch: HostBatch) -> dict[int, str]:
+        """Return the reason for each bad sample of a batch, keyed by the index of the sample.
+
+        This is slow, since the samples are decoded one by one.
+        """
+        found = ((sample, self.source.defect(sample)) for sample in host_batch.indices.tolist())
+        return {sample: reason for sample, reason in found if reason is not None}
