@@ -104,15 +104,15 @@ def _flush() -> str | None:
     A closed pipe (`| head`) is not a failure. A stream that failed is replaced, since Python would flush it again at
     exit and exit with code 120.
     """
-    lost: dict[str, OSError] = {}
+    reason = None
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
         except OSError as error:
-            lost[name] = error
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    reason = lost.get("stdout")
-    return None if reason is None or isinstance(reason, BrokenPipeError) else reason.strerror
+            if name == "stdout" and not isinstance(error, BrokenPipeError):
+                reason = error.strerror
+    return reason
 
 
 def _print_error(text: str) -> None:

@@ -20,7 +20,9 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
+
+import torch.distributed as dist
 
 from configs.utils.errors import UserError
 from train.distributed.process_group import Ranks
@@ -30,17 +32,6 @@ SEND_TIMEOUT_S = 2  # limit for a rank that does not read, and for a program at 
 MAX_HELLO_BYTES = 100  # a longer first line is not from a rank
 # A failed machine does not close its connections, so it counts as lost after about 55 s without an answer.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 8}
-
-
-class Store(Protocol):
-    """Key-value store that all ranks share, with the methods of `torch.distributed.Store` that this module uses.
-
-    `get` waits for a missing key, so call `check` first.
-    """
-
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def check(self, keys: list[str]) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -179,7 +170,7 @@ class FailureChannel:
 
 
 def connect(
-    ranks: Ranks, store: Store, address: str, on_failure: Callable[[Failure], None], timeout_s: float
+    ranks: Ranks, store: dist.Store, address: str, on_failure: Callable[[Failure], None], timeout_s: float
 ) -> FailureChannel:
     """Open the channel on this rank. Ranks other than 0 wait for rank 0.
 
@@ -204,7 +195,7 @@ def connect(
         return channel
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if store.check([ADDRESS_KEY]):
+        if store.check([ADDRESS_KEY]):  # `get` would wait for the key
             port, launch_id = store.get(ADDRESS_KEY).decode().split()
             channel = FailureChannel(ranks, on_failure, launch_id)
             with suppress(OSError, ValueError):

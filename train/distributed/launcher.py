@@ -85,8 +85,8 @@ class RankSupervisor:
         timeout_s = process_group.GROUP_TIMEOUT.total_seconds()
         threading.Thread(target=self._warn_missing, args=(timeout_s,), daemon=True).start()
         try:
-            store, address = process_group.open_store(self._ranks)
-            self._channel = connect(self._ranks, store, address, self._on_peer_failure, timeout_s)
+            store = process_group.open_store(self._ranks)
+            self._channel = connect(self._ranks, store, os.environ["MASTER_ADDR"], self._on_peer_failure, timeout_s)
             os.environ[process_group.LAUNCH_ID_VARIABLE] = self._channel.launch_id
             code = main()
         except Exception as error:

@@ -90,7 +90,7 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = dist.HashStore() if ranks.world_size == 1 else _launch_store(open_store(ranks)[0])
+    store = dist.HashStore() if ranks.world_size == 1 else _launch_store(open_store(ranks))
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT)
     is_broken = False
     try:
@@ -103,26 +103,23 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def open_store(ranks: Ranks) -> tuple[dist.Store, str]:
-    """Wait for the store that all ranks share, and connect to it.
+def open_store(ranks: Ranks) -> dist.Store:
+    """Wait for the store that all ranks share, and return a new connection to it.
 
-    The store is hosted by torchrun, or by rank 0 if torchrun is not used.
-
-    Returns:
-        A new connection to the store, and the address of the machine that hosts it and runs rank 0.
+    The store is at MASTER_ADDR, the machine of rank 0. It is hosted by torchrun, or by rank 0 without torchrun.
 
     Raises:
         UserError: The store cannot be reached.
     """
     try:
-        store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=GROUP_TIMEOUT))
+        store: dist.Store = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=GROUP_TIMEOUT))[0]
     except (ValueError, RuntimeError) as error:
         where = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
             f"rank {ranks.rank} of {ranks.world_size} found no rank 0 at {where} ({str(error).splitlines()[0]}); "
             "start all ranks together, each with the address of rank 0's machine and a free port there"
         ) from None
-    return store, os.environ["MASTER_ADDR"]
+    return store
 
 
 def _launch_store(store: dist.Store) -> dist.Store:

@@ -8,28 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
+from torch.distributed import HashStore
 
 from configs.utils.errors import UserError
 from train.distributed.failure_channel import ADDRESS_KEY, Failure, FailureChannel, connect
 from train.distributed.process_group import Ranks
 
 HERE = "127.0.0.1"
-
-
-class Dictionary:
-    """A store in memory."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, str] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self.values[key] = value
-
-    def get(self, key: str) -> bytes:
-        return self.values[key].encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
 
 
 def ranks(rank: int, world_size: int) -> Ranks:
@@ -39,7 +24,7 @@ def ranks(rank: int, world_size: int) -> Ranks:
 class Group:
     """A channel for each rank, and the failures that its callback received."""
 
-    def __init__(self, world_size: int, store: Dictionary) -> None:
+    def __init__(self, world_size: int, store: HashStore) -> None:
         self.called: list[list[Failure]] = [[] for _ in range(world_size)]
         self.channels = [
             connect(ranks(rank, world_size), store, HERE, self.called[rank].append, timeout_s=10)
@@ -49,9 +34,9 @@ class Group:
 
 
 @contextmanager
-def group(world_size: int, store: Dictionary | None = None) -> Iterator[Group]:
+def group(world_size: int, store: HashStore | None = None) -> Iterator[Group]:
     with ExitStack() as stack:
-        made = Group(world_size, store or Dictionary())
+        made = Group(world_size, store or HashStore())
         for channel in made.channels:
             stack.callback(channel.close)
         yield made
@@ -126,7 +111,7 @@ def test_lost_rank_0_is_noticed_and_closed_is_not() -> None:
 
 
 def test_late_rank_learns_of_an_earlier_failure() -> None:
-    store, called = Dictionary(), []
+    store, called = HashStore(), []
     first = connect(ranks(0, 3), store, HERE, called.append, timeout_s=10)
     failure = first.report_failure(Failure(0, "no config"))
     assert first.missing_ranks() == [1, 2]
@@ -140,7 +125,7 @@ def test_late_rank_learns_of_an_earlier_failure() -> None:
 
 def test_address_of_an_earlier_launch_is_ignored() -> None:
     """torchrun keeps the store over restarts, so its address may be free, or belong to another program."""
-    store = Dictionary()
+    store = HashStore()
     with socket.create_server((HERE, 0)) as stranger:
         gone = stranger.getsockname()[1]
     store.set(ADDRESS_KEY, f"{gone} earlier")
@@ -164,9 +149,9 @@ def test_address_of_an_earlier_launch_is_ignored() -> None:
 
 
 def test_connection_without_launch_id_is_ignored() -> None:
-    store = Dictionary()
+    store = HashStore()
     with group(2, store) as made:
-        port = int(store.values[ADDRESS_KEY].split()[0])
+        port = int(store.get(ADDRESS_KEY).split()[0])
         for sent in (b"", b"GET / HTTP/1.1\n\n", b'guess 1\n{"rank": 1, "summary": "error"}\n', b"x" * 300_000):
             with suppress(ConnectionError), socket.create_connection((HERE, port)) as stranger:
                 stranger.sendall(sent)
@@ -179,4 +164,4 @@ def test_missing_rank_0_is_an_error_with_its_address() -> None:
     with pytest.raises(
         UserError, match=r"rank 0 did not answer at 127\.0\.0\.1 within 0 s; check whether it was started"
     ):
-        connect(ranks(1, 2), Dictionary(), HERE, lambda _: None, timeout_s=0.1)
+        connect(ranks(1, 2), HashStore(), HERE, lambda _: None, timeout_s=0.1)
