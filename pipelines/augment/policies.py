@@ -82,12 +82,12 @@ def _auto_slots(auto: AutoAugmentConfig) -> SlotOps:
         return ()
     if auto.policy.startswith("autoaugment-"):
         table = torchvision_tables.sub_policies(auto.policy)
-        return tuple(frozenset(Op(number) for number in column) for column in table.ops.T)
+        return tuple(frozenset(map(Op, column)) for column in table.ops.T)
     if auto.policy in ("randaugment", "trivialaugment"):
         layers = auto.num_ops if auto.policy == "randaugment" else 1
         return (frozenset(torchvision_tables.SPACE) - {Op.IDENTITY},) * layers
     spec, space = timm_randaugment.parse(auto.policy)
-    return (frozenset(Op(number) for number in space.ops),) * spec.layers
+    return (frozenset(map(Op, space.formulas["op"])),) * spec.layers
 
 
 def _draw_auto(auto: AutoAugmentConfig, samples: np.ndarray, seed: int, epoch: int, size: int) -> SlotDraws:

@@ -31,16 +31,18 @@ class Formula(NamedTuple):
     lowest: float = -math.inf
     highest: float = math.inf
     whole: bool = False  # whether span * magnitude / SCALE is truncated to a whole number
+    of_size: bool = False  # whether the value is a share of the image size, rounded to whole pixels
 
 
-_SHIFTS = frozenset({Op.TRANSLATE_X, Op.TRANSLATE_Y})  # operations whose span is a share of the image size
+_FORMULA = np.dtype("i4, f8, i8, f8, f8, f8, ?, ?", align=True)  # fields of Formula
+_FORMULA.names = Formula._fields
 _WITHOUT_VALUE = tuple(Formula(op) for op in (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT))
 _GEOMETRY = (
     Formula(Op.ROTATE, span=30.0),
     Formula(Op.SHEAR_X, span=0.3),
     Formula(Op.SHEAR_Y, span=0.3),
-    Formula(Op.TRANSLATE_X, span=0.45),
-    Formula(Op.TRANSLATE_Y, span=0.45),
+    Formula(Op.TRANSLATE_X, span=0.45, of_size=True),
+    Formula(Op.TRANSLATE_Y, span=0.45, of_size=True),
 )
 _ENHANCEMENTS = (Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS)
 _SOLARIZE_ADD = Formula(Op.SOLARIZE_ADD, sign=1, span=110.0, highest=128.0, whole=True)
@@ -78,16 +80,9 @@ _WEIGHTS_BESIDE_THREE = {
 
 
 class Space(NamedTuple):
-    """Formulas that a layer chooses from. Each field is an array [formulas]."""
+    """Formulas that a layer chooses from."""
 
-    ops: np.ndarray  # int32
-    base: np.ndarray
-    sign: np.ndarray
-    span: np.ndarray
-    lowest: np.ndarray
-    highest: np.ndarray
-    whole: np.ndarray  # bool
-    shift: np.ndarray  # bool, one of _SHIFTS
+    formulas: np.ndarray  # structured array [formulas] with the fields of Formula
     weights: np.ndarray | None  # for draws without replacement; None for uniform draws with replacement
 
 
@@ -106,10 +101,7 @@ def space(increasing: bool, operations: str | None) -> Space:
         formulas = _THREE
     else:
         formulas = _INCREASING if increasing else _PLAIN
-    ops, base, sign, span, lowest, highest, whole = (np.array(column) for column in zip(*formulas, strict=True))
-    shift = np.isin(ops, list(_SHIFTS))
-    columns = ops.astype(np.int32), base, sign, span, lowest, highest, whole, shift
-    return Space(*columns, weights=None if weights is None else np.array(weights))
+    return Space(np.array(list(formulas), _FORMULA), None if weights is None else np.array(weights))
 
 
 @lru_cache
@@ -130,13 +122,13 @@ def op_values(
         negative: bool [B], True for a negative sign. It affects only formulas whose sign is drawn.
         size: Height and width of the images, pixels.
     """
-    shift = space.shift[choices]
-    change = magnitudes / SCALE * space.span[choices]
-    change = np.where(space.whole[choices], np.trunc(change), change)
-    change = np.where(shift, np.rint(change * size), change)
-    sign = space.sign[choices]
+    formulas = space.formulas
+    change = magnitudes / SCALE * formulas["span"][choices]
+    change = np.where(formulas["whole"][choices], np.trunc(change), change)
+    change = np.where(formulas["of_size"][choices], np.rint(change * size), change)
+    sign = formulas["sign"][choices]
     sign = np.where(sign == _DRAWN, 1 - 2 * negative, sign)
-    return np.clip(space.base[choices] + sign * change, space.lowest[choices], space.highest[choices])
+    return np.clip(formulas["base"][choices] + sign * change, formulas["lowest"][choices], formulas["highest"][choices])
 
 
 def draw_layers(
@@ -159,11 +151,11 @@ def draw_layers(
     layers = []
     for layer in range(spec.layers):
         drawn = uniform(samples, seed, epoch, f"auto-{layer}", 3)
-        choices = (drawn[:, 0] * len(choice.ops)).astype(np.int64) if chosen is None else chosen[:, layer]
+        choices = (drawn[:, 0] * len(choice.formulas)).astype(np.int64) if chosen is None else chosen[:, layer]
         magnitudes = _magnitudes(spec, samples, seed, epoch, f"auto-{layer}-magnitude")
         values = op_values(choice, choices, magnitudes, drawn[:, 2] < 0.5, size)
         applied = drawn[:, 1] < spec.probability
-        layers.append((np.where(applied, choice.ops[choices], Op.IDENTITY), np.where(applied, values, 0.0)))
+        layers.append((np.where(applied, choice.formulas["op"][choices], Op.IDENTITY), np.where(applied, values, 0.0)))
     return layers
 
 

@@ -35,9 +35,9 @@ def test_values_match_timms_calls_of_pil(spaces: str, negative: bool, monkeypatc
         for operation in transform.ops:
             operation.magnitude = magnitude
             theirs += run(RandAugment([operation], 1), SIZE)
-        rows = np.arange(len(space.ops))
+        rows = np.arange(len(space.formulas))
         values = op_values(space, rows, magnitude, np.full(len(rows), negative), SIZE)
-        ours = [(Op(op), value) for op, value in zip(space.ops.tolist(), values.tolist(), strict=True)]
+        ours = [(Op(op), value) for op, value in zip(space.formulas["op"].tolist(), values.tolist(), strict=True)]
         # PIL keeps no bits for negative numbers
         theirs = [(op, max(value, 0.0) if op == Op.POSTERIZE else value) for op, value in theirs]
         assert sorted(in_whole_pixels(*pair) for pair in ours) == sorted(in_whole_pixels(*pair) for pair in theirs)
