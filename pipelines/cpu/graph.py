@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from pipelines.cpu import batch
 from pipelines.cpu import programs as program_kernels
 
 Draws = dict[str, np.ndarray]
-Region = Callable[["Images", Draws], tuple[np.ndarray, np.ndarray]]
+Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3] in place
 
 
 class Images(NamedTuple):
@@ -33,8 +33,14 @@ class Images(NamedTuple):
     widths: np.ndarray
 
 
-Stage = Callable[[Images, Draws, np.ndarray], None]  # writes uint8 [B, side, side, 3]
-Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3] in place
+Region = Callable[[Images, Draws], tuple[np.ndarray, np.ndarray]]
+
+
+class Stage(NamedTuple):
+    """Resize, or crop and flip, of a batch."""
+
+    side: int  # height and width of the images that the stage writes, pixels
+    run: Callable[[Images, Draws, np.ndarray], None]  # writes uint8 [B, side, side, 3]
 
 
 @dataclass(frozen=True)
@@ -45,21 +51,20 @@ class CpuGraph:
     """
 
     stages: tuple[Stage, ...]
-    sides: tuple[int, ...]  # height and width of the images that each stage writes, pixels
     changes: tuple[Change, ...]
-    _scratch: deque[np.ndarray]  # spare output buffers of the first of two stages
+    _scratch: deque[np.ndarray] = field(default_factory=deque)  # spare output buffers of the first of two stages
 
     CHUNK = 2**18  # bytes that the first stage writes per piece
 
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
         """Transform a batch and write the result to `out`, uint8 [B, size, size, 3]. Thread-safe."""
+        first = self.stages[0]
         if len(self.stages) == 1 and not self.changes:
-            self.stages[0](images, draws, out)
+            first.run(images, draws, out)
             return
-        side, count = self.sides[0], len(images.offsets)
-        step = max(1, self.CHUNK // (side * side * 3))
-        for start in range(0, count, step):
-            piece = slice(start, min(start + step, count))
+        step = max(1, self.CHUNK // (first.side * first.side * 3))
+        for start in range(0, len(images.offsets), step):
+            piece = slice(start, start + step)
             some = {name: values[piece] for name, values in draws.items()}
             self._run_stages(Images(images.content, *(values[piece] for values in images[1:])), some, step, out[piece])
             for change in self.changes:
@@ -68,17 +73,17 @@ class CpuGraph:
     def _run_stages(self, images: Images, draws: Draws, capacity: int, out: np.ndarray) -> None:
         """Run the stages, without the in-place changes, on at most `capacity` images."""
         if len(self.stages) == 1:
-            self.stages[0](images, draws, out)
+            self.stages[0].run(images, draws, out)
             return
-        side, count = self.sides[0], len(out)
+        (side, first), (_, second) = self.stages
+        count = len(out)
         try:
             between = self._scratch.pop()
         except IndexError:
             between = np.empty((capacity, side, side, 3), np.uint8)
-        self.stages[0](images, draws, between[:count])
+        first(images, draws, between[:count])
         sides = np.full(count, side)
-        given = Images(between.reshape(-1), np.arange(count) * (side * side * 3), sides, sides)
-        self.stages[1](given, draws, out)
+        second(Images(between.reshape(-1), np.arange(count) * (side * side * 3), sides, sides), draws, out)
         self._scratch.append(between)
 
 
@@ -107,17 +112,15 @@ def train_graph(
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
-        region = _resize(lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
-        return _graph([(region, size)], changes)
-    if aug.crop == "squash":
-        stages = _squashed(image_shape, size, interpolation, antialias)
-    else:
-        stages = _central(image_shape, size, size, interpolation, antialias)
+        stage = _resize(size, lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
+        return CpuGraph((stage,), changes)
+    shorter = None if aug.crop == "squash" else size
+    stages = _fixed_stages(image_shape, shorter, size, interpolation, antialias)
     if aug.crop == "pad" or aug.flip > 0:
-        stages.append((_crop_flip(size, padding_mode=aug.padding_mode), size))
+        stages.append(_crop_flip(size, padding_mode=aug.padding_mode))
     if changes and not stages:
-        stages.append((_crop_flip(size), size))  # unlike `batch.copy`, leaves the pixels in the cache
-    return _graph(stages, changes)
+        stages.append(_crop_flip(size))  # unlike `batch.copy`, leaves the pixels in the cache
+    return CpuGraph(tuple(stages), changes) if stages else None
 
 
 def eval_graph(
@@ -137,27 +140,17 @@ def eval_graph(
     Returns:
         The graph, or None if stored pixels need no transforms.
     """
-    if not squash:
-        return _graph(_central(image_shape, round(size / crop_fraction), size, interpolation, antialias))
-    return _graph(_squashed(image_shape, size, interpolation, antialias))
-
-
-def _graph(stages: list[tuple[Stage, int]], changes: tuple[Change, ...] = ()) -> CpuGraph | None:
-    if not stages:
-        return None
-    return CpuGraph(tuple(stage for stage, _ in stages), tuple(side for _, side in stages), changes, deque())
+    shorter = None if squash else round(size / crop_fraction)
+    stages = _fixed_stages(image_shape, shorter, size, interpolation, antialias)
+    return CpuGraph(tuple(stages), ()) if stages else None
 
 
 def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float, float]) -> tuple[Change, ...]:
     """Return the enabled in-place changes: programs, erasing and cutout, in this order."""
     changes: list[Change] = []
     if programs is not None:
-        bilinear, fill, radius = programs.bilinear, np.array(programs.fill, np.uint8), programs.radius
-        changes.append(
-            lambda draws, out: program_kernels.apply_programs(
-                out, draws["ops"], draws["values"], bilinear, fill, radius
-            )
-        )
+        settings = programs.bilinear, np.array(programs.fill, np.uint8), programs.radius
+        changes.append(lambda draws, out: program_kernels.apply_programs(out, draws["ops"], draws["values"], *settings))
     if aug.erase.probability > 0:
         changes.append(lambda draws, out: program_kernels.paint(out, draws["erase_box"], draws["erase_color"]))
     if aug.cutout > 0:  # after the programs, which would change the fill color
@@ -172,28 +165,21 @@ def _changes(aug: AugConfig, programs: Programs | None, mean: tuple[float, float
     return tuple(changes)
 
 
-def _central(
-    shape: tuple[int, int, int] | None, shorter: int, size: int, interpolation: str, antialias: bool
-) -> list[tuple[Stage, int]]:
+def _fixed_stages(
+    shape: tuple[int, int, int] | None, shorter: int | None, size: int, interpolation: str, antialias: bool
+) -> list[Stage]:
     """Return a list with a stage that resizes the shorter side to `shorter` and crops the central size x size pixels.
 
-    If no stored image needs resizing, the stage only crops. If no image needs cropping either, the list is empty.
+    If `shorter` is None, the stage resizes both sides to `size`. If no stored image needs resizing, the stage only
+    crops. If no image needs cropping either, the list is empty.
     """
-    if shape is not None and shape[:2] == (shorter, shorter) and shorter == size:
+    if shape is not None and shape[:2] == (size, size) and shorter in (None, size):
         return []
+    if shorter is None:
+        return [_resize(size, lambda images, _: _whole(images), interpolation, antialias)]
     if shape is not None and min(shape[:2]) == shorter:
-        corner = [(side - size) // 2 for side in shape[:2]]
-        return [(_crop_flip(size, tuple(corner)), size)]
-    return [(_resize(lambda images, _: _central_region(images, shorter, size), interpolation, antialias), size)]
-
-
-def _squashed(
-    shape: tuple[int, int, int] | None, size: int, interpolation: str, antialias: bool
-) -> list[tuple[Stage, int]]:
-    """Return a list with a stage that resizes to size x size, or an empty list if all stored images have this size."""
-    if shape is not None and shape[:2] == (size, size):
-        return []
-    return [(_resize(lambda images, _: _whole(images), interpolation, antialias), size)]
+        return [_crop_flip(size, ((shape[0] - size) // 2, (shape[1] - size) // 2))]
+    return [_resize(size, lambda images, _: _central_region(images, shorter, size), interpolation, antialias)]
 
 
 def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
@@ -217,14 +203,14 @@ def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray
     return start.astype(np.float32), (start + size * scale).astype(np.float32)
 
 
-def _resize(region: Region, interpolation: str, antialias: bool) -> Stage:
-    def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
+def _resize(size: int, region: Region, interpolation: str, antialias: bool) -> Stage:
+    def run(images: Images, draws: Draws, out: np.ndarray) -> None:
         batch.resize(*images, *region(images, draws), interpolation == "bicubic", antialias, out)
 
-    return stage
+    return Stage(size, run)
 
 
-def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), padding_mode: PaddingMode = PaddingMode.CONSTANT) -> Stage:
+def _crop_flip(size: int, corner: tuple[int, int] = (0, 0), padding_mode: PaddingMode = PaddingMode.CONSTANT) -> Stage:
     """Return a stage that crops and flips images that all have the same shape.
 
     Args:
@@ -234,15 +220,13 @@ def _crop_flip(size: int, corner: tuple[int, ...] = (0, 0), padding_mode: Paddin
     """
     reflects = padding_mode == PaddingMode.REFLECT
 
-    def stage(images: Images, draws: Draws, out: np.ndarray) -> None:
-        count = len(out)
-        offsets = draws.get("offset")
+    def run(images: Images, draws: Draws, out: np.ndarray) -> None:
+        offsets, flips = draws.get("offset"), draws.get("flip")
         if offsets is None:
-            offsets = np.broadcast_to(np.array(corner, np.int32), (count, 2)).copy()
-        flips = draws.get("flip")
+            offsets = np.tile(np.array(corner, np.int32), (len(out), 1))
         if flips is None:
-            flips = np.zeros(count, np.int32)
+            flips = np.zeros(len(out), np.int32)
         height, width = int(images.heights[0]), int(images.widths[0])
         batch.crop_flip(images.content, images.offsets, height, width, offsets, flips, reflects, out)
 
-    return stage
+    return Stage(size, run)

@@ -104,6 +104,5 @@ def _is_readable(folder: str) -> bool:
 @lru_cache(maxsize=1)
 def _sources_digest() -> bytes:
     folder = Path(__file__).parents[1]
-    files = sorted({file for pattern in SOURCES for file in folder.glob(pattern)})
-    digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
-    return hashlib.sha256(b"".join(digests)).digest()
+    files = sorted(file for pattern in SOURCES for file in folder.glob(pattern))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

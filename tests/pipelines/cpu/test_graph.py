@@ -70,7 +70,8 @@ def train_graph(
 
 def by_cpu(graph_: cpu_graph.CpuGraph | None, pixels: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
     assert graph_ is not None
-    out = np.full((len(pixels), graph_.sides[-1], graph_.sides[-1], 3), 77, np.uint8)
+    side = graph_.stages[-1].side
+    out = np.full((len(pixels), side, side, 3), 77, np.uint8)
     graph_(images_of(pixels), feeds, out)
     return out
 
