@@ -19,7 +19,7 @@ from numba import float32, int32, uint8, uint64
 
 from pipelines.cpu.byte_intrinsics import LINE, PIXELS, copy_bytes, mirror_pixels, prefetch, stream_line
 from pipelines.cpu.filters import reflect_index
-from pipelines.cpu.float_intrinsics import mix_pixels, mix_three_pixels, mix_two_pixels
+from pipelines.cpu.float_intrinsics import mix_pixels
 from pipelines.cpu.jit import kernel
 
 PREFETCH_BYTES = 2**14  # distance between prefetch and copy
@@ -231,14 +231,14 @@ def _horizontal_pass(
         at: Place of the row in `target`.
     """
     size, taps = weights.shape
-    if taps == 2:
+    if taps == 2:  # a constant number of taps, so that the compiler unrolls the loop over them
         for x in range(size - 1):
             column = size - 1 - x if mirrored else x
-            mix_two_pixels(target, at + 3 * x, line, columns[column], weights, column * taps)
+            mix_pixels(target, at + 3 * x, line, columns[column], weights, column * taps, 2)
     elif taps == 3:
         for x in range(size - 1):
             column = size - 1 - x if mirrored else x
-            mix_three_pixels(target, at + 3 * x, line, columns[column], weights, column * taps)
+            mix_pixels(target, at + 3 * x, line, columns[column], weights, column * taps, 3)
     else:
         for x in range(size - 1):
             column = size - 1 - x if mirrored else x

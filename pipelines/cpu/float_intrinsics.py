@@ -51,42 +51,11 @@ def mix_pixels(
 
     total = cgutils.alloca_once_value(builder, _HALVES)
     with cgutils.for_range(builder, taps) as loop:
-        product = _weighted_pixel(builder, line, begin, weights, first, loop.index)
-        builder.store(builder.fadd(builder.load(total), product), total)
-    target.store(_truncated(builder, limited(limited(builder.load(total), 0.0, ">"), 255.0, "<")), at)
-
-
-def _mix_of(taps: int) -> Callable[..., None]:
-    @array_intrinsic
-    def mix(
-        builder: IRBuilder, target: Array, at: Value, line: Array, begin: Value, weights: Array, first: Value
-    ) -> None:
-        """Filter one pixel like `mix_pixels`, but with a fixed number of taps and without clamping.
-
-        The weights must be between 0 and 1 and sum to 1.
-        """
-        total = _HALVES
-        for tap in range(taps):
-            product = _weighted_pixel(builder, line, begin, weights, first, first.type(tap))
-            total = builder.fadd(total, product)
-        target.store(_truncated(builder, total), at)
-
-    return mix
-
-
-mix_two_pixels, mix_three_pixels = _mix_of(2), _mix_of(3)
-
-
-def _weighted_pixel(builder: IRBuilder, line: Array, begin: Value, weights: Array, first: Value, tap: Value) -> Value:
-    """Return weights[first + tap] * line[begin + 3 * tap :][:4]."""
-    weight = weights.load(builder.add(first, tap), _FLOAT)
-    pixel = line.load(builder.add(begin, builder.mul(tap, tap.type(3))), _FOUR)
-    return builder.fmul(pixel, _splat(builder, weight, 4))
-
-
-def _truncated(builder: IRBuilder, values: Value) -> Value:
-    """Truncate four floats between 0 and 255 to uint8."""
-    return builder.trunc(builder.fptosi(values, ir.VectorType(I32, 4)), ir.VectorType(I8, 4))
+        weight = weights.load(builder.add(first, loop.index), _FLOAT)
+        pixel = line.load(builder.add(begin, builder.mul(loop.index, loop.index.type(3))), _FOUR)
+        builder.store(builder.fadd(builder.load(total), builder.fmul(pixel, _splat(builder, weight, 4))), total)
+    levels = builder.fptosi(limited(limited(builder.load(total), 0.0, ">"), 255.0, "<"), ir.VectorType(I32, 4))
+    target.store(builder.trunc(levels, ir.VectorType(I8, 4)), at)
 
 
 def _rounded(builder: IRBuilder, values: Value) -> Value:
