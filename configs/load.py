@@ -7,7 +7,7 @@ keyword arguments of `load_config`. Uppercase keys are homework keys, which `con
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ SHORTHANDS = {("aug", "color_jitter"): color_jitter_section, ("aug", "auto"): au
 class _Layer:
     """Settings from one source, or merged from several sources."""
 
-    settings: dict[str, object] = field(default_factory=dict)  # nested; keys in lower case
-    origins: dict[KeyPath, str] = field(default_factory=dict)  # per key: file and line, --opts, or argument
-    homework_values: dict[str, HomeworkValue] = field(default_factory=dict)  # by the homework's dotted keys
-    is_homework: bool = False  # a file has homework keys, so the homework's defaults apply
-    warnings: tuple[str, ...] = ()
+    settings: dict[str, object]  # nested; keys in lower case
+    origins: dict[KeyPath, str]  # per key: file and line, --opts, or argument
+    homework_values: dict[str, HomeworkValue]  # by the homework's dotted keys
+    is_homework: bool  # a file has homework keys, so the homework's defaults apply
+    warnings: list[str]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: object) -> Config:
@@ -61,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         layers.append(_layer(_nested(key, yaml.parse_value(text, f"--opts: {key}={text}")), "--opts"))
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
     layer = reduce(_overlay, layers)
-    values, origins, warnings = layer.settings, dict(layer.origins), list(layer.warnings)
+    values, origins, warnings = layer.settings, dict(layer.origins), layer.warnings
     labels: dict[KeyPath, str] = {}
     if layer.homework_values or layer.is_homework:
         translation = translate(layer.homework_values, values, layer.is_homework, str(path))
@@ -69,7 +69,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
         for key, (label, origin) in translation.sources.items():
             key_path = tuple(key.split("."))
             labels[key_path], origins[key_path] = label, origin
-        warnings += translation.warnings
+        warnings = warnings + translation.warnings
     for section in ("data", "model"):
         values.setdefault(section, {})  # so that errors name the missing field instead of the section
     if values.get("name") is None:
@@ -148,7 +148,7 @@ def _read_file(path: Path, including: tuple[Path, ...], opened: list[Path]) -> _
         _read_file(path.parent / path_argument(base), (*including, path), opened)
         for base in _pop_bases(own, document.origins)
     ]
-    return reduce(_overlay, [*bases, _layer(own, document.origins, tuple(document.warnings), is_file=True)])
+    return reduce(_overlay, [*bases, _layer(own, document.origins, document.warnings, is_file=True)])
 
 
 def _pop_bases(values: dict[str, object], origins: Mapping[KeyPath, str]) -> list[str]:
@@ -213,7 +213,7 @@ def split_overrides(items: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _layer(
-    values: dict[str, object], origin: str | dict[KeyPath, str], warnings: tuple[str, ...] = (), is_file: bool = False
+    values: dict[str, object], origin: str | dict[KeyPath, str], warnings: Sequence[str] = (), is_file: bool = False
 ) -> _Layer:
     """Return a layer with these values. Uppercase top-level keys are homework keys.
 
@@ -226,12 +226,10 @@ def _layer(
     Raises:
         UserError: A homework key is unknown, or a homework section is given as a single value.
     """
-    homework_values = {key: value for key, value in values.items() if key.isupper()}
+    settings = {key: value for key, value in values.items() if not key.isupper()}
     origins = dict.fromkeys(_key_paths(values), origin) if isinstance(origin, str) else origin
-    settings = {key: value for key, value in values.items() if key not in homework_values}
-    return _Layer(
-        settings, origins, flatten_keys(homework_values, origins), is_file and bool(homework_values), warnings
-    )
+    homework = flatten_keys({key: value for key, value in values.items() if key.isupper()}, origins)
+    return _Layer(settings, origins, homework, is_file and len(settings) < len(values), [*warnings])
 
 
 def _overlay(old: _Layer, new: _Layer) -> _Layer:

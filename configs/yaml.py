@@ -89,13 +89,30 @@ def dump(values: object) -> str:
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def parse(text: str, source: str) -> Document:
-    """Parse one YAML document.
+def parse(text: str, source: str, *, is_value: bool = False) -> Document:
+    """Parse one YAML document, or with `is_value` a value from the command line, in which comments are errors.
 
     Raises:
-        UserError: The document is invalid or too long. The message names `source` and, if known, the line.
+        UserError: The document is invalid or too long. The message names `source` and, for a document, the line.
     """
-    return _parse(_Loader, text, source, line_numbers=True)
+    if len(text) > MAX_CHARACTERS:
+        raise one_line_error(f"{source} has {len(text):,} characters; a config may have at most {MAX_CHARACTERS:,}")
+    document = Document(source)
+    try:
+        if (node := (_ValueLoader if is_value else _Loader)(text).get_single_node()) is not None:
+            document.value = _construct(node, (), document)
+        return document
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise one_line_error(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}:{mark.line + 1}" if mark and not is_value else source
+        raise one_line_error(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
+    except RecursionError:
+        raise one_line_error(f"{source}: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() and int() also fail on bad escapes
+        raise one_line_error(f"{source} is not valid YAML ({error})") from None
 
 
 def parse_value(text: str, source: str) -> object:
@@ -109,31 +126,10 @@ def parse_value(text: str, source: str) -> object:
         raise one_line_error(f"{source} has an empty value; write null for none, or '\"\"' for an empty text")
     if text[0] == "&" or ("#" in text and text[0] not in "[{\"'"):  # text, not an anchor, number or null
         text = "'" + text.replace("'", "''") + "'"
-    value = _parse(_ValueLoader, text, source, line_numbers=False).value
+    value = parse(text, source, is_value=True).value
     if value is None and not re.fullmatch(_CORE_TYPES["tag:yaml.org,2002:null"], text):  # e.g. ---
         return text
     return value
-
-
-def _parse(loader: type[_Loader], text: str, source: str, *, line_numbers: bool) -> Document:
-    if len(text) > MAX_CHARACTERS:
-        raise one_line_error(f"{source} has {len(text):,} characters; a config may have at most {MAX_CHARACTERS:,}")
-    document = Document(source)
-    try:
-        if (node := loader(text).get_single_node()) is not None:
-            document.value = _construct(node, (), document)
-        return document
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise one_line_error(f"{source}:{line}: character U+{error.character:04X} is not allowed in YAML") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark and line_numbers else source
-        raise one_line_error(f"{where}: {', '.join(filter(None, (error.context, error.problem)))}") from None
-    except RecursionError:
-        raise one_line_error(f"{source}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() and int() also fail on bad escapes
-        raise one_line_error(f"{source} is not valid YAML ({error})") from None
 
 
 def _construct(node: yaml.Node, path: KeyPath, document: Document) -> object:

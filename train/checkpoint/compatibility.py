@@ -78,8 +78,8 @@ def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, in
 
     `passes` is as in `stream_info`.
     """
-    sections = {stage.epoch: data_at(data, stage.epoch) for stage in data.stages}
-    return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in sections.items()]
+    stages = [(stage.epoch, data_at(data, stage.epoch)) for stage in data.stages]
+    return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in stages]
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, stream: StreamInfo, path: Path) -> None:
