@@ -10,6 +10,7 @@ from configs.utils.errors import UserError
 from train.checkpoint.state import Checkpoint, ModelEntries, Weights, require_keys
 from train.engine import cpu_settings
 from train.engine.state import TrainState
+from train.optim.factory import set_group_rate
 
 DEVICE_FIELDS = ("lr", "capturable")  # of parameter groups; their types or values depend on the device
 
@@ -119,10 +120,7 @@ def _restore_model(state: TrainState, entries: ModelEntries, path: Path) -> None
         ) from None
     for group, fields, lr in zip(optimizer.param_groups, device_fields, rates, strict=True):
         group.update(fields)
-        if isinstance(group["lr"], torch.Tensor):  # CUDA graphs hold its address
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        set_group_rate(group, lr)
     state.invalidate_graphs()  # the graph would read the optimizer's old tensors
     if entries["scaler"]:  # empty without a scaler, e.g. on a CPU
         state.scaler.load_state_dict(entries["scaler"])

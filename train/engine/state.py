@@ -29,17 +29,17 @@ class SampleSelector(Protocol):
     def select(self, batch: Batch, step: int) -> Batch: ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
-    """Everything a training step reads or updates.
-
-    A checkpoint holds the tensors of the first block. The other fields are derived from them and from the config.
-    """
+    """Everything a training step reads or updates: first what a checkpoint holds, then how the step runs."""
 
     network: nn.Module  # owns the weights
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     sums: torch.Tensor  # float64 [3] on the device: loss * samples, correct, samples since the start of the epoch
+    lookahead: Lookahead | None = None
+    ema: Ema | None = None
+    proxy: SampleSelector | None = None  # its network, optimizer and scaler
 
     config: TrainConfig
     plan: ExecutionPlan
@@ -47,11 +47,8 @@ class TrainState:
     infer: nn.Module  # `network` for evaluation: compiled, not data-parallel
     loss_and_counts: LossAndCounts  # computes the loss of `forward`, compiled
     captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
-
-    lookahead: Lookahead | None = None
-    ema: Ema | None = None
-    proxy: SampleSelector | None = None
     guard: SkipNonFinite | None = None  # skips non-finite steps
+
     is_fresh_init: bool = True  # whether the weights are new, so that a whitening layer must be fitted
     notes: tuple[str, ...] = ()  # messages for the log about how the network was built
 

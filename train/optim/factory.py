@@ -173,11 +173,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
     """
     for group in optimizer.param_groups:
         rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
-        scaled = rate * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(scaled)
-        else:
-            group["lr"] = scaled
+        set_group_rate(group, rate * group.get("lr_scale", 1.0))
+
+
+def set_group_rate(group: ParameterGroup, rate: float) -> None:
+    """Set the learning rate of a group. A rate on the device is set in place, since CUDA graphs hold its address."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
