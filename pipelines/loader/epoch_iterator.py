@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -23,7 +22,8 @@ from pipelines.loader.batches import Batch, BatchPlan, MixedBatch
 from pipelines.loader.stage import IN_FLIGHT, HostBatch, Stage
 from pipelines.storage.split import Split
 
-Task = Callable[[], list[HostBatch] | None]
+Ready = SimpleQueue[list[HostBatch] | BaseException]  # holds one gathered group, or the error that ended it
+Tasks = SimpleQueue[tuple[range, int, Ready] | None]  # batches to gather, slot to fill and where to put the result
 
 
 class Loader(Iterable[Batch]):
@@ -145,30 +145,34 @@ class EpochIterator(Iterator[Batch]):
         position = self._loader.start_iteration()
         self._stage, self._epoch, self._step = self._loader.stage, position.epoch, position.step
         self._steps, self._groups = len(self._stage), self._stage.groups(position.step)
-        self._tasks: SimpleQueue[tuple[Task, SimpleQueue] | None] = SimpleQueue()
-        # For each group on its way, in the order of the batches: a queue that will hold the group, or an error.
-        self._gathering: deque[SimpleQueue[list[HostBatch] | BaseException]] = deque()
+        self._tasks: Tasks = SimpleQueue()
+        self._gathering: deque[Ready] = deque()  # in the order of the batches
         self._group: list[HostBatch] = []  # remaining batches of the group taken last, in reverse order
         self._in_flight: deque[HostBatch] = deque()  # in the runner
         for slot in range(self._stage.slots):
             self._refill(slot)
-        self._tasks.put((partial(self._stage.plan.prepare, self._epoch + 1), SimpleQueue()))  # after the first batches
         # Daemons, since Python waits for other threads before it finalizes the iterator.
         threads = [
-            Thread(target=_run_tasks, args=(self._tasks,), name="gather", daemon=True)
+            Thread(target=_gather, args=(self._stage, self._epoch, self._tasks), name="gather", daemon=True)
             for _ in range(self._stage.backend.threads)
         ]
+        prepare = self._stage.plan.prepare
+        self._preparer = Thread(target=prepare, args=(self._epoch + 1,), name="prepare", daemon=True)
         # Threads do not refer to the iterator, so that it is finalized when the consumer drops it, and at exit.
-        self._stop = weakref.finalize(self, _stop, self._stage, self._in_flight, self._tasks, threads)
+        self._stop = weakref.finalize(
+            self, _stop, self._stage, self._in_flight, self._tasks, [*threads, self._preparer]
+        )
         for thread in threads:
             thread.start()
         return self._steps - position.step
 
     def _refill(self, slot: int) -> None:
-        """Let a thread fill a free slot with the next group, if there is one left."""
-        if (steps := next(self._groups, None)) is not None:
+        """Let a thread fill a free slot with the next group. If there is none left, let the thread end."""
+        if (steps := next(self._groups, None)) is None:
+            self._tasks.put(None)
+        else:
             self._gathering.append(SimpleQueue())
-            self._tasks.put((partial(self._stage.gather_group, self._epoch, steps, slot), self._gathering[-1]))
+            self._tasks.put((steps, slot, self._gathering[-1]))
 
     def _next_batch(self) -> Batch:
         start_s, loader = time.perf_counter(), self._loader
@@ -204,6 +208,8 @@ class EpochIterator(Iterator[Batch]):
                 return None
             self._gathering.popleft()
             self._group = group
+            if self._preparer.ident is None:  # not earlier, since training waits for the first batch
+                self._preparer.start()
         return self._group.pop()
 
     def _submit(self, host_batch: HostBatch) -> None:
@@ -237,23 +243,18 @@ class EpochIterator(Iterator[Batch]):
         return MixedBatch(*batch, table)
 
 
-def _run_tasks(tasks: SimpleQueue[tuple[Task, SimpleQueue] | None]) -> None:
-    """Run tasks until there is a None, and put the result or the error of each into the task's queue."""
-    while (item := tasks.get()) is not None:
-        task, result = item
+def _gather(stage: Stage, epoch: int, tasks: Tasks) -> None:
+    """Gather groups until there is a None."""
+    while (task := tasks.get()) is not None:
+        steps, slot, ready = task
         try:
-            result.put(task())
+            ready.put(stage.gather_group(epoch, steps, slot))
         except BaseException as error:
-            result.put(error)
+            ready.put(error)
 
 
-def _stop(
-    stage: Stage,
-    in_flight: deque[HostBatch],
-    tasks: SimpleQueue[tuple[Task, SimpleQueue] | None],
-    threads: Sequence[Thread],
-) -> None:
-    """Take the batches in flight out of the runner, and end the threads after the tasks that they are running."""
+def _stop(stage: Stage, in_flight: deque[HostBatch], tasks: Tasks, threads: Sequence[Thread]) -> None:
+    """Take the batches in flight out of the runner, and end the threads after the groups that they are gathering."""
     for host_batch in in_flight:
         with suppress(RuntimeError, StopIteration):  # a graph that failed has no more results
             *_, stage.slot_waits[host_batch.slot] = stage.runner.result()
@@ -263,4 +264,5 @@ def _stop(
     for _ in threads:
         tasks.put(None)
     for thread in threads:
-        thread.join()
+        if thread.ident is not None:  # only if it was started
+            thread.join()
