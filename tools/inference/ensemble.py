@@ -58,11 +58,12 @@ def predict(
                 bar.update(len(values))
             if start != len(images):
                 raise RuntimeError(f"predicted {start} of {len(images)} images")
-            each += evaluations(sums)
-    if not several:
-        return logits, each, each[0] if each else None
-    logits -= np.float32(np.log(len(models)))
-    return logits, each, mean_evaluation(logits, images)
+            each += [evaluation(sums)] if images.labels is not None else []
+    if several:
+        logits -= np.float32(np.log(len(models)))
+    if images.labels is None:
+        return logits, [], None
+    return logits, each, evaluate_logits(logits, images.labels) if several else each[0]
 
 
 def predicted_batches(
@@ -91,19 +92,15 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
         )
 
 
-def evaluations(sums: Tensor) -> list[Evaluation]:
-    """Return a list with the evaluation computed from sums of `loss_and_hits`, or [] if no image is labeled."""
+def evaluation(sums: Tensor) -> Evaluation:
+    """Return the evaluation computed from sums of `loss_and_hits`."""
     loss, top1, top5, count = sums.tolist()
-    return [Evaluation(loss / count, top1 / count, top5 / count, int(count))] if count else []
+    return Evaluation(loss / count, top1 / count, top5 / count, int(count))
 
 
-def mean_evaluation(logits: np.ndarray, images: ImageSet) -> Evaluation | None:
-    if images.labels is None:
-        return None
-    parts = zip(
-        torch.from_numpy(logits).split(CHUNK_SIZE), torch.from_numpy(images.labels).split(CHUNK_SIZE), strict=True
-    )
-    return evaluations(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)))[0]
+def evaluate_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
+    parts = zip(torch.from_numpy(logits).split(CHUNK_SIZE), torch.from_numpy(labels).split(CHUNK_SIZE), strict=True)
+    return evaluation(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)))
 
 
 def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,37 +18,35 @@ NOISY = 2.0  # ratio of the fastest to the slowest round of a size above which t
 
 def trial_rows(searches: list[BatchSizeSearch]) -> list[Row]:
     """Return a row per trial for the CSV and JSON files, ordered by model and batch size."""
-    return [_trial_row(search, trial) for search in searches for trial in _by_size(search)]
+    return [_trial_row(search, trial) for search in searches for trial in search.by_size]
 
 
 def display_rows(searches: list[BatchSizeSearch]) -> list[Row]:
     """Return a row per trial for the console, ordered by model and batch size."""
-    return [_display_row(search, trial) for search in searches for trial in _by_size(search)]
-
-
-def _by_size(search: BatchSizeSearch) -> list[Trial]:
-    return sorted(search.trials, key=lambda trial: trial.batch_size)
+    return [_display_row(search, trial) for search in searches for trial in search.by_size]
 
 
 def _trial_row(search: BatchSizeSearch, trial: Trial) -> Row:
-    rates = [trial.rate, min(trial.rates), max(trial.rates)] if trial.fits else [None, None, None]
+    fits = trial.fits
     return {
         "model": search.target.name,
         "batch": trial.batch_size,
-        **dict(zip(("images_per_s", "lowest", "highest"), map(_significant, rates), strict=True)),
-        "ms_per_step": _significant(1e3 * trial.batch_size / trial.rate) if trial.fits else None,
+        "images_per_s": _significant(trial.rate) if fits else None,
+        "lowest": _significant(min(trial.rates)) if fits else None,
+        "highest": _significant(max(trial.rates)) if fits else None,
+        "ms_per_step": _significant(1e3 * trial.batch_size / trial.rate) if fits else None,
         "memory_gib": _rounded(trial.memory_gib),
         "reserved_gib": _rounded(trial.reserved_gib),
         "device_memory_gib": _rounded(trial.device_memory_gib),
-        "fits": None if trial.is_failure else trial.fits,
+        "fits": None if trial.is_failure else fits,
         "step": trial.origin,
         "rounds": len(trial.rates),
         "error": trial.error,
     }
 
 
-def _significant(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+def _significant(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _rounded(gib: float | None) -> float | None:

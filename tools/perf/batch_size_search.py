@@ -162,8 +162,12 @@ class BatchSizeSearch:
     end: str = ""  # memory, most, time, error, interrupted
 
     @property
+    def by_size(self) -> list[Trial]:
+        return sorted(self.trials, key=lambda trial: trial.batch_size)
+
+    @property
     def fitting(self) -> list[Trial]:
-        return sorted((trial for trial in self.trials if trial.fits), key=lambda trial: trial.batch_size)
+        return [trial for trial in self.by_size if trial.fits]
 
     @property
     def largest(self) -> int | None:

@@ -172,7 +172,7 @@ def test_plots_show_names_literally(tmp_path: Path) -> None:
     figure = plots.plot_batch_sizes([one], (2.0, "limit"), odd)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [f"{odd}: 100 images fit, 100 are fastest", "limit, 2 GiB"]
-    config = ANY_CONFIG.model_copy(update={"name": odd})
+    config = load_config("configs/digits_lenet.yaml").model_copy(update={"name": odd})
     profile = StepProfile(1, 2.0, [Phase("data", 2.0, 1.0)], [Operator(odd, 1.0, 1)])
     report = StepReport(config, 1, None, {"device": odd}, profile, {"step": 8e3, odd: 8e3})
     row = {"name": odd, "ours": True, "images_per_s": 2.0, "lowest": 1.0, "highest": 3.0}
