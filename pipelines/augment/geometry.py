@@ -6,6 +6,8 @@ import numpy as np
 
 from pipelines.rng import normal, uniform
 
+Range = tuple[float, float]
+
 
 def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
     """Draw horizontal flips: int32 [B], 1 for a flipped sample, otherwise 0."""
@@ -15,8 +17,8 @@ def flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.
 def alternating_flips(samples: np.ndarray, seed: int, epoch: int, probability: float) -> np.ndarray:
     """Draw one flip per sample for all epochs and invert it in odd epochs: int32 [B], 1 for a flip, otherwise 0.
 
-    Any two consecutive epochs show both an image and its mirror image. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds
-    on a Single GPU", arXiv:2404.00498.
+    Two consecutive epochs always show both an image and its mirror image. Source: Jordan, "94% on CIFAR-10 in 3.29
+    Seconds on a Single GPU", arXiv:2404.00498.
     """
     return flips(samples, seed, 0, probability) ^ np.int32(epoch % 2)
 
@@ -41,13 +43,7 @@ def cutout_corners(samples: np.ndarray, seed: int, epoch: int, size: int, cutout
 
 
 def random_resized_crops(
-    samples: np.ndarray,
-    seed: int,
-    epoch: int,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    samples: np.ndarray, seed: int, epoch: int, heights: np.ndarray, widths: np.ndarray, scale: Range, ratio: Range
 ) -> np.ndarray:
     """Draw crop boxes like torchvision's RandomResizedCrop.
 
@@ -92,13 +88,7 @@ def random_resized_crops(
 
 
 def erase_boxes(
-    samples: np.ndarray,
-    seed: int,
-    epoch: int,
-    size: int,
-    probability: float,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    samples: np.ndarray, seed: int, epoch: int, size: int, probability: float, scale: Range, ratio: Range
 ) -> np.ndarray:
     """Draw boxes to erase like torchvision's RandomErasing.
 

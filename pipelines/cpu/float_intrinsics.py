@@ -87,14 +87,7 @@ def _splat(builder: IRBuilder, value: Value, count: int) -> Value:
 
 @array_intrinsic
 def mix_four_pixels(
-    builder: IRBuilder,
-    target: Array,
-    at: Value,
-    source: Array,
-    upper: Value,
-    lower: Value,
-    right_share: Value,
-    lower_share: Value,
+    builder: IRBuilder, target: Array, at: Value, source: Array, upper: Value, lower: Value, across: Value, down: Value
 ) -> None:
     """Bilinearly interpolate a 2 x 2 block of pixels of `source` and write the rounded result to target[at : at + 3].
 
@@ -106,8 +99,8 @@ def mix_four_pixels(
         at: Byte offset of the pixel to write.
         upper: Byte offset of the upper left pixel; the upper right pixel follows.
         lower: Byte offset of the lower left pixel; the lower right pixel follows.
-        right_share: Weight of the right pixels, float32, 0 to 1.
-        lower_share: Weight of the lower pixels, float32, 0 to 1.
+        across: Weight of the right pixels, float32, 0 to 1.
+        down: Weight of the lower pixels, float32, 0 to 1.
     """
 
     def pixel(at: Value) -> Value:
@@ -116,7 +109,7 @@ def mix_four_pixels(
     def between(first: Value, second: Value, share: Value) -> Value:
         return _fused(builder, builder.fsub(second, first), share, first)
 
-    right, below = _splat(builder, right_share, 4), _splat(builder, lower_share, 4)
+    right, below = _splat(builder, across, 4), _splat(builder, down, 4)
     top, bottom = (between(pixel(left), pixel(builder.add(left, left.type(3))), right) for left in (upper, lower))
     target.store(_rounded(builder, between(top, bottom, below)), at)
 

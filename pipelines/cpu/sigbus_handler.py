@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.core.base import BaseContext
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
+from numba.types import int32, intp
 
 from pipelines.cpu.jit import native_callback
 
@@ -26,11 +27,9 @@ CODE, ADDRESS = 1, 2  # fields of siginfo_t, in units of 8 bytes
 READABLE, FIXED_PRIVATE_ANONYMOUS = 1, 0x32  # flags of mmap
 
 _integers = types.CPointer(types.int64)
-_mmap = types.ExternalFunction(
-    "mmap", types.intp(types.intp, types.intp, types.int32, types.int32, types.int32, types.intp)
-)
-_sigaction = types.ExternalFunction("sigaction", types.int32(types.int32, types.intp, types.intp))
-_raise = types.ExternalFunction("raise", types.int32(types.int32))
+_mmap = types.ExternalFunction("mmap", intp(intp, intp, int32, int32, int32, intp))
+_sigaction = types.ExternalFunction("sigaction", int32(int32, intp, intp))
+_raise = types.ExternalFunction("raise", int32(int32))
 
 
 @intrinsic
@@ -61,7 +60,7 @@ def _handle(signal: int, information: types.CPointer, context: types.CPointer) -
         variable[0] = information
         return
     table = variable[0]
-    is_fault = types.int32(information[CODE]) > 0  # otherwise a process sent the signal
+    is_fault = int32(information[CODE]) > 0  # otherwise a process sent the signal
     if is_fault:
         address = information[ADDRESS]
         for number in range(table[ROWS]):
@@ -78,4 +77,4 @@ def _handle(signal: int, information: types.CPointer, context: types.CPointer) -
         _raise(signal)
 
 
-handler = native_callback(types.void(types.int32, _integers, _integers))(_handle)
+handler = native_callback(types.void(int32, _integers, _integers))(_handle)
