@@ -26,7 +26,7 @@ from train.engine.state import TrainState, restart_in_place
 from train.engine.step import train_step
 from train.engine.warm_up import blank_batch, warm_up_training
 from train.optim.averaging import Ema, Lookahead, build_ema, build_lookahead, eval_weights, kept_share, uses_ema
-from train.reporting.metrics_file import best_results
+from train.reporting.metrics_file import best_results, read_metrics
 
 VAL_SAMPLES = 107
 State = dict[str, Tensor]
@@ -218,7 +218,7 @@ def test_epoch_without_evaluation_evaluates_no_average(digits_run: Any, tmp_path
     run_here(*command(digits_run.data, tmp_path, "train.epochs=2", "train.eval_every_epochs=2"))
     lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
     assert [line["ema_val_top1"] is None for line in lines] == [True, False]
-    assert best_results(lines)["best_ema_val_top1"] == lines[1]["ema_val_top1"]
+    assert best_results(read_metrics(tmp_path / "digits_lenet"))["best_ema_val_top1"] == lines[1]["ema_val_top1"]
 
 
 def test_tools_load_average_unless_raw_or_missing(averaged: Path, digits_run: Any, tmp_path: Path) -> None:
