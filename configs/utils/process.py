@@ -59,18 +59,18 @@ def acquire_lock(
 def handle_signals(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Call `handler` when one of these signals arrives in this context.
 
-    Signals that are ignored, such as SIGHUP under nohup, or SIGINT in the background of a shell, stay ignored, and
-    handlers installed by C code are kept. Python allows signal handlers only in the main thread, so this context does
-    nothing in other threads.
+    Signals that are ignored, such as SIGHUP under nohup, or SIGINT in the background of a shell, stay ignored. A
+    handler of C code cannot be restored, so its signal has the default action afterwards. Python allows signal handlers
+    only in the main thread, so this context does nothing in other threads.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    caught = [number for number in numbers if is_main and signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    caught = [number for number in numbers if is_main and signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in caught}
     try:
         yield
     finally:
         for number, previous_handler in previous.items():
-            signal.signal(number, previous_handler)
+            signal.signal(number, signal.SIG_DFL if previous_handler is None else previous_handler)
 
 
 def die_with_parent(number: int, parent: int | None = None) -> None:

@@ -91,6 +91,24 @@ def test_signals_reach_the_handler_only_inside_and_ignored_ones_never() -> None:
             signal.signal(number, handler)
 
 
+def test_handler_of_c_code_is_replaced() -> None:
+    code = """
+import os, signal
+from configs.utils.process import handle_signals
+seen = []
+# Python returns None for a handler of C code.
+signal.getsignal = lambda number: None
+signal_signal = signal.signal
+signal.signal = lambda number, handler: (signal_signal(number, handler), None)[1]
+with handle_signals([signal.SIGUSR2], lambda number, _: seen.append(number)):
+    os.kill(os.getpid(), signal.SIGUSR2)
+signal.signal = signal_signal
+assert seen == [signal.SIGUSR2]
+assert signal_signal(signal.SIGUSR2, signal.SIG_DFL) == signal.SIG_DFL
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_outside_the_main_thread_handlers_stay() -> None:
     seen: list[object] = []
 
