@@ -42,12 +42,12 @@ from train.optim.averaging import uses_ema
 from train.optim.nonfinite import FiniteCheck, NonFiniteError
 from train.optim.schedule import Timeline, learning_rate
 from train.reporting.bad_samples import report_bad_samples
+from train.reporting.metrics_file import MetricsLine
 from train.reporting.run_log import RunLog
 
 RESULTS = ("loss", "top1", "top5")  # results of an evaluation, as suffixes of metric names
 MAX_REWINDS = 5  # per run; more failures are not due to chance
 MAX_SKIPPED_STEPS = 10  # consecutive steps
-Metrics = dict[str, float | None]  # by name, as in metrics.jsonl
 
 
 @dataclass
@@ -213,22 +213,24 @@ class Trainer:
         if names := (BEST,) * improved + (LAST,) * saves_last:
             self.checkpoints.save(names, Position(epoch + 1), torch.zeros_like(sums), done)
 
-    def _training_metrics(self, epoch: int, done: int, sums: Tensor) -> Metrics:
+    def _training_metrics(self, epoch: int, done: int, sums: Tensor) -> MetricsLine:
         """Return the metrics of an epoch by name, with None for the results of the evaluation."""
         loss, correct, seen = sums.tolist()
         weights = ("",) if self.state.ema is None else ("", "ema_")
-        return {
-            "epoch": epoch,
-            "step": done,
-            "train_loss": loss / seen if seen else nan,
-            "train_top1": correct / seen if seen else nan,
-            **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
-            "lr": learning_rate(done - 1, self.timeline, self.state.config, self.run.progress.plateau.decays),
-            **self.run.clock.rates(),
-            **memory_usage(self.state.device),
-        }
+        return MetricsLine(
+            {
+                "epoch": epoch,
+                "step": done,
+                "train_loss": loss / seen if seen else nan,
+                "train_top1": correct / seen if seen else nan,
+                **dict.fromkeys(f"{which}val_{result}" for which in weights for result in RESULTS),
+                "lr": learning_rate(done - 1, self.timeline, self.state.config, self.run.progress.plateau.decays),
+                **self.run.clock.rates(),
+                **memory_usage(self.state.device),
+            }
+        )
 
-    def _evaluate(self, metrics: Metrics) -> float:
+    def _evaluate(self, metrics: MetricsLine) -> float:
         """Evaluate the weights and, if there is one, the moving average, and add the results to `metrics`.
 
         Returns:

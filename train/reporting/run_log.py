@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from configs.schema import LogConfig
 from configs.utils import files
@@ -108,7 +108,7 @@ class RunLog:
         """Write a line to the console and to log.txt."""
         self._logger.info(message)
 
-    def start_trackers(self, config: LogConfig, run_config: dict[str, Any], step: int) -> None:
+    def start_trackers(self, config: LogConfig, run_config: Mapping[str, object], step: int) -> None:
         """Start W&B and TensorBoard if they are configured. Failures are logged, and the run continues.
 
         Args:
@@ -133,7 +133,7 @@ class RunLog:
             else:
                 self._trackers += [tracker] if tracker is not None else []
 
-    def write_config(self, config: str, facts: dict[str, Any]) -> None:
+    def write_config(self, config: str, facts: Mapping[str, object]) -> None:
         """Write config.yaml and facts.json. On resume, this overwrites the existing files.
 
         Raises:
@@ -166,10 +166,10 @@ class RunLog:
         self.info(f"step {step}: loss {loss:.4g}, lr {lr:.4g}, {rate:,.0f} images/s")
         self._each(lambda tracker: tracker.log_scalars(values, step))
 
-    def log_epoch(self, metrics: dict[str, Any]) -> None:
+    def log_epoch(self, metrics: MetricsLine) -> None:
         """Log the metrics of an epoch to metrics.jsonl, the console, log.txt and the trackers.
 
-        `metrics` must include the epoch and the step. Also redraw curves.png if it was last drawn at least
+        `metrics` must include the step. Also redraw curves.png if it was last drawn at least
         CURVES_INTERVAL_S ago.
 
         Raises:
@@ -186,12 +186,13 @@ class RunLog:
         except OSError as error:  # the epoch has no checkpoint yet, so a resumed run logs it again
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
-        self.info(f"epoch {metrics['epoch']}: " + ", ".join(shown))
+        self.info(f"epoch {metrics.epoch}: " + ", ".join(shown))
         draws = time.monotonic() - self._drawn_at >= CURVES_INTERVAL_S
         lines = self._metrics() if draws or self.has_trackers else []
         if self.has_trackers:
             values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
-            self._each(lambda tracker: tracker.log_scalars(values, metrics["step"]))
+            done = int(metrics["step"] or 0)
+            self._each(lambda tracker: tracker.log_scalars(values, done))
             self.update_summary(best_results(lines))
         if draws:
             self.draw_curves(lines)
@@ -271,6 +272,6 @@ def _replace(path: Path, text: str) -> None:
         raise _cannot_write(path, error) from None
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: float | None) -> float | None:
     """Return None for nan and infinity, since JSON cannot represent them. Return other values unchanged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,15 +11,16 @@ from configs.schema import LogConfig, WandbConfig
 from configs.utils.errors import UserError
 from helpers.training import file_size_limit, strict_lines
 from train.reporting import figures
-from train.reporting.metrics_file import read_metrics
+from train.reporting.metrics_file import MetricsLine, read_metrics
 from train.reporting.run_log import RunLog
 
 
-def metrics(epoch: int, **changes: Any) -> dict[str, Any]:
-    return {"epoch": epoch, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.7, "val_top1": 0.4, **changes}
+def metrics(epoch: int, **changes: float | None) -> MetricsLine:
+    line = {"epoch": epoch, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.7, "val_top1": 0.4, **changes}
+    return MetricsLine(line)
 
 
-def run_log(folder: Path, *epochs: dict[str, Any]) -> RunLog:
+def run_log(folder: Path, *epochs: MetricsLine) -> RunLog:
     folder.mkdir(exist_ok=True)
     written = RunLog(folder)
     for line in epochs:

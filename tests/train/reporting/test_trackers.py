@@ -33,6 +33,7 @@ from train.distributed.process_group import Ranks
 from train.engine.evaluate import evaluate, predictions
 from train.engine.losses import mix_images, swap_pairs
 from train.reporting import figures, wandb_tracker
+from train.reporting.metrics_file import MetricsLine
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import GRID_IMAGES, collect_predictions, show_samples
 from train.reporting.trackers import call_with_timeout
@@ -276,8 +277,9 @@ def said(tmp_path: Path) -> str:
 def test_disabled_trackers_are_not_imported(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from configs.schema import LogConfig\n"
+        "from train.reporting.metrics_file import MetricsLine\n"
         "from train.reporting.run_log import RunLog\n"
-        "log = RunLog(Path(sys.argv[1])); log.start_trackers(LogConfig(), {}, 0); log.log_epoch({'epoch': 0})\n"
+        "log = RunLog(Path(sys.argv[1])); log.start_trackers(LogConfig(), {}, 0); log.log_epoch(MetricsLine(epoch=0))\n"
         "sys.exit('wandb' in sys.modules or 'tensorboard' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -365,7 +367,7 @@ def test_late_wandb_failure_is_reported_once_with_advice(
     monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(tmp_path, fail_at=failing))
     start(run_log)
     for epoch in range(2):
-        run_log.log_epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
+        run_log.log_epoch(MetricsLine(epoch=epoch, step=epoch, train_loss=1.5))
     run_log.log_figure("pictures/none", lambda: figures.curves([], "empty"), 2)
     run_log.finish()
     assert len(strict_lines(tmp_path / "run" / "metrics.jsonl")) == 2
@@ -398,7 +400,7 @@ def test_hanging_wandb_is_dropped_for_the_rest_of_the_run(
     monkeypatch.setattr(wandb_tracker, "LOG_TIMEOUT_S", 0.1)
     start(run_log)
     for epoch in range(3):
-        run_log.log_epoch({"epoch": epoch, "step": epoch, "train_loss": 1.5})
+        run_log.log_epoch(MetricsLine(epoch=epoch, step=epoch, train_loss=1.5))
     run_log.finish()
     assert (calls, run.exit_codes) == ([0], [])
     hang.set()
