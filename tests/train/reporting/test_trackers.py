@@ -451,7 +451,7 @@ def test_broken_server_or_key_makes_the_run_offline(
     (tmp_path / "run").mkdir()
     with RunLog(tmp_path / "run") as log:
         start(log)
-        log.log_epoch({"epoch": 0, "step": 44, "train_loss": 1.5})
+        log.log_epoch(MetricsLine(epoch=0, step=44, train_loss=1.5))
     assert "W&B cannot go online" in said(tmp_path)
     assert f"upload this run with: wandb sync {tmp_path / 'run' / 'wandb'}" in said(tmp_path)
     (folder,) = offline_runs(tmp_path / "run")
