@@ -134,7 +134,7 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
     """
     _refuse_links(folder)
     try:
-        lock = (folder / LOCK_FILE).open("a+b")
+        lock = (folder / LOCK_FILE).open("a+b", buffering=0)  # closing a buffer writes it, and fails on a full disk
     except OSError:
         yield
         return
@@ -160,7 +160,6 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
         with suppress(OSError):  # the disk is full
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            lock.flush()
         store.recover_interrupted_save(folder)  # not without a lock: another process may be saving
         yield
 

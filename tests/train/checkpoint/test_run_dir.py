@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -166,3 +167,14 @@ def test_file_system_without_locks_is_accepted(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with alone(), lock_run_dir(tmp_path), lock_run_dir(tmp_path / "missing"):
         pass
+
+
+def test_full_disk_leaves_the_error_of_the_run(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # every write fails
+    try:
+        with pytest.raises(UserError, match="no space"), lock_run_dir(tmp_path):
+            raise UserError("no space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_free(tmp_path)
