@@ -64,11 +64,17 @@ class LentBuffers:
             memory = self._new()
         # A view of an array refers to the innermost array. This is `lent`, since its memory comes from a memoryview.
         lent = np.ndarray((size, *self._shape), np.uint8, memory)
-        weakref.finalize(lent, self._free.append, memory)
+        weakref.finalize(lent, _give_back, weakref.ref(self._free), memory)
         return lent
 
     def _new(self) -> memoryview:
         return _slot((self.batch_size, *self._shape)).data
+
+
+def _give_back(free: weakref.ref[deque[memoryview]], memory: memoryview) -> None:
+    """Return a buffer to `free`, unless the loader is gone: a batch that outlives it keeps only its own buffer."""
+    if (buffers := free()) is not None:
+        buffers.append(memory)
 
 
 def load_resident(split: Split, device: torch.device) -> torch.Tensor:

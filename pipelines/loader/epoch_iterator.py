@@ -6,6 +6,7 @@ takes finished batches from the runner. The runner works ahead in its own thread
 
 from __future__ import annotations
 
+import atexit
 import time
 import weakref
 from collections import deque
@@ -134,6 +135,7 @@ class EpochIterator(Iterator[Batch]):
         """End the iterator and its threads, so that `next` raises StopIteration. Batches remain valid."""
         self._remaining = 0
         self._stop()
+        atexit.unregister(self._stop)
 
     def replace(self) -> None:
         """Close the iterator. `next` then raises RuntimeError if batches were left, otherwise StopIteration."""
@@ -158,10 +160,13 @@ class EpochIterator(Iterator[Batch]):
         ]
         prepare = self._stage.plan.prepare
         self._preparer = Thread(target=prepare, args=(self._epoch + 1,), name="prepare", daemon=True)
-        # Threads do not refer to the iterator, so that it is finalized when the consumer drops it, and at exit.
+        # Threads do not refer to the iterator, so that it is finalized when the consumer drops it.
         self._stop = weakref.finalize(
             self, _stop, self._stage, self._in_flight, self._tasks, [*threads, self._preparer]
         )
+        atexit.register(
+            self._stop
+        )  # newest first, so before DALI shuts its graphs down; `finalize` may be called later
         for thread in threads:
             thread.start()
         return self._steps - position.step
@@ -227,9 +232,12 @@ class EpochIterator(Iterator[Batch]):
                 return host_batch, images, labels
             except RuntimeError as error:
                 in_flight = [host_batch, *self._in_flight]
-                self._in_flight.clear()
-                for one in stage.replace_bad_samples(self._epoch, in_flight, error):
-                    self._submit(one)
+                stage.add_bad_samples(in_flight, error)
+                stage.runner.restart()
+                self._in_flight.clear()  # not earlier: after an error, `_stop` takes them out of the runner
+                for one in in_flight:
+                    again = stage.gather(self._epoch, one.indices, one.slot)
+                    self._submit(again._replace(is_last=one.is_last))
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         """Return images uint8 [B, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""

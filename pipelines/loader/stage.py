@@ -142,11 +142,11 @@ class Stage:
         self.source.poll()
         return images
 
-    def replace_bad_samples(self, epoch: int, batches: list[HostBatch], error: RuntimeError) -> list[HostBatch]:
-        """Restart a runner that failed with `error` while it had `batches`, and return them without bad samples.
+    def add_bad_samples(self, batches: list[HostBatch], error: RuntimeError) -> None:
+        """Add the bad samples that made the runner fail with `error` while it had `batches` to the record.
 
         DALI's errors do not name a sample. This method therefore searches the batches for the first one with samples
-        that cannot be decoded, and gathers all of them again with substitutes.
+        that cannot be decoded.
 
         Raises:
             UserError: A file has changed, or bad samples cannot be replaced.
@@ -160,8 +160,6 @@ class Stage:
             self.bad.add(defects, self.source.defect)
         except UserError as refusal:
             raise refusal from error
-        self.runner.restart()
-        return [self.gather(epoch, one.indices, one.slot)._replace(is_last=one.is_last) for one in batches]
 
     def _defects(self, host_batch: HostBatch) -> dict[int, str]:
         """Return the reason for each bad sample of a batch, keyed by the index of the sample.

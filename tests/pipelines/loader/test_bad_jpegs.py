@@ -229,6 +229,17 @@ def test_dali_error_without_bad_sample_is_raised(jpeg_data: Path, monkeypatch: p
         copies(loader)
 
 
+def test_failed_graph_gives_no_batch_of_an_earlier_iteration(jpeg_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_dali(monkeypatch)
+    bad = train(jpeg_copy, 20, image_size=24).plan.indices(0, 4)[3]
+    damage(jpeg_copy, int(bad), DAMAGE["zeroed scan"])  # fails in the graph, unlike most damage
+    loader = train(jpeg_copy, 20, image_size=24)
+    for _ in range(3):
+        with pytest.raises(UserError, match="cannot be decoded"):
+            copies(loader)
+        assert loader.position == Position(0, 4)
+
+
 def test_held_batches_outlive_a_failed_graph(damaged: Path, jpeg_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_dali(monkeypatch)
     assert_same(list(train(damaged, 26, AUG, **SKIP)), copies(expected_of(jpeg_data, 26, AUG)))
