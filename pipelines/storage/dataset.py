@@ -128,7 +128,7 @@ def load_dataset(folder: str | Path) -> DatasetInfo:
             raise ValueError(f"format {_format_value(dataset['format'])}")
         if (version := dataset["version"]) == VERSION:
             return parse_dataset(dataset)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged or from another program ({type(error).__name__}: {error}); "
             "convert the source with tools/convert.py first"
@@ -165,7 +165,7 @@ def parse_dataset(content: JsonObject) -> DatasetInfo:
     """Check the entries of dataset.json that other modules rely on.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: An entry is missing or invalid.
+        ValueError, TypeError, LookupError, AttributeError: An entry is missing or invalid.
     """
     name, classes = _get(content, "name", str), _text_list(content, "classes")
     encoding, splits = _get(content, "encoding", str), _get(content, "splits", dict)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from configs.load import parse_config
 from configs.schema import Config, DataConfig
@@ -26,6 +27,7 @@ from train.engine.state import TrainState
 class TrainingData(ModelDataset):
     """The data set that a model was trained on: the "dataset" entry of a checkpoint."""
 
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
     image_size: PositiveInt  # height and width in pixels, as in training
     conversion: Encoding | None = None  # of the stored images, or None if it was not recorded
     image_shape: tuple[int, int, int] | None = None  # of the stored images, or None if it varies or is unknown
@@ -77,10 +79,9 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     try:
         dataset = TypeAdapter(TrainingData).validate_python(content["dataset"])
     except ValidationError as error:
-        wrong = error.errors()[0]
+        name, entries = str(error.errors()[0]["loc"][0]), dict(content["dataset"])
         raise UserError(
-            f"checkpoint {path} cannot be read (its dataset's {wrong['loc'][0]!r} is {wrong['input']!r:.60}); use "
-            "another one"
+            f"checkpoint {path} cannot be read (its dataset's {name!r} is {entries[name]!r:.60}); use another one"
         ) from None
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
@@ -99,8 +100,8 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
         path, content = store.load_newest(find_checkpoints(path))
         require_keys(content, ("config",), path)
         config = parse_config(content["config"], f"the config in {path}")
-        if (facts := content.get("dataset")) is not None:
-            classes_there, size_there = len(facts["classes"]), facts["image_size"]
+        facts: Any = content.get("dataset") or {}
+        classes_there, size_there = len(facts.get("classes", ())), facts.get("image_size")
     classes = options.classes or config.model.num_classes or classes_there
     image_size = options.size or config.data.image_size or size_there
     for what, value, option in (("number of classes", classes, "--classes"), ("image size", image_size, "--size")):

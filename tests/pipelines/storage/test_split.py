@@ -485,6 +485,7 @@ def test_split_with_inconsistent_counts_is_refused(change: dict[str, Any], says:
         ({"classes": ["cat", 7]}, "classes are not all text"),
         ({"reencoded": {"train": {"PNG": "many"}}}, "PNG is 'many'"),
         ({"reencoded": {"train": 7}}, "not iterable"),
+        ({"reencoded": {"train": [7]}}, "out of range"),
         ({"image_shape": [32, 2**40, 3]}, "image_shape is"),
         ({"image_shape": [32, 32, 1]}, "image_shape is"),
         ({"name": "x" * 2**25}, "more than 33,554,432 bytes"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from configs.utils.errors import UserError
 from helpers.training import Run, alone
 from pipelines import build_eval_loader
 from tools.inference.trained_model import check_same_classes, load_trained_model
+from train.checkpoint import store
 from train.checkpoint.resume import find_checkpoints
 from train.engine.evaluate import evaluate
 
@@ -53,6 +55,28 @@ def test_damaged_best_checkpoint_falls_back_to_last(
         assert warning.endswith(f"{tmp_path / 'last.pt'} is used instead\n")
         with pytest.raises(UserError, match=r"best\.pt cannot be read .*last\.pt is intact$"):
             load_trained_model(tmp_path / "best.pt", device)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"classes": []}, r"'classes' is \[\]"),
+        ({"classes": ["cat", 7]}, r"'classes' is \['cat', 7\]"),
+        ({"std": [0.5, "x", 0.5]}, r"'std' is \[0\.5, 'x', 0\.5\]"),
+        ({"image_size": 0}, "'image_size' is 0"),
+        ({"conversion": {"name": "png"}}, r"'conversion' is \{'name': 'png'\}"),
+    ],
+)
+def test_invalid_description_of_the_data_set_is_refused(
+    change: dict[str, Any], says: str, digits_run: Run, tmp_path: Path
+) -> None:
+    content = store.load(digits_run.folder / "last.pt")
+    store.write(tmp_path / "last.pt", content | {"dataset": content["dataset"] | change})
+    with (
+        alone() as device,
+        pytest.raises(UserError, match=rf"cannot be read \(its dataset's {says}\);"),
+    ):
+        load_trained_model(tmp_path / "last.pt", device)
 
 
 def test_differing_classes_are_named(digits_run: Run) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from configs.utils.errors import UserError
 from helpers.training import Run
 from tools import summary
 from tools.perf import model_cases
+from train.checkpoint import store
 
 
 def test_default_size_comes_from_the_configs() -> None:
@@ -25,3 +29,11 @@ def test_run_folder_and_its_config_give_the_same_case(digits_run: Run, tmp_path:
     options = summary.parse_arguments(["x", "--batch-size", "7", "--classes", "3", "--size", "35"])
     changed = model_cases.build_case(config, options)
     assert (changed.batch_size, changed.classes, changed.image_size) == (7, 3, 35)
+
+
+def test_checkpoint_that_does_not_name_its_classes_needs_an_option(digits_run: Run, tmp_path: Path) -> None:
+    store.write(tmp_path / "last.pt", store.load(digits_run.folder / "last.pt") | {"dataset": {"name": "digits"}})
+    with pytest.raises(UserError, match=r"does not set the number of classes, .* give --classes"):
+        model_cases.build_case(str(tmp_path), summary.parse_arguments(["x"]))
+    options = summary.parse_arguments(["x", "--classes", "3", "--size", "35"])
+    assert model_cases.build_case(str(tmp_path), options).classes == 3
