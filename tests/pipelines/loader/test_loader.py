@@ -517,7 +517,6 @@ def test_sequential_window_advises_kernel_of_each_window(npy_data: Path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["CpuBackend", "DaliBackend"])
 @pytest.mark.parametrize("aug", ["AugConfig(flip=0)", "AugConfig(crop='random-resized')"], ids=["plain", "graph"])
 def test_program_may_end_within_an_epoch(aug: str, backend: str, npy_data: Path) -> None:
