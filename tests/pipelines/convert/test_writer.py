@@ -22,7 +22,7 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, tiny_source, write
-from pipelines.convert import layout, writer
+from pipelines.convert import checks, layout, writer
 from pipelines.convert.encode import Defect, Encoding, encode
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -370,6 +370,18 @@ def test_an_unfinished_data_set_refuses_other_options(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unfinished conversion"):
         write(tiny_source("npy"), out, seed=1)
     assert contents(out) == before
+
+
+def test_temporary_files_of_a_killed_conversion_are_removed(tmp_path: Path) -> None:
+    """They lie beside their targets, and their targets may already be written when the conversion is resumed."""
+    out = tmp_path / "out"
+    with checks.lock_output(out, {"name": "x"}) as spool:
+        left = [out / "x-train-000000.tar.tmp", spool / "request.json.tmp", spool / "train" / "block-000000.npz.tmp"]
+        (spool / "train").mkdir()
+        for file in left:
+            file.write_bytes(b"part of a file")
+    with checks.lock_output(out, {"name": "x"}):
+        assert not [file for file in left if file.exists()]
 
 
 def test_unfinished_conversion_by_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
