@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,11 +152,18 @@ def _count_reencoded(blocks: list[Table]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _progress_bar(layout: SplitLayout, label: str) -> tqdm:
-    with defer_signals():  # tqdm prints an error when an object with an interrupted constructor is deleted
-        return tqdm(
-            total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
-        )
+@contextmanager
+def _progress_bar(layout: SplitLayout, label: str) -> Iterator[tqdm]:
+    bar: tqdm | None = None
+    try:
+        with defer_signals():  # tqdm prints an error when an object with an interrupted constructor is deleted
+            bar = tqdm(
+                total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
+            )
+        yield bar
+    finally:
+        if bar is not None:
+            bar.close()  # before the message of an interruption
 
 
 def _release_spool(layout: SplitLayout, group: int) -> None:

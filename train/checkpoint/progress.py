@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pipelines.storage.dataset import DatasetInfo
@@ -23,8 +23,12 @@ class Progress:
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Progress:
-        """Return the progress in the "progress" entry of a checkpoint. Missing fields have their default values."""
-        return cls(**{**entry, "plateau": Plateau(**entry.get("plateau", {}))})
+        """Return the progress in the "progress" entry of a checkpoint. Missing fields have their default values.
+
+        Unknown fields, from another version, are ignored.
+        """
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        return cls(**{**known, "plateau": Plateau(**entry.get("plateau", {}))})
 
     def entry(self) -> dict[str, object]:
         """Return the "progress" entry of a checkpoint. It omits fields with default values, except best_top1."""

@@ -78,7 +78,7 @@ class RankSupervisor:
         self._exit_lock = threading.Lock()
         self._channel: FailureChannel | None = None  # None before this rank has connected
         self._has_ended = threading.Event()
-        self._is_terminating = threading.Event()  # torchrun sent SIGTERM while this rank was ending
+        self._is_terminating = False  # torchrun sent SIGTERM while this rank was ending
 
     def run(self, main: Callable[[], int | None]) -> int | None:
         """Run `main` and return its exit code. If any rank fails, exit the process instead."""
@@ -128,7 +128,7 @@ class RankSupervisor:
         """End this rank after an error in its main thread."""
         self._exit_lock.acquire()
         # torchrun sends SIGTERM as soon as any of its ranks ends
-        signal.signal(signal.SIGTERM, lambda *_: self._is_terminating.set())
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         failure = Failure(self._ranks.rank, self._summarize(error), isinstance(error, UserError))
         first = self._channel.report_failure(failure) if self._channel is not None else failure
         if first == failure:
@@ -184,9 +184,12 @@ class RankSupervisor:
         Stop waiting if torchrun sends SIGTERM, since the missing ranks will then never connect.
         """
         end = time.monotonic() + JOIN_TIMEOUT_S
-        while self._channel is not None and time.monotonic() < end and not self._is_terminating.is_set():
+        while self._channel is not None and time.monotonic() < end and not self._is_terminating:
             if self._channel.all_connected(0.1):
                 return
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._is_terminating = True
 
 
 def _error_line(error: Exception) -> str:

@@ -165,7 +165,7 @@ def test_tools_need_neither_source_nor_data_set(tuned: Result, tmp_path: Path) -
     resaved(content, tmp_path / "last.pt")
     with alone() as device:
         trained = load_trained_model(tmp_path / "last.pt", device)
-    assert trained.classes == CLASSES[3:8]
+    assert trained.dataset.classes == CLASSES[3:8]
     assert differing(trained.state.network.state_dict(), content["model"]) == set()
 
 
