@@ -164,9 +164,8 @@ class EpochIterator(Iterator[Batch]):
         self._stop = weakref.finalize(
             self, _stop, self._stage, self._in_flight, self._tasks, [*threads, self._preparer]
         )
-        atexit.register(
-            self._stop
-        )  # newest first, so before DALI shuts its graphs down; `finalize` may be called later
+        # At exit, `finalize` may be called after DALI has shut its graphs down. Functions of atexit run newest first.
+        atexit.register(self._stop)
         for thread in threads:
             thread.start()
         return self._steps - position.step

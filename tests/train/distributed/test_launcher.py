@@ -278,7 +278,7 @@ def test_ranks_ended_by_torchrun_are_not_awaited(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launcher, "JOIN_TIMEOUT_S", 1000.0)
     supervisor = launcher.RankSupervisor(Ranks(0, 0, 2, 2))
     monkeypatch.setattr(supervisor, "_channel", NoRanks())
-    before = signal.signal(signal.SIGTERM, lambda *_: supervisor._is_terminating.set())
+    before = signal.signal(signal.SIGTERM, supervisor._on_sigterm)
     try:
         supervisor._wait_for_others()
     finally:
