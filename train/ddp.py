@@ -88,8 +88,8 @@ def train(job: Job, resume: str | None) -> int:
     with RunDir(config, resume) as run_dir:  # found and locked, with an interrupted save completed
         newest = run_dir.load_newest()  # None for a new run
         stream = stream_info(config, job.dataset, job.passes)
-        if newest is None or "threads" not in newest.checkpoint:  # otherwise `restore_run` sets the number
-            limit_threads(job.device)
+        if newest is None or "threads" not in newest.checkpoint:
+            limit_threads(job.device)  # otherwise `restore_run` sets the number of threads
         if newest is not None:
             check_same_run(newest.checkpoint, config, stream, newest.path)
 
@@ -101,12 +101,13 @@ def train(job: Job, resume: str | None) -> int:
         run = RunInfo(stream, to_yaml(config), dataset_entry(job.dataset, val_loader.image_size))
         if newest is None:
             position = train_loader.position = Position(config.train.first_epoch)
-            run.clock.add(whiten(state, whitening_images(state, config.data)))
+            run.clock.add(whiten(state, whitening_images(state, config.data)))  # speedrun models; counts as training
         else:
-            position = restore_run(state, train_loader, timeline, run, newest)
-        source, newest = newest and newest.path, None  # frees a second copy of the weights
+            position = restore_run(state, train_loader, timeline, run, newest)  # also moves the loader
+        source = None if newest is None else newest.path
+        newest = None  # frees the weights that were loaded to host memory
 
-        folder = run_dir.create()
+        folder = run_dir.create()  # or the folder that was found
         with open_log(job, folder) as log, CheckpointWriter(folder, state, run) as checkpoints:
             trainer = Trainer(job, state, train_loader, val_loader, timeline, run, log, checkpoints)
             facts = log_start(trainer, position, source, run_dir.resume)
@@ -121,7 +122,7 @@ def train(job: Job, resume: str | None) -> int:
                         position = trainer.run_epoch(position)  # trains, evaluates, saves; rewinds if the loss is nan
                     collectives.from_first_rank(checkpoints.wait)
             except Preempted as preempted:  # a checkpoint has been written
-                log.fast_shutdown = True
+                log.fast_shutdown = True  # the scheduler may kill the process soon
                 return preempted.exit_code
             log_results(trainer, time.monotonic() - start_s)
     return 0

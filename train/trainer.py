@@ -93,26 +93,27 @@ class Trainer:
             self._start_epoch(position)
             with self._progress_bar(position) as bar:
                 for step, lr in self._steps(position):
-                    done = step + 1
+                    done = step + 1  # optimizer steps of the run
                     bar.update()
                     self.checkpoints.check()  # raises the error of a save in the background
+                    # About once a second, all ranks agree on a signal that any of them received, and on a timed save.
                     signal, is_due = self.consensus.poll(done)
-                    saves = is_due or signal != 0 or self._saves_after(done)
+                    saves = is_due or signal != 0 or self._is_save_step(done)
                     logs = done % self.config.log.every_steps == 0
                     if saves:
                         self.train_loader.check_unchanged()
                     if saves or logs:
-                        sums = self.finite_check.sums(done)  # synchronizes; raises NonFiniteError
+                        sums = self.finite_check.sums(done)  # of the epoch's metrics; synchronizes; finds nan
                     if logs:
                         self._log_step(bar, done, lr, sums)
                     if saves:
                         self.run.clock.count(done)
                         self.checkpoints.save((LAST,), Position(epoch, done - first), sums, done)
                     if signal:
-                        self._stop(signal, done)
-            self._finish_epoch(epoch)
+                        self._stop(signal, done)  # waits for the checkpoint and raises Preempted
+            self._finish_epoch(epoch)  # evaluates, logs and saves
         except NonFiniteError as error:
-            return self._rewind(error)
+            return self._rewind(error)  # at most MAX_REWINDS times in a run; the steps of the error are then skipped
         return Position(epoch + 1)
 
     def _start_epoch(self, position: Position) -> None:
@@ -160,7 +161,8 @@ class Trainer:
         )
         self.run.clock.count(self.timeline.first_step(position.epoch + 1))
 
-    def _saves_after(self, done: int) -> bool:
+    def _is_save_step(self, done: int) -> bool:
+        """Return True if train.save_every_steps asks for a checkpoint after `done` steps."""
         every = self.config.train.save_every_steps
         return every is not None and done % every == 0
 
