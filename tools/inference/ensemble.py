@@ -58,7 +58,7 @@ def predict(
                 bar.update(len(values))
             if start != len(images):
                 raise RuntimeError(f"predicted {start} of {len(images)} images")
-            each += [evaluation(sums)] if images.labels is not None else []
+            each += [evaluation(sums, len(images))] if images.labels is not None else []
     if several:
         logits -= np.float32(np.log(len(models)))
     if images.labels is None:
@@ -92,15 +92,15 @@ def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, star
         )
 
 
-def evaluation(sums: Tensor) -> Evaluation:
-    """Return the evaluation computed from sums of `loss_and_hits`."""
-    loss, top1, top5, count = sums.tolist()
-    return Evaluation(loss / count, top1 / count, top5 / count, int(count))
+def evaluation(sums: Tensor, samples: int) -> Evaluation:
+    """Return the evaluation of `samples` labeled samples, computed from sums of `loss_and_hits`."""
+    loss, top1, top5, _ = sums.tolist()
+    return Evaluation(loss / samples, top1 / samples, top5 / samples, samples)
 
 
 def evaluate_logits(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
     parts = zip(torch.from_numpy(logits).split(CHUNK_SIZE), torch.from_numpy(labels).split(CHUNK_SIZE), strict=True)
-    return evaluation(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)))
+    return evaluation(sum((loss_and_hits(*part) for part in parts), torch.zeros(4, dtype=torch.float64)), len(labels))
 
 
 def top_classes(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
