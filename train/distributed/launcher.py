@@ -7,6 +7,7 @@ stopped exit with code 1. Every wait has a time limit.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -52,7 +53,9 @@ def run_distributed(main: Callable[[], int | None]) -> None:
     def run() -> int | None:
         die_with_launcher()
         ranks = Ranks.from_environment()
-        return RankSupervisor(ranks).run(main) if ranks.world_size > 1 else _run_alone(main)
+        if ranks.world_size == 1:
+            return _run_alone(main)
+        _exit_without_finalization(RankSupervisor(ranks).run(main))
 
     run_main(run, is_result_printed=False)
 
@@ -63,6 +66,18 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
     except Exception as error:
         _write_torchrun_error(_error_line(error))
         raise
+
+
+def _exit_without_finalization(code: int | None) -> NoReturn:
+    """Run the exit handlers of Python, and end the process without finalizing Python.
+
+    gloo's threads outlive `destroy_process_group` once there was a DistributedDataParallel. The process aborts if one
+    of them releases a tensor while Python is finalized (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # wait for threads that are not daemons
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(code or 0)
 
 
 class RankSupervisor:
@@ -173,9 +188,7 @@ class RankSupervisor:
         self._wait_for_others()
         if not is_consequence and torch.cuda.is_initialized():
             time.sleep(GPU_EXIT_DELAY_S)
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        _flush()
         os._exit(code)
 
     def _wait_for_others(self) -> None:
@@ -218,11 +231,16 @@ def _resume_advice() -> str:
 
 def _print_error(text: str) -> None:
     """Print text to stderr in one call, since several ranks share stderr."""
-    with suppress(OSError, ValueError):  # its reader has gone
-        sys.stdout.flush()
+    _flush()
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+    _flush()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has gone
+            stream.flush()
 
 
 def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None:

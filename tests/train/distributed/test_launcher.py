@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +219,29 @@ def test_missing_ranks_are_named(
     assert capsys.readouterr().err == (f"{said}10 minutes\n" if who else "")
 
 
+@contextmanager
+def both_ranks(script: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start a script as two ranks without torchrun, and kill those that still run at the end."""
+    common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 LATE = """
 import os, time
 from train.distributed import collectives, launcher
@@ -235,21 +260,56 @@ launcher.run_distributed(main)
 @pytest.mark.slow
 def test_late_rank_triggers_warning_and_is_awaited() -> None:
     """The warning comes from a thread while torch waits for all ranks, and the run succeeds."""
-    port = free_port()
-    common = {**CLEAN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", LATE],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    with both_ranks(LATE) as ranks:
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert "warning: rank 0 has waited 1 s for other ranks to start" in errors[0]
+
+
+TENSOR_RELEASED_AT_EXIT = """
+import atexit, ctypes, os, sys, time
+
+class HoldsGil:
+    def __del__(self, sleep=ctypes.PyDLL(None).sleep):
+        sleep(3)
+
+def hold_gil():  # registered first, so called last
+    sys.setswitchinterval(3)
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        pass
+
+rank = int(os.environ["RANK"])
+if rank == 0:
+    atexit.register(hold_gil)
+    atexit.register(lambda: print(", exit handler", end=""))
+    finalized = HoldsGil()
+
+import torch
+from torch import distributed as dist
+from train.distributed import launcher
+
+def main():
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if rank == 0:
+        dist.all_reduce(torch.ones(1), async_op=True)  # waits for rank 1, then releases the tensor
+    else:
+        time.sleep(3)
+        dist.all_reduce(torch.ones(1))
+    print("done", end="")
+
+launcher.run_distributed(main)
+"""
+
+
+@pytest.mark.slow
+def test_gloo_may_release_a_tensor_while_a_rank_exits() -> None:
+    """A thread of gloo that waits for the GIL while Python is finalized aborts the process."""
+    with both_ranks(TENSOR_RELEASED_AT_EXIT) as ranks:
+        printed = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    assert [stdout for stdout, _ in printed] == ["done, exit handler", "done"]
 
 
 def test_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
