@@ -77,15 +77,15 @@ def half_broken() -> Iterator[dict[str, Workload]]:
 
 @contextmanager
 def dies(after: int) -> Iterator[dict[str, Workload]]:
-    """Kill the process after some items."""
+    """Kill the process after some items of at least 30 ms."""
 
     def items() -> Iterator[None]:
         for _ in range(after):
-            time.sleep(0.001)
+            time.sleep(0.03)
             yield
         os.kill(os.getpid(), signal.SIGKILL)
 
-    yield {"": Workload(items(), UNITS)}
+    yield {"": Workload(items(), UNITS, prefetches=False)}
 
 
 @contextmanager
