@@ -49,14 +49,14 @@ def run_main(main: Callable[[], int | None], *, is_result_printed: bool = True) 
     _use_utf8()
     try:
         code = main()
-        lost = _flush()
+        lost = flush_streams()
         if lost and is_result_printed and not code:
             raise UserError(f"the command succeeded, but its output could not be written ({lost}); print it elsewhere")
     except UserError as error:
-        _print_error(f"error: {printable(str(error))}")
+        print_error(f"error: {printable(str(error))}")
         code = 2
     except KeyboardInterrupt:
-        _print_error("interrupted")
+        print_error("interrupted")
         code = 130
     sys.exit(code)
 
@@ -73,7 +73,7 @@ def _use_utf8() -> None:
     from multiprocessing import parent_process
 
     if parent_process() is None:
-        _flush()
+        flush_streams()
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -98,7 +98,7 @@ def _open_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # prints characters that the terminal lacks as `\xf6`
 
 
-def _flush() -> str | None:
+def flush_streams() -> str | None:
     """Flush stdout and stderr. Return the reason if flushing stdout failed, or None.
 
     A closed pipe (`| head`) is not a failure. A stream that failed is replaced, since Python would flush it again at
@@ -108,14 +108,16 @@ def _flush() -> str | None:
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
             if name == "stdout" and not isinstance(error, BrokenPipeError):
-                reason = error.strerror
+                reason = getattr(error, "strerror", None) or str(error)
     return reason
 
 
-def _print_error(text: str) -> None:
-    with suppress(OSError):  # the terminal was closed
-        print(text, file=sys.stderr)
-    _flush()
+def print_error(text: str) -> None:
+    """Print text to stderr in one call, since several ranks may share stderr."""
+    flush_streams()
+    with suppress(OSError, ValueError):  # the terminal was closed
+        sys.stderr.write(f"{text}\n")
+    flush_streams()

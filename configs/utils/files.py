@@ -87,7 +87,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, sync: bool 
 
     Args:
         path: The file.
-        write: Called with the open temporary file, which is in the folder of `path`.
+        write: Called with the open temporary file, in the same folder as `path`.
         sync: Whether to flush the directory as well. Without this, the new file may be lost in a power failure, but the
             old one is not damaged. To write many files, pass False and call `sync_folder` once.
         writer: Name of the writer, if several processes may write the file at the same time.

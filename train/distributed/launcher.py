@@ -11,7 +11,6 @@ import atexit
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -22,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from configs.utils.errors import UserError, printable, run_main
+from configs.utils.errors import UserError, flush_streams, print_error, printable, run_main
 from train.distributed import process_group
 from train.distributed.failure_channel import Failure, FailureChannel, connect
 from train.distributed.process_group import Ranks
@@ -69,14 +68,14 @@ def _run_alone(main: Callable[[], int | None]) -> int | None:
 
 
 def _exit_without_finalization(code: int | None) -> NoReturn:
-    """Run the exit handlers of Python, and end the process without finalizing Python.
+    """Run Python's exit handlers and end the process without finalizing Python.
 
-    gloo's threads outlive `destroy_process_group` once there was a DistributedDataParallel. The process aborts if one
-    of them releases a tensor while Python is finalized (https://github.com/pytorch/pytorch/issues/190489).
+    After a DistributedDataParallel has been created, gloo's threads outlive `destroy_process_group`. If one of them
+    releases a tensor during finalization, the process aborts (https://github.com/pytorch/pytorch/issues/190489).
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # wait for threads that are not daemons
+    threading._shutdown()  # type: ignore[attr-defined]  # joins non-daemon threads
     atexit._run_exitfuncs()
-    _flush()
+    flush_streams()
     os._exit(code or 0)
 
 
@@ -123,7 +122,7 @@ class RankSupervisor:
         missing = self._channel.missing_ranks() if self._channel is not None else None  # None: unknown
         if missing != []:
             others = f"rank {', '.join(map(str, missing))}" if missing else "other ranks"
-            _print_error(
+            print_error(
                 f"warning: rank {self._ranks.rank} has waited {JOIN_WARNING_S:.0f} s for {others} to start (killed, or "
                 f"slow?), and waits up to {timeout_s / 60:.3g} minutes"
             )
@@ -134,7 +133,7 @@ class RankSupervisor:
         This method is called in a separate thread, since the main thread may be blocked in a collective forever.
         """
         if first.is_lost and self._ranks.rank == (1 if first.rank == 0 else 0):  # only one rank prints this
-            _print_error(f"rank {first.rank} {LOST}: {LOST_CAUSE}; {_resume_advice()}")
+            print_error(f"rank {first.rank} {LOST}: {LOST_CAUSE}; {_resume_advice()}")
         time.sleep(GPU_SHUTDOWN_GRACE_S if torch.cuda.is_initialized() else SHUTDOWN_GRACE_S)
         self._exit_lock.acquire()
         self._exit_stopped(first)
@@ -152,7 +151,7 @@ class RankSupervisor:
             self._exit(2, None, failure.summary, is_consequence=True)  # the same error on all ranks is printed once
         time.sleep(STOPPED_DELAY_S)
         if not process_group.is_lost_peer(error):
-            _print_error(f"rank {failure.rank} failed as well: {failure.summary}")
+            print_error(f"rank {failure.rank} failed as well: {failure.summary}")
         self._exit_stopped(first)
 
     def _summarize(self, error: Exception) -> str:
@@ -183,12 +182,12 @@ class RankSupervisor:
             is_consequence: Whether another rank failed first.
         """
         if text is not None:
-            _print_error(text)
+            print_error(text)
         _write_torchrun_error(summary, is_consequence=is_consequence)
         self._wait_for_others()
         if not is_consequence and torch.cuda.is_initialized():
             time.sleep(GPU_EXIT_DELAY_S)
-        _flush()
+        flush_streams()
         os._exit(code)
 
     def _wait_for_others(self) -> None:
@@ -227,20 +226,6 @@ def _resume_advice() -> str:
     if all(map(str.isdecimal, counts)) and int(counts[0]) < int(counts[1]):
         return "torchrun restarts all ranks"
     return "resume with --resume auto; torchrun --max-restarts=3 restarts and resumes by itself"
-
-
-def _print_error(text: str) -> None:
-    """Print text to stderr in one call, since several ranks share stderr."""
-    _flush()
-    with suppress(OSError, ValueError):
-        sys.stderr.write(f"{text}\n")
-    _flush()
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # its reader has gone
-            stream.flush()
 
 
 def _write_torchrun_error(message: str, *, is_consequence: bool = False) -> None:

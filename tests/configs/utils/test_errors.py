@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import subprocess
@@ -40,6 +41,14 @@ def test_error_is_always_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         run_main(fail)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: a name\\n\\x1b[2J of a file\n"
+
+
+def test_closed_output_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: sys.stdout.close())
+    assert stopped.value.code == 2
+    assert "its output could not be written (I/O operation on closed file" in capsys.readouterr().err
 
 
 SCRIPT = "from configs.utils.errors import run_main\ndef main():\n    print('told')\n    return 0\nrun_main(main)"

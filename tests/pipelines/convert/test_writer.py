@@ -373,7 +373,7 @@ def test_an_unfinished_data_set_refuses_other_options(tmp_path: Path) -> None:
 
 
 def test_temporary_files_of_a_killed_conversion_are_removed(tmp_path: Path) -> None:
-    """They lie beside their targets, and their targets may already be written when the conversion is resumed."""
+    """They are in the folders of their targets, which may already be complete when the conversion is resumed."""
     out = tmp_path / "out"
     with checks.lock_output(out, {"name": "x"}) as spool:
         left = [out / "x-train-000000.tar.tmp", spool / "request.json.tmp", spool / "train" / "block-000000.npz.tmp"]

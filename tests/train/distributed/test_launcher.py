@@ -269,8 +269,10 @@ def test_late_rank_triggers_warning_and_is_awaited() -> None:
 TENSOR_RELEASED_AT_EXIT = """
 import atexit, ctypes, os, sys, time
 
+# gloo's thread waits for the GIL from second 3, when rank 1 joins the reduction, and checks for finalization 3 s later.
+# The main thread keeps the GIL until second 4 in an exit handler, and then until second 7 during finalization.
 class HoldsGil:
-    def __del__(self, sleep=ctypes.PyDLL(None).sleep):
+    def __del__(self, sleep=ctypes.PyDLL(None).sleep):  # does not release the GIL
         sleep(3)
 
 def hold_gil():  # registered first, so called last
@@ -283,7 +285,7 @@ rank = int(os.environ["RANK"])
 if rank == 0:
     atexit.register(hold_gil)
     atexit.register(lambda: print(", exit handler", end=""))
-    finalized = HoldsGil()
+    finalized = HoldsGil()  # deleted during finalization
 
 import torch
 from torch import distributed as dist
