@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from configs.schema import AugConfig, DataConfig, EvalConfig, OnBadSample, PaddingMode
@@ -52,7 +53,7 @@ def build_train_loader(
     """
     aug = aug or AugConfig()
     mixup.check_mixing(data, aug.mix)
-    split = open_split(data.path, data.train_split, verify=data.verify, on_bad_sample=data.on_bad_sample)
+    split = open_limited(data, data.train_split, data.on_bad_sample)
     device = _device(device)
     starts = stage_starts(data)
     sections = [data_at(data, epoch) for epoch in starts]
@@ -109,7 +110,7 @@ def build_eval_loader(
     """
     evaluation = evaluation or EvalConfig()
     on_bad_sample = data.on_bad_sample if replace_bad_samples else OnBadSample.STOP
-    opened = open_split(data.path, split or data.val_split, verify=data.verify, on_bad_sample=on_bad_sample)
+    opened = open_limited(data, split or data.val_split, on_bad_sample)
     device = _device(device)
     size = _image_size(evaluation.image_size or data.image_size, data, opened)
     batch_size = evaluation.batch_size or data.batch_size
@@ -118,6 +119,28 @@ def build_eval_loader(
     plan = EvalBatches(*order.eval_range(len(opened), rank, world_size), batch_size)
     bad = bad_samples.for_training(opened, data) if replace_bad_samples else bad_samples.for_evaluation(opened, data)
     return EvalLoader(Stage(plan, choose_backend(spec), bad))
+
+
+def open_limited(data: DataConfig, name: str, on_bad_sample: OnBadSample = OnBadSample.STOP) -> Split:
+    """Open a split and reduce it to the samples that data.limit selects, the same on every rank.
+
+    Args:
+        data: Config section `data`.
+        name: Name of the split.
+        on_bad_sample: See `open_split`.
+
+    Raises:
+        UserError: See `open_split`.
+    """
+    split = open_split(data.path, name, verify=data.verify, on_bad_sample=on_bad_sample)
+    if data.limit is None:
+        return split
+    samples = len(split)
+    count = data.limit if isinstance(data.limit, int) else max(1, round(data.limit * samples))
+    if count >= samples:
+        return split
+    labels = np.zeros(samples, np.int64) if split.labels is None else split.labels
+    return split.subset(order.stratified_subset(labels, count))
 
 
 def _steps(split: Split, batch_size: int, world_size: int, accumulation_steps: int) -> int:

@@ -56,6 +56,23 @@ def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:
     return hash64(np.arange(samples, dtype=np.uint64) ^ stream(seed, epoch, "order"))
 
 
+def stratified_subset(labels: np.ndarray, count: int) -> np.ndarray:
+    """Return a random part of a split, with each class in proportion to its size: sample indices, int64, ascending.
+
+    The part depends only on the labels, not on the seed of a run. A smaller part is contained in every larger one.
+
+    Args:
+        labels: Label of each sample, int [samples].
+        count: Number of samples to return. At least one of each class is returned, even if that is more.
+    """
+    hashes = hash64(np.arange(len(labels), dtype=np.uint64) ^ stream(0, 0, "limit"))
+    grouped = np.lexsort((hashes, labels))  # by class, in random order within a class
+    _, starts, sizes = np.unique(labels[grouped], return_index=True, return_counts=True)
+    place = np.arange(len(labels)) - np.repeat(starts, sizes)  # within its class
+    share = np.where(place == 0, 0.0, (place + 0.5) / np.repeat(sizes, sizes))
+    return np.sort(grouped[np.lexsort((hashes[grouped], share))[: max(count, len(sizes))]])
+
+
 def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulation_steps: int = 1) -> int:
     """Return the number of training batches per rank and epoch. An incomplete last optimizer step is dropped."""
     return samples // (batch_size * world_size * accumulation_steps) * accumulation_steps

@@ -128,7 +128,7 @@ def run(
         times = train_epoch(state, train_loader, seed=config.seed, rank=0)
         timer.add(times.time_s)
     with timer, eval_weights(state.ema, config.eval.weights):
-        top1 = evaluate(state, val_loader, job.val_samples, config.eval.tta).top1
+        top1 = evaluate(state, val_loader, len(val_loader.split), config.eval.tta).top1
     return SeedResult(job.config.seed, top1, timer.training_s)
 
 

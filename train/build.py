@@ -75,11 +75,6 @@ class Job:
         """Number of micro-batches per optimizer step, summed over all ranks."""
         return self.ranks.world_size * self.config.train.accumulation_steps
 
-    @property
-    def val_samples(self) -> int:
-        """The number of samples in data.val_split, over all ranks."""
-        return self.dataset.splits[self.config.data.val_split].samples
-
     def train_loader(self) -> TrainLoader:
         """Build the loader of data.train_split, see `pipelines.build_train_loader`."""
         config, ranks = self.config, self.ranks

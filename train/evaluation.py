@@ -43,7 +43,7 @@ def print_evaluation(job: Job, resume: str | None) -> None:
     config, val_loader = job.config, job.val_loader()
     _, candidates = collectives.from_first_rank(lambda: resolve_resume(config, resume))
     state, which = build_for_evaluation(job, candidates, val_loader.image_size)
-    result = evaluate(state, val_loader, job.val_samples, config.eval.tta)
+    result = evaluate(state, val_loader, len(val_loader.split), config.eval.tta)
     if job.ranks.is_first:
         print(f"{which}: {result.sentence(config.data.val_split)}")
 

@@ -37,7 +37,8 @@ def log_start(trainer: Trainer, position: Position, source: Path | None, resume:
         The contents of facts.json.
     """
     job, log = trainer.job, trainer.log
-    facts = collect_run_info(job.config, job.dataset, trainer.state, trainer.train_loader, job.ranks)
+    val_samples = len(trainer.val_loader.split)
+    facts = collect_run_info(job.config, job.dataset, trainer.state, trainer.train_loader, val_samples, job.ranks)
     log.write_config(trainer.run.config, facts)
     log.drop_epochs_from(position.epoch)
     if source is not None:

@@ -239,7 +239,7 @@ class Trainer:
             The top-1 accuracy of the weights selected by eval.weights.
         """
         state, options = self.state, self.config.eval
-        what = self.val_loader, self.job.val_samples, options.tta, lambda: self.signals.number != 0
+        what = self.val_loader, len(self.val_loader.split), options.tta, lambda: self.signals.number != 0
         evaluations = {"": evaluate(state, *what)}
         if state.ema is not None:
             with state.ema.swapped_in():

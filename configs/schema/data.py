@@ -72,6 +72,16 @@ class DataConfig(Section):
     """Split to train on."""
     val_split: str = Field(default="val", min_length=1)
     """Split to evaluate on."""
+    limit: int | float | None = Field(default=None, gt=0)
+    """Train and evaluate on a part of both splits: a number of samples of each, or a share below 1. All classes are
+    kept, in proportion to their sizes; null: all samples."""
+
+    @field_validator("limit")
+    @classmethod
+    def _samples_or_share(cls, limit: int | float | None) -> int | float | None:
+        if isinstance(limit, float) and limit >= 1:
+            raise ValueError("must be a whole number of samples, such as 1000, or a share below 1, such as 0.1")
+        return limit
 
     @field_validator("stages")
     @classmethod

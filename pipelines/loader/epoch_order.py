@@ -47,7 +47,7 @@ class ReadAhead:
         self._lock = Lock()
         self._reached = (-1, -1)  # (epoch, window)
         self._windows = lru_cache(maxsize=2)(
-            lambda epoch: order.shard_windows(len(split.files), window_shards, seed, epoch)
+            lambda epoch: order.shard_windows(int(split.shard.max()) + 1, window_shards, seed, epoch)
         )
 
     def __call__(self, epoch: int, indices: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,14 @@ class Split:
     def image_shape(self) -> tuple[int, int, int] | None:
         """Shape (height, width, 3) of all images of the data set, or None if the images differ in shape."""
         return self.dataset.image_shape
+
+    def subset(self, samples: np.ndarray) -> Split:
+        """Return a split of only these samples, whose indices are then counted from 0.
+
+        `samples` are indices in stored order, int64 [N].
+        """
+        columns = {name: getattr(self, name)[samples] for name in ("shard", "heights", "widths", "address", "size")}
+        return replace(self, labels=None if self.labels is None else self.labels[samples], **columns)
 
     def image_bytes(self, sample: int) -> np.ndarray:
         """Return the stored bytes of an image, including the .npy header if there is one: uint8 [bytes]."""

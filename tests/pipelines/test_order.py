@@ -128,3 +128,26 @@ def test_evaluation_ranges_cover_every_sample_exactly_once(samples: int, world_s
     np.testing.assert_array_equal(covered, np.arange(samples))
     lengths = [stop - start for start, stop in ranges]
     assert max(lengths) - min(lengths) <= 1
+
+
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12), share=st.floats(0, 1))
+def test_subset_has_every_class_in_proportion(sizes: list[int], share: float) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)) * 3, sizes))
+    count = round(share * len(labels))
+    chosen = order.stratified_subset(labels, count)
+    assert len(chosen) == len(set(chosen.tolist())) == min(len(labels), max(count, len(sizes)))
+    assert np.all(np.diff(chosen) > 0)
+    found = np.array([np.count_nonzero(labels[chosen] == 3 * number) for number in range(len(sizes))])
+    assert found.min() >= 1
+    if found.min() > 1:  # otherwise classes of one sample take the place of others
+        assert np.abs(found - np.array(sizes) * len(chosen) / len(labels)).max() < 1 + len(sizes) / 2
+
+
+def test_subset_is_balanced_random_and_contained_in_larger_ones() -> None:
+    labels = np.arange(10_000) % 10
+    small, large = order.stratified_subset(labels, 1000), order.stratified_subset(labels, 1505)
+    assert np.bincount(labels[small]).tolist() == [100] * 10
+    assert set(np.bincount(labels[large]).tolist()) <= {150, 151}
+    assert set(small) <= set(large)
+    assert abs(small.mean() - 5000) < 400  # from the whole split, not from its start
+    np.testing.assert_array_equal(small, order.stratified_subset(labels, 1000))

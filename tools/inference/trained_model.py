@@ -50,8 +50,9 @@ class TrainedModel:
         return f"{self.path} (moving average)" if self.is_ema else str(self.path)
 
     def eval_data_config(self, folder: str | Path) -> DataConfig:
-        """Return the run's data settings with the path set to `folder` and the image size set to that of training."""
-        return self.config.data.model_copy(update={"path": str(folder), "image_size": self.dataset.image_size})
+        """Return the run's data settings for whole splits of `folder`, at the image size of training."""
+        changes = {"path": str(folder), "image_size": self.dataset.image_size, "limit": None}
+        return self.config.data.model_copy(update=changes)
 
 
 def load_trained_model(path: Path, device: torch.device, *, compiled: bool = False) -> TrainedModel:

@@ -14,9 +14,9 @@ from torch.nn import functional
 from configs.schema import Config
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
+from pipelines.build import open_limited
 from pipelines.interfaces import Position
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.open import open_split
 from tools.common.tables import Row, make_folder, write_csv
 from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
@@ -45,7 +45,7 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
     with process_group(ranks) as device:
         samples, rows = augmented_samples(config, epochs, count, device)
         original = load_images(config.data, config.eval, config.data.train_split, samples, device)
-    split = open_split(config.data.path, config.data.train_split)
+    split = open_limited(config.data, config.data.train_split)
     labels = np.full(len(samples), -1) if split.labels is None else split.labels[samples]
     names = [image_grids.class_name(label, split.classes) for label in labels.tolist()]
     folder = make_folder(out or Path(config.output) / "show" / str(config.name))

@@ -24,7 +24,7 @@ def global_batch(config: Config, world_size: int) -> int:
 
 
 def collect_run_info(
-    config: Config, dataset: DatasetInfo, state: TrainState, loader: TrainLoader, ranks: Ranks
+    config: Config, dataset: DatasetInfo, state: TrainState, loader: TrainLoader, val_samples: int, ranks: Ranks
 ) -> Facts:
     """Return properties of a run that depend on its config, data set and machine.
 
@@ -33,6 +33,7 @@ def collect_run_info(
         dataset: Contents of dataset.json.
         state: The training state.
         loader: The training loader.
+        val_samples: Number of samples in an evaluation, over all ranks.
         ranks: Rank and world size of this process.
 
     Returns:
@@ -43,12 +44,11 @@ def collect_run_info(
         f"from epoch {stage.epoch}": [loader.at(stage.epoch).image_size, loader.at(stage.epoch).plan.batch_size]
         for stage in config.data.stages
     }
-    splits = dataset.splits
     return {
         "dataset": dataset.name,
         "classes": len(dataset.classes),
-        "train_samples": splits[config.data.train_split].samples,
-        "val_samples": splits[config.data.val_split].samples,
+        "train_samples": len(loader.split),
+        "val_samples": val_samples,
         "image_size": first.image_size,
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "world_size": ranks.world_size,

@@ -11,11 +11,11 @@ import torch
 
 from configs.schema import AugConfig, Config, DataConfig
 from pipelines import build_train_loader
+from pipelines.build import open_limited
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import ModelDataset, load_dataset
-from pipelines.storage.open import open_split
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
 from train.build import Job, build_all
@@ -152,7 +152,7 @@ def resident(config: Config, *, synthetic: bool, limit_bytes: int | None = None)
 
 def _images(config: Config, device: torch.device) -> tuple[Batch, ModelDataset]:
     """Return up to DISTINCT_IMAGES images from the train loader of `config`, and their data set."""
-    samples = len(open_split(config.data.path, config.data.train_split))
+    samples = len(open_limited(config.data, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
     loader = TrainLoader([build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)])
