@@ -4,6 +4,7 @@
     python tools/convert.py cifar10 --download --out data/cifar10
     python tools/convert.py hdf5 --source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96
     python tools/convert.py imagefolder --source photos --size 224 --out data/photos
+    python tools/convert.py imagefolder --source flowers --val-fraction 0.1 --out data/flowers
     python tools/convert.py verify data/cifar10
 
 To resume an interrupted conversion, run the same command again. The result is byte-identical.
@@ -103,9 +104,16 @@ def open_source(args: argparse.Namespace) -> Source:
         from tools.sources.hdf5 import open_hdf5
 
         return open_hdf5(args.source, args.classes, args.max_pixels)
-    from tools.sources.imagefolder import open_imagefolder
+    from tools.sources.imagefolder import FolderOptions, open_imagefolder
 
-    return open_imagefolder(args.source)
+    options = FolderOptions(
+        labels=args.labels,
+        val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
+        seed=args.seed,
+        follow_links=args.follow_links,
+    )
+    return open_imagefolder(args.source, options)
 
 
 def build_options(args: argparse.Namespace) -> Options:
@@ -117,6 +125,7 @@ def build_options(args: argparse.Namespace) -> Options:
         subsampling=args.subsampling or Encoding.subsampling,
         size=args.size,
         max_pixels=args.max_pixels,
+        orientation=getattr(args, "orientation", Encoding.orientation),
     )
     return Options(encoding=encoding, shard_mib=args.shard_mib, seed=args.seed, strict=args.strict)
 
@@ -231,12 +240,53 @@ def build_parser() -> argparse.ArgumentParser:
         "--source photos --size 256 --out data/photos",
     )
     imagefolder.add_argument(
-        "--source", type=path_argument, required=True, help="folder that contains train, val and test"
+        "--source", type=path_argument, required=True, help="folder that contains train, val and test, or class folders"
     )
+    imagefolder.add_argument(
+        "--labels",
+        type=path_argument,
+        metavar="FILE",
+        help="table of the classes of images that are in no class folder: file name and class in each line, such as "
+        "Kaggle's trainLabels.csv, or ImageNet's LOC_val_solution.csv or list of synsets",
+    )
+    for split in ("val", "test"):
+        imagefolder.add_argument(
+            f"--{split}-fraction",
+            type=_fraction,
+            metavar="F",
+            help=f"take this fraction of each class of train for {split}, at random by --seed",
+        )
+    imagefolder.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read symbolic links that lead out of --source, and links to folders of images",
+    )
+    _add_orientation(imagefolder)
     _add_options(imagefolder, encoding="jpeg")
     check = command("verify", "check every byte of a converted data set", "data/cifar10")
     check.add_argument("folder", type=path_argument, help="folder of the data set")
     return parser
+
+
+def _add_orientation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--orientation",
+        choices=["apply", "ignore"],
+        default=Encoding.orientation,
+        help="apply: rotate photos as their EXIF data say, and encode them again; ignore: use the pixels as stored, "
+        "like torchvision (default: %(default)s). Models predict with the option of their data set",
+    )
+
+
+def _fraction(text: str) -> float:
+    """Parse a number from 0 up to 1 (exclusive), for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 1
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up to 1, such as 0.1")
+    return number
 
 
 def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
@@ -268,7 +318,10 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
         "--workers", type=count, default=cores, help="worker processes (default: the available cores, %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=seed, default=Options.seed, help="seed of the stored order of train (default: %(default)s)"
+        "--seed",
+        type=seed,
+        default=Options.seed,
+        help="seed of the stored order of train, and of a random split (default: %(default)s)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first unusable image instead of leaving it out"

@@ -27,6 +27,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_MESSAGE = 150  # maximum number of characters of libtiff's message in a reason
 JPEG_SIDE = 65_500  # pixels; libjpeg's limit
+EXIF_ORIENTATION = 0x0112  # tag; 1 is upright
+ROTATED = "rotated by its EXIF orientation"  # reason to re-encode
 # Memory for decoding, in addition to the file: the largest allowed images take up to 18 bytes per pixel.
 DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
@@ -44,6 +46,8 @@ class Encoding:
     subsampling: str = "4:2:0"  # JPEG chroma subsampling
     size: int | None = None  # shorter side after resizing, pixels; npy also crops to size x size
     max_pixels: int = MAX_PIXELS
+    # Whether to rotate image files as their EXIF orientation says. torchvision and timm ignore it too.
+    orientation: Literal["apply", "ignore"] = "ignore"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
     if isinstance(source, np.ndarray):
         pixels = source
     else:
-        pixels, changed = _decode(source, encoding.max_pixels)
+        pixels, changed = _decode(source, encoding)
     if encoding.size is not None and (resized := _resize(pixels, encoding)) is not pixels:
         pixels, changed = resized, changed or "resized"
     height, width = pixels.shape[:2]
@@ -103,8 +107,8 @@ def _sums(pixels: np.ndarray) -> np.ndarray:
     return np.array([[h @ values for h in histograms], [h @ (values * values) for h in histograms]], np.int64)
 
 
-def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
-    """Decode an image file.
+def _decode(content: bytes, encoding: Encoding) -> tuple[np.ndarray, str | None]:
+    """Decode an image file, and rotate it if `encoding.orientation` says so.
 
     Returns:
         A tuple (pixels, reason). `pixels` are RGB, uint8 [H, W, 3]. `reason` says why the file cannot be stored
@@ -118,6 +122,7 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
     scans, reason = jpeg_format.inspect(content) if content.startswith(b"\xff\xd8") else (0, None)
     if scans > jpeg_format.MAX_SCANS:
         raise Defect(f"a JPEG of more than {jpeg_format.MAX_SCANS} scans")
+    max_pixels = encoding.max_pixels
     extra_bytes = DECODING_BYTES + DECODING_BYTES_PER_PIXEL * max_pixels
     messages: list[str] = []  # lines printed by libtiff
     try:
@@ -136,6 +141,8 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
                 elif reason is not None or image.mode not in ("RGB", "L"):
                     reason = f"JPEG {reason or f'of mode {image.mode}'}"
                 pixels = _rgb(image, content)
+                if encoding.orientation == "apply" and (number := _orientation(image)) in range(2, 9):
+                    pixels, reason = _rotate(pixels, number), reason or ROTATED
     except Defect:
         raise
     except MemoryError:
@@ -151,6 +158,28 @@ def _decode(content: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
         said = f"; {messages[-1][:MAX_MESSAGE]}" if messages else ""
         raise Defect(f"cannot be decoded ({type(error).__name__}: {error}{said})") from None
     return pixels, reason
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """Return the EXIF orientation of a decoded image, or 1 if it has none or its EXIF data are damaged.
+
+    Pillow has already rotated a TIFF, and gives 1.
+    """
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # the pixels are intact
+        return 1
+
+
+def _rotate(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return an image [H, W, 3] upright, for an EXIF orientation from 2 to 8."""
+    if orientation >= 5:  # the stored rows are columns
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _rgb(image: ImageFile.ImageFile, content: bytes) -> np.ndarray:

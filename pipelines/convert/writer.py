@@ -63,7 +63,7 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     """
     checks.check_classes(source)
     source_entry = {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint}
-    request: dict[str, object] = {"name": name, "options": asdict(options), "source": source_entry}
+    request: dict[str, object] = {"name": name, "options": _options_entry(options), "source": source_entry}
     if (out / "dataset.json").exists():
         return _load_finished(out, request)
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
@@ -79,6 +79,14 @@ def write_dataset(source: Source, out: Path, options: Options, workers: int, nam
     dataset = load_dataset(out)
     hash_cache.store_hashes(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
     return dataset
+
+
+def _options_entry(options: Options) -> dict[str, object]:
+    """Return the options for dataset.json. An ignored orientation is left out, as in older data sets."""
+    entry = asdict(options)
+    if options.encoding.orientation == "ignore":
+        del entry["encoding"]["orientation"]
+    return entry
 
 
 def _load_finished(out: Path, request: dict[str, object]) -> DatasetInfo:

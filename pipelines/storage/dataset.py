@@ -8,6 +8,7 @@ import os
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples; half of the address space of a process
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 HDF5_SUFFIXES = (".hdf5", ".h5")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # the usual ones
+MAX_LOOKED_AT = 100  # files per folder whose names are examined for a hint
 CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of the official file names
 
 T = TypeVar("T")
@@ -309,6 +312,7 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
         if not path.exists():
             return _for_missing(path)
         files = [path] if path.is_file() else sorted(path.iterdir())
+        inner = [file for folder in files if folder.is_dir() for file in islice(folder.iterdir(), MAX_LOOKED_AT)]
     except OSError:  # not readable by this user
         return "", [], path
     names = [file.name for file in files]
@@ -321,6 +325,9 @@ def _command(path: Path) -> tuple[str, list[str], Path]:
     # Folder names of the train split, as in tools.sources.imagefolder, which this package must not import.
     if path.is_dir() and not {name.lower() for name in names}.isdisjoint(("train", "training")):
         return "imagefolder", ["--source", str(path)], Path("data") / f"{path.resolve().name}-converted"
+    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in inner):  # class folders
+        options = ["--source", str(path), "--val-fraction", "0.1"]
+        return "imagefolder", options, Path("data") / f"{path.resolve().name}-converted"
     return "", [], path
 
 

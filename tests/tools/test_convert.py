@@ -18,10 +18,13 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.cifar_files import write_archive, write_cifar10
+from pipelines.convert.encode import ROTATED
+from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
 from tools import convert
 from tools.sources import download
 from tools.sources.cifar import EDITIONS
+from train.checkpoint.progress import dataset_entry
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +121,43 @@ def test_image_folder_keeps_jpeg_bytes_by_default(tmp_path: Path) -> None:
     assert convert_to(tmp_path / "npy", "imagefolder", "--source", source, "--encoding", "npy")["encoding"] == "npy"
 
 
+def test_class_folders_without_splits_become_a_verified_data_set(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "photos") / "train"
+    command = ["imagefolder", "--source", source, "--val-fraction", "0.4", "--follow-links"]
+    dataset = convert_to(tmp_path / "out", *command)
+    assert {name: split["samples"] for name, split in dataset["splits"].items()} == {"train": 2, "val": 1}
+    assert convert.verify(tmp_path / "out") == f"{tmp_path / 'out'} is intact: 3 samples in 2 shards"
+    convert_to(tmp_path / "out", *command)  # the same split again
+    with pytest.raises(UserError, match="already contains the data set 'train', converted from another source"):
+        convert_to(tmp_path / "out", *command, "--test-fraction", "0.1", "--val-fraction", "0")
+
+
+def test_labels_option_names_the_classes_of_flat_images(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "photos") / "train/cat"
+    (tmp_path / "labels.csv").write_text("id,label\n1,Tom\n2,Felix\n")
+    dataset = convert_to(tmp_path / "out", "imagefolder", "--source", source, "--labels", tmp_path / "labels.csv")
+    assert (dataset["classes"], dataset["splits"]["train"]["samples"]) == (["Felix", "Tom"], 2)
+
+
+def test_orientation_is_applied_and_recorded_if_asked(tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6  # turned by 90 degrees
+    for folder in ("train", "val"):
+        (tmp_path / f"photos/{folder}/a").mkdir(parents=True)
+        Image.new("RGB", (12, 20)).save(tmp_path / f"photos/{folder}/a/1.jpg", exif=tags)
+    command = ["imagefolder", "--source", tmp_path / "photos"]
+    ignored = convert_to(tmp_path / "ignored", *command)
+    assert ignored["image_shape"] == [20, 12, 3]
+    assert "orientation" not in ignored["options"]["encoding"]  # as in older data sets
+    applied = convert_to(tmp_path / "applied", *command, "--orientation", "apply")
+    assert applied["image_shape"] == [12, 20, 3]
+    assert applied["options"]["encoding"]["orientation"] == "apply"
+    assert applied["reencoded"] == {"train": {ROTATED: 1}, "val": {ROTATED: 1}}
+    for name in ("ignored", "applied"):
+        assert "is intact" in convert.verify(tmp_path / name)
+    assert dataset_entry(load_dataset(tmp_path / "applied"), 12)["conversion"]["orientation"] == "apply"
+
+
 def test_defective_images_are_listed_and_refused_when_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +206,8 @@ def test_help_of_every_command_has_an_example(command: str, capsys: pytest.Captu
         ["digits", "--out", "x", "--size", "1.5"],
         ["digits", "--out", "x", "--seed", "-1"],
         ["digits", "--out", "x", "--subsampling", "4:1:1"],
+        ["imagefolder", "--out", "x", "--source", ".", "--val-fraction", "1"],
+        ["imagefolder", "--out", "x", "--source", ".", "--test-fraction", "10%"],
         ["hdf5", "--out", "x"],
         ["parquet", "--out", "x"],
         [],

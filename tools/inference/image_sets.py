@@ -21,7 +21,7 @@ from pipelines.convert.writer import write_dataset
 from pipelines.storage.dataset import QuarantinedSample, load_dataset
 from pipelines.storage.open import open_split
 from tools.inference.trained_model import TrainedModel, check_same_classes
-from tools.sources.imagefolder import open_image_files
+from tools.sources.image_files import open_image_files
 
 PICTURES = "pictures"  # name of the split that pictures are converted to
 MAX_WORKERS = 8  # each imports torch
@@ -137,7 +137,7 @@ def picture_encoding(model: TrainedModel) -> Encoding:
         return encoding
     assert model.dataset.image_shape is not None  # npy images have one shape
     height, width, _ = model.dataset.image_shape
-    return replace(encoding, size=height) if height == width else Encoding("jpeg")
+    return replace(encoding, size=height) if height == width else Encoding("jpeg", orientation=encoding.orientation)
 
 
 def load_split(

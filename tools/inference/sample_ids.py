@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.utils.errors import UserError
 from tools.inference.image_sets import ImageSet
-from tools.sources.imagefolder import is_in_numeric_order, name_numbers
+from tools.sources.image_files import is_in_numeric_order, name_numbers
 
 ASCENDING = "each once and ascending"
 MAX_DIGITS = 18  # maximum length of a number in an id

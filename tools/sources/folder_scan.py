@@ -24,19 +24,22 @@ MAX_LISTED_GROUPS = 8  # groups of skipped entries in a note
 
 
 class Scan:
-    """Lists the files in a source folder, refuses links that lead out of it, and counts skipped entries."""
+    """Lists the files in a source folder, refuses links that lead out of it, and counts skipped entries.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The folder, as an absolute path without links.
+        follow_links: Whether to read links that lead out of the root, and links to folders below classes.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
         self.root = root
+        self.follow_links = follow_links
+        self.expected: set[str] = set()  # absolute paths of files that are neither listed nor counted as skipped
         self.touched = hashlib.sha256()  # hash of the modification times of the files
         self._skipped: dict[tuple[str, str], tuple[int, str]] = {}  # (kind, reason) -> (count, first path)
 
-    def entries(self, folder: str, expected: str = "") -> tuple[list[str], list[tuple[str, int]]]:
-        """List the subfolders and image files of a folder.
-
-        Args:
-            folder: Path of the folder, relative to the root.
-            expected: Name of a file that is neither listed nor counted as skipped, or '' if there is none.
+    def entries(self, folder: str) -> tuple[list[str], list[tuple[str, int]]]:
+        """List the subfolders and image files of a folder, whose path is relative to the root.
 
         Returns:
             The names of subfolders, and (name, size in bytes) of image files, both sorted by name.
@@ -50,11 +53,11 @@ class Scan:
                 for entry in sorted(found, key=lambda entry: entry.name):
                     if is_litter(entry.name):
                         continue
-                    if reason := self._skip_reason(entry, expected):
+                    if reason := self._skip_reason(entry):
                         self.skip(join_path(folder, entry.name), reason, entry.is_dir(follow_symlinks=False))
                     elif entry.is_dir():
                         folders.append(entry.name)
-                    elif entry.name != expected:
+                    elif entry.path not in self.expected:
                         files.append((entry.name, self._checked_size(entry)))
         except OSError as error:
             raise UserError(f"cannot list {self.root / folder} ({error.strerror}); check its permissions") from None
@@ -63,22 +66,31 @@ class Scan:
     def images(self, folder: str) -> list[tuple[str, int]]:
         """Return the path and size in bytes of every image file at any depth below a folder, sorted by path.
 
-        Links to folders are skipped, since they could list files twice or form an endless cycle. Raises UserError for
-        the same reasons as `entries`.
+        Links to folders are skipped unless `follow_links` is set, since they could list files twice. A link to one of
+        the folders that contain it is always skipped. Raises UserError for the same reasons as `entries`.
         """
         found: list[tuple[str, int]] = []
-        waiting = [folder]
+        waiting = [(folder, frozenset(self._identity(str(parent)) for parent in Path(folder).parents))]
         while waiting:
-            parent = waiting.pop()
+            parent, above = waiting.pop()
+            identity = self._identity(parent)
+            if identity in above:
+                self.skip(parent, "link to a folder that contains it", is_folder=True)
+                continue
             folders, files = self.entries(parent)
             for name in folders:
                 inner = join_path(parent, name)
-                if (self.root / inner).is_symlink():
-                    self.skip(inner, "link to a folder", is_folder=True)
+                if not self.follow_links and (self.root / inner).is_symlink():
+                    self.skip(inner, "link to a folder (--follow-links reads it)", is_folder=True)
                 else:
-                    waiting.append(inner)
+                    waiting.append((inner, above | {identity}))
             found += [(join_path(parent, name), size) for name, size in files]
         return sorted(found)
+
+    def _identity(self, folder: str) -> tuple[int, int]:
+        """Return the device and inode number of a folder, by which a cycle of links is recognized."""
+        status = os.stat(self.root / folder)
+        return status.st_dev, status.st_ino
 
     def skip(self, path: str, reason: str, is_folder: bool = False) -> None:
         suffix = Path(path).suffix.lower()
@@ -88,10 +100,10 @@ class Scan:
         count, first = self._skipped.get((kind, reason), (0, path))
         self._skipped[kind, reason] = (count + 1, first)
 
-    def skip_all(self, folder: str, files: list[tuple[str, int]]) -> None:
-        """Skip image files of a folder, as listed by `entries`, that are in no class folder."""
-        for name, _ in files:
-            self.skip(join_path(folder, name), "outside of the class folders")
+    def skip_all(self, files: list[tuple[str, int]]) -> None:
+        """Skip image files that are in no class folder."""
+        for path, _ in files:
+            self.skip(path, "outside of the class folders")
 
     def summary(self) -> str:
         """Return text that counts the skipped entries by kind and reason, or '' if nothing was skipped.
@@ -116,10 +128,10 @@ class Scan:
             total = sum(count for count, _ in self._skipped.values())
             note(f"skipped {total:,} {'entry' if total == 1 else 'entries'}: {self.summary()}")
 
-    def _skip_reason(self, entry: os.DirEntry[str], expected: str) -> str:
-        """Return the reason to skip an entry, or '' for folders, image files and the file named `expected`.
+    def _skip_reason(self, entry: os.DirEntry[str]) -> str:
+        """Return the reason to skip an entry, or '' for folders, image files and expected files.
 
-        Raises UserError if the entry is a link that leads out of the root.
+        Raises UserError if the entry is a link that leads out of the root and links are not followed.
         """
         if entry.name.startswith("."):
             return "hidden"
@@ -127,7 +139,7 @@ class Scan:
             return "link that leads nowhere"
         if entry.is_dir():
             return ""
-        if not entry.name.lower().endswith(EXTENSIONS) and entry.name != expected:
+        if not entry.name.lower().endswith(EXTENSIONS) and entry.path not in self.expected:
             return "not an image"
         return "" if entry.is_file() else "not a regular file"
 
@@ -135,15 +147,16 @@ class Scan:
         """Return True if the target of a link exists.
 
         Raises:
-            UserError: The target is outside the root.
+            UserError: The target is outside the root, and links are not followed.
         """
         try:
             target = link.resolve(strict=True)
         except (OSError, RuntimeError):  # RuntimeError: a cycle of links, before Python 3.13
             return False
-        if not target.is_relative_to(self.root):
+        if not self.follow_links and not target.is_relative_to(self.root):
             raise UserError(
-                f"symbolic link {link} leads out of the source folder, to {target}; copy the files into {self.root}"
+                f"symbolic link {link} leads out of the source folder, to {target}; give --follow-links to read it, or "
+                f"copy the files into {self.root}"
             )
         return True
 

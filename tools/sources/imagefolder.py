@@ -1,7 +1,7 @@
 """Read image files in folders: ROOT/SPLIT/CLASS/*.jpg, the layout of torchvision's ImageFolder and timm.
 
-The paths of a split are stored in one bytes object. For 1.5 million files, it takes a third of the memory of a list of
-strings, and it is sent to worker processes more quickly.
+Folders without splits (ROOT/CLASS/*.jpg) are split at random, and the classes of files that are in no class folder come
+from a table, see `label_table`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from configs.utils.errors import UserError, readable
+from configs.utils.errors import UserError
 from pipelines.convert.source import Source, SplitSource
-from tools.sources.folder_scan import EXTENSIONS, Scan, join_path, note, note_missing_classes, read_regular_file
+from tools.sources.folder_scan import EXTENSIONS, Scan, join_path, note, note_missing_classes
+from tools.sources.image_files import Files, ImageFolderSplit, is_in_numeric_order
+from tools.sources.label_table import read_labels
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -30,78 +33,85 @@ SPLIT_FOLDERS = {
 }
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images: file, class and box, separated by tabs
 LAYOUT = "the layout is ROOT/train/CLASS/*.jpg, likewise val, and test with or without class folders"
+NO_SPLITS = "for class folders without splits, give --val-fraction 0.1"
+TABLE = "for images outside of class folders, give a table of their classes with --labels FILE"
 
-Files = list[tuple[str, int]]  # (path relative to the root, size in bytes)
-
-
-class ImageFolderSplit:
-    """The image files of one split, in a fixed order."""
-
-    def __init__(self, root: Path, files: Files, labels: list[int] | None) -> None:
-        encoded = [os.fsencode(path) for path, _ in files]
-        self._root = root
-        self._paths = b"".join(encoded)
-        self._ends = np.cumsum([len(path) for path in encoded])
-        self.labels = None if labels is None else np.array(labels, np.int64)
-        self.bytes_per_row = max(sum(size for _, size in files) // max(len(files), 1), 1)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def read(self, start: int, stop: int) -> Iterator[np.ndarray | bytes]:
-        """Yield the contents of the files from `start` up to `stop` (exclusive).
-
-        Raises UserError if a file cannot be read, has become too large or is no longer a regular file.
-        """
-        for row in range(start, stop):
-            path = self._root / os.fsdecode(self._path(row))
-            try:
-                yield read_regular_file(path)
-            except OSError as error:
-                raise UserError(
-                    f"cannot read {path} ({error.strerror}); fix or remove the file and start again"
-                ) from None
-
-    def describe(self, row: int) -> str:
-        return self._path(row).decode("utf-8", "replace")
-
-    def _path(self, row: int) -> bytes:
-        return self._paths[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])]
+LabelledFiles = tuple[Files, list[int] | None]  # the files of a split and their labels, None without labels
 
 
-def open_imagefolder(root: Path) -> Source:
+@dataclass(frozen=True)
+class FolderOptions:
+    """How to read a folder that lacks splits or class folders."""
+
+    labels: Path | None = None  # table of the classes of images that are in no class folder
+    val_fraction: float | None = None  # of train, moved to val; None if val is a folder or missing
+    test_fraction: float | None = None
+    seed: int = 0  # of the random split
+    follow_links: bool = False  # read links to files and folders outside of the root, and to folders of images
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """The fractions that are moved from train, by split."""
+        given = {"val": self.val_fraction, "test": self.test_fraction}
+        return {split: fraction for split, fraction in given.items() if fraction is not None}
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """The content of the folder of a split. Paths are relative to the root."""
+
+    folder: str
+    images: str  # `folder`, or the folder `images` in it
+    class_folders: list[str]  # names of the folders in `images`
+    flat: Files  # image files in `images`, in no class folder
+
+
+def open_imagefolder(root: Path, options: FolderOptions = FolderOptions()) -> Source:
     """Open a folder of image files and list every split.
 
-    Classes are the sorted folders of train. Rows are sorted by class, then by path. A class contains the images at any
-    depth below its folder. Tiny ImageNet's published layout is supported as well: val/images with labels in
-    val/val_annotations.txt, and test/images without labels.
+    Classes are the sorted folders of train or, if it has none, the sorted classes of `options.labels`. Rows are sorted
+    by class, then by path. A class contains the images at any depth below its folder. Tiny ImageNet's published layout
+    is supported as well: val/images with labels in val/val_annotations.txt, and test/images without labels. If there is
+    no train folder, and fractions or labels are given, the root is the folder of train.
 
     Raises:
-        UserError: The layout is not supported, the name of a class folder is not UTF-8, val_annotations.txt is invalid,
-            a split has no images, a folder cannot be read, a link leads out of `root`, or a file is larger than
-            `MAX_FILE_BYTES`.
+        UserError: The layout is not supported or does not fit the options, the name of a class folder is not UTF-8, a
+            table of labels is invalid, a split has no images, a folder cannot be read, a link leads out of `root` and
+            is not followed, or a file is larger than `MAX_FILE_BYTES`.
     """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise UserError(f"source {str(root)!r} {what}; {LAYOUT}")
-    scan = Scan(root.resolve())
-    folders = _split_folders(root, scan)
-    train = scan.entries(folders["train"])
-    classes = tuple(train[0])
+    scan = Scan(root.resolve(), options.follow_links)
+    if options.labels is not None:
+        scan.expected.add(str(options.labels.resolve()))
+    top = scan.entries(".")
+    folders = _split_folders(root, top, scan, options)
+    listed = _list_folders(scan, folders, top, options)
+    class_of = _read_tables(scan, listed, options)
+    classes = tuple(listed["train"].class_folders) or _class_order(class_of)
     _check_class_names(root, classes)
     digest = hashlib.sha256("\n".join(classes).encode())
+    found = {name: _label_files(scan, name, content, classes, class_of) for name, content in listed.items()}
+    for name, (files, _) in found.items():
+        if not files:
+            raise UserError(
+                f"{root / folders[name]} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; {LAYOUT}; {TABLE}"
+            )
+    if options.fractions:
+        found = _hold_out(root, found, options)
     splits: dict[str, SplitSource] = {}
     unordered: list[str] = []
-    for name, folder in folders.items():
-        listed = train if name == "train" else scan.entries(folder, ANNOTATIONS if name == "val" else "")
-        files, labels = _list_split(scan, name, folder, listed, classes, digest)
-        if not files:
-            raise UserError(f"{root / folder} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; {LAYOUT}")
+    for name, (files, labels) in found.items():
+        folder = folders.get(name, folders["train"])
+        if labels is not None and files[0][0] in class_of:  # not part of the paths
+            digest.update(np.array(labels, "<i8").tobytes())
         for path, size in files:
-            digest.update(name.encode() + os.fsencode(path[len(folder) :]) + f"\0{size}\0".encode())
+            inner = path if folder == "." else path[len(folder) + 1 :]
+            digest.update(f"{name}/".encode() + os.fsencode(inner) + f"\0{size}\0".encode())
         splits[name] = ImageFolderSplit(scan.root, files, labels)
         if labels is not None:
-            note_missing_classes(f"{folder} has no images", labels, classes)
+            note_missing_classes(f"{folders.get(name, name)} has no images", labels, classes)
         if name != "train" and not is_in_numeric_order([path for path, _ in files]):
             unordered.append(name)
             if labels is None:
@@ -118,70 +128,95 @@ def open_imagefolder(root: Path) -> Source:
     )
 
 
-def open_image_files(folder: Path, split: str, classes: tuple[str, ...]) -> Source:
-    """Open all image files at any depth below a folder as one split without labels, sorted by path.
-
-    Args:
-        folder: Folder of the image files.
-        split: Name of the split.
-        classes: Class names of the model that predicts the images.
-
-    Raises:
-        UserError: The folder does not contain images, a folder cannot be read, a link leads out of `folder`, or a file
-            is larger than `MAX_FILE_BYTES`.
-    """
-    scan = Scan(folder.resolve())
-    files = scan.images(".")
-    if not files:
-        raise UserError(
-            f"{folder} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; give a folder of image files"
-        )
-    scan.note_skipped()
-    rows = ImageFolderSplit(scan.root, files, None)
-    digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path, _ in files)).hexdigest()
-    return Source(kind="pictures", name=scan.root.name, classes=classes, fingerprint=digest, splits={split: rows})
-
-
-def is_in_numeric_order(paths: Sequence[str]) -> bool:
-    """Return False if the file names differ only in numbers and are not sorted by these numbers, otherwise True."""
-    numbers = name_numbers([Path(path).stem for path in paths])
-    return numbers is None or numbers == sorted(numbers)
-
-
-def name_numbers(names: Sequence[str]) -> list[tuple[int, ...]] | None:
-    """Return the numbers in each name if names differ only in numbers, like `img_1` and `img_10`, otherwise None."""
-    # Each item is text, number, text, … with at most 18 digits per number, since Python limits the digits of int().
-    parts = [re.split("([0-9]{1,18})", name) for name in names]
-    if not names or len({tuple(part[::2]) for part in parts}) > 1 or len(parts[0]) == 1:
-        return None
-    return [tuple(int(number) for number in part[1::2]) for part in parts]
-
-
-def _split_folders(root: Path, scan: Scan) -> dict[str, str]:
+def _split_folders(root: Path, top: tuple[list[str], Files], scan: Scan, options: FolderOptions) -> dict[str, str]:
     """Return a dict from split to folder name, in the order train, val, test, and print a note about other folders.
 
+    Args:
+        root: The source, for messages.
+        top: Subfolders and image files in the root.
+        scan: Scan of the source.
+        options: If these name fractions or labels, and no folder is a split, the root is the folder of train.
+
     Raises:
-        UserError: There is no train folder, a split has several folders, or the root cannot be read.
+        UserError: There is no train folder, or a split has several folders.
     """
-    top, images = scan.entries(".")
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
-    for folder in top:
+    for folder in top[0]:
         name = SPLIT_FOLDERS.get(folder.lower())
         (others if name is None else found[name]).append(folder)
     for name, folders in found.items():
         if len(folders) > 1:
             raise UserError(f"{root} has {' and '.join(folders)}, which all mean split {name!r}; keep one of them")
+    if not any(found.values()) and (options.fractions or options.labels is not None):
+        return {"train": "."}
     if not found["train"]:
-        found_text = ", ".join(top[:5]) or "no folders"
-        raise UserError(f"{root} has no folder 'train' (it has {found_text}){scan.hint()}; {LAYOUT}")
-    scan.skip_all(".", images)
+        found_text = ", ".join(top[0][:5]) or "no folders"
+        raise UserError(f"{root} has no folder 'train' (it has {found_text}){scan.hint()}; {LAYOUT}; {NO_SPLITS}")
+    scan.skip_all(top[1])
     if others:
         note(
             f"{root} has folders that mean no split and are not read: {', '.join(others)}; splits are "
             f"{', '.join(SPLIT_FOLDERS)}, in any case"
         )
     return {name: folders[0] for name, folders in found.items() if folders}
+
+
+def _list_folders(
+    scan: Scan, folders: dict[str, str], top: tuple[list[str], Files], options: FolderOptions
+) -> dict[str, SplitFolder]:
+    """List the folder of each split, or the folder `images` in it if that is not a class.
+
+    `top` is the content of the root. In train, a folder `images` is a class unless there are `options.labels`.
+    """
+    listed: dict[str, SplitFolder] = {}
+    for split, folder in folders.items():
+        if split == "val":
+            scan.expected.add(str(scan.root / folder / ANNOTATIONS))
+        names, files = top if folder == "." else scan.entries(folder)
+        is_class = options.labels is None if split == "train" else "images" in listed["train"].class_folders
+        images = folder
+        if names == ["images"] and not is_class and not (files and split != "val"):
+            scan.skip_all([(join_path(folder, name), size) for name, size in files])
+            images = join_path(folder, "images")
+            names, files = scan.entries(images)
+        flat = [(join_path(images, name), size) for name, size in files]
+        listed[split] = SplitFolder(folder, images, names, flat)
+    return listed
+
+
+def _read_tables(scan: Scan, listed: dict[str, SplitFolder], options: FolderOptions) -> dict[str, str]:
+    """Return the classes of images that are in no class folder, by path.
+
+    They come from `options.labels` or, for val, from Tiny ImageNet's annotations. Images of test are labeled only if
+    all images of train and val are in class folders.
+
+    Raises:
+        UserError: There is no table for images that need one, a table is invalid, or `options.labels` has no use.
+    """
+    flat = {split: content for split, content in listed.items() if content.flat and not content.class_folders}
+    classes = listed["train"].class_folders
+    if options.labels is not None:
+        if flat.keys() - {"test"}:
+            flat.pop("test", None)
+        if not flat:
+            raise UserError(f"--labels {options.labels}: {scan.root} has no images outside of class folders; omit it")
+        return read_labels(options.labels, [file for content in flat.values() for file in content.flat], classes, scan)
+    if "val" not in flat or not classes:
+        return {}
+    path = scan.root / flat["val"].folder / ANNOTATIONS
+    if not path.is_file():
+        raise UserError(
+            f"{scan.root / flat['val'].images} contains images outside of class folders, and there is no {path} with "
+            f"their classes; {LAYOUT}; {TABLE}"
+        )
+    return read_labels(path, flat["val"].flat, classes, scan)
+
+
+def _class_order(class_of: dict[str, str]) -> tuple[str, ...]:
+    """Return the sorted class names of a table. Numbers are sorted by value."""
+    names = set(class_of.values())
+    return tuple(sorted(names, key=int) if all(re.fullmatch("[0-9]{1,18}", name) for name in names) else sorted(names))
 
 
 def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
@@ -192,111 +227,87 @@ def _check_class_names(root: Path, classes: tuple[str, ...]) -> None:
             raise UserError(f"{root}: the class folder {name!r} is not named in UTF-8; rename it") from None
 
 
-def _list_split(
-    scan: Scan,
-    split: str,
-    folder: str,
-    listed: tuple[list[str], Files],
-    classes: tuple[str, ...],
-    digest: hashlib._Hash,
-) -> tuple[Files, list[int] | None]:
-    """Return the files of one split and their labels. If test has no class folders, its labels are None.
+def _label_files(
+    scan: Scan, split: str, content: SplitFolder, classes: tuple[str, ...], class_of: dict[str, str]
+) -> LabelledFiles:
+    """Return the files of one split and their labels. If test has neither class folders nor a table, these are None.
 
     Args:
         scan: Scan of the source.
         split: train, val or test.
-        folder: Folder of the split, relative to the root.
-        listed: Subfolders and image files in `folder`.
+        content: Content of the split's folder.
         classes: Class names of train.
-        digest: Fingerprint to update with labels that are not part of the paths.
+        class_of: Class names of the images in tables, by path.
 
     Raises:
-        UserError: Train lacks a class folder of the split, test has image files beside class folders, the
-            annotations of val are invalid, or a folder cannot be read.
+        UserError: Train lacks a class folder of the split, test has image files beside class folders, or a folder
+            cannot be read.
     """
-    found, flat = listed
     numbers = {name: number for number, name in enumerate(classes)}
-    if split != "train" and found == ["images"] and "images" not in numbers and not (split == "test" and flat):
-        scan.skip_all(folder, flat)
-        top, folder = folder, f"{folder}/images"
-        found, flat = scan.entries(folder)
-        if split == "val" and flat and not found:
-            return _list_annotated(scan, top, dict(flat), numbers, digest)
+    names, flat = content.class_folders, content.flat
+    if flat and not names and any(path in class_of for path, _ in flat):
+        rows = sorted((numbers[class_of[path]], path, size) for path, size in flat if path in class_of)
+        return [(path, size) for _, path, size in rows], [label for label, _, _ in rows]
     if split == "test" and flat:
-        if found:
+        if names:
             raise UserError(
-                f"{scan.root / folder} contains image files beside the folders {', '.join(found[:3])}; put all of its "
-                "images into class folders, or none"
+                f"{scan.root / content.images} contains image files beside the folders {', '.join(names[:3])}; put all "
+                "of its images into class folders, or none"
             )
-        return [(f"{folder}/{name}", size) for name, size in flat], None
-    scan.skip_all(folder, flat)
-    return _list_class_folders(scan, split, folder, found, numbers)
-
-
-def _list_class_folders(
-    scan: Scan, split: str, folder: str, names: list[str], numbers: dict[str, int]
-) -> tuple[Files, list[int]]:
-    """Return the files in the class folders `names` of a split and their labels. `numbers` are the classes of train."""
-    unknown = [name for name in names if name not in numbers]
-    if unknown:
+        return flat, None
+    scan.skip_all(flat)
+    if unknown := [name for name in names if name not in numbers]:
         raise UserError(
-            f"{scan.root / folder} has {len(unknown)} class folders that train lacks, such as {unknown[0]!r}; give "
-            "every split the classes of train"
+            f"{scan.root / content.images} has {len(unknown)} class folders that train lacks, such as {unknown[0]!r}; "
+            "give every split the classes of train"
             + (", or put unlabelled images into test itself" if split == "test" else "")
         )
     files: Files = []
     labels: list[int] = []
     for name in names:
-        images = scan.images(join_path(folder, name))
+        images = scan.images(join_path(content.images, name))
         files += images
         labels += [numbers[name]] * len(images)
     return files, labels
 
 
-def _list_annotated(
-    scan: Scan, top: str, sizes: dict[str, int], numbers: dict[str, int], digest: hashlib._Hash
-) -> tuple[Files, list[int]]:
-    """Return the files and labels of the val split in Tiny ImageNet's published layout.
+def _hold_out(root: Path, found: dict[str, LabelledFiles], options: FolderOptions) -> dict[str, LabelledFiles]:
+    """Move a random fraction of each class of train to val or test, at least one image if the class has enough.
 
-    Args:
-        scan: Scan of the source.
-        top: Folder of the split, relative to the root.
-        sizes: Size in bytes of each image in `top`/images, by file name.
-        numbers: Label of each class, by class name.
-        digest: Fingerprint to update with the labels.
+    The choice depends only on the seed and on the paths of the class's files, not on other classes.
 
     Raises:
-        UserError: The annotations are missing, unreadable or invalid.
+        UserError: The fractions add up to 1 or more, or one of them has no effect.
     """
-    path = scan.root / top / ANNOTATIONS
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent / 'images'} contains images outside of class folders, and there is no {path} with their "
-            f"classes; {LAYOUT}"
-        )
-    with readable(path):
-        lines = read_regular_file(path).decode("utf-8", "replace").splitlines()
-    label_of: dict[str, int] = {}
-    for place, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, _, rest = line.partition("\t")
-        class_name = rest.partition("\t")[0].strip()
-        if class_name not in numbers:
-            raise UserError(
-                f"{path}, line {place}: {class_name!r} is not a class folder of train; a line is FILE, CLASS and a "
-                "box, separated by tabs"
-            )
-        if label_of.setdefault(name, numbers[class_name]) != numbers[class_name]:
-            raise UserError(f"{path}, line {place}: {name!r} has a second class, {class_name!r}; keep one of them")
-    for name in sorted(sizes.keys() - label_of.keys()):
-        scan.skip(f"{top}/images/{name}", f"not named in {ANNOTATIONS}")
-    for name in sorted(label_of.keys() - sizes.keys()):
-        scan.skip(f"{top}/images/{name}", f"named in {ANNOTATIONS}, but missing")
-    rows = sorted((label_of[name], name) for name in sizes if name in label_of)
-    labels = [label for label, _ in rows]
-    digest.update(np.array(labels, "<i8").tobytes())
-    return [(f"{top}/images/{name}", sizes[name]) for _, name in rows], labels
+    fractions = options.fractions
+    for split in fractions.keys() & found.keys():
+        raise UserError(f"{root} has a folder for split {split!r}; omit --{split}-fraction, or remove the folder")
+    if sum(fractions.values()) >= 1:
+        given = " ".join(f"--{split}-fraction {fraction}" for split, fraction in fractions.items())
+        raise UserError(f"{given} leave no images for train; give fractions that add up to less than 1")
+    files, labels = found["train"]
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels or ()):
+        by_class[label].append(row)
+    split_of = ["train"] * len(files)
+    for rows in by_class.values():
+        order = sorted(rows, key=lambda row: _random_key(files[row][0], options.seed))
+        for split, fraction in fractions.items():
+            count = min(max(1, round(len(rows) * fraction)), len(order) - 1) if fraction else 0
+            for row in order[:count]:
+                split_of[row] = split
+            order = order[count:]
+    for split in ("train", *fractions):
+        rows = [row for row, name in enumerate(split_of) if name == split]
+        if rows:
+            found[split] = [files[row] for row in rows], [(labels or [])[row] for row in rows]
+        elif fractions[split]:
+            raise UserError(f"{root} has one image per class, and none is left for split {split!r}; add images")
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def _random_key(path: str, seed: int) -> tuple[bytes, str]:
+    return hashlib.blake2b(f"{seed}\0".encode() + os.fsencode(path), digest_size=8).digest(), path
 
 
 def _note_order(folder: str, files: Files) -> None:

@@ -8,10 +8,10 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from helpers.odd_files import png_of, saved, tiff_of
-from pipelines.convert.encode import Defect, Encoding, encode
+from pipelines.convert.encode import EXIF_ORIENTATION, ROTATED, Defect, Encoding, encode
 
 RAMP = np.linspace(0, 255, 35).round().astype(np.uint8).reshape(5, 7)
 RAMP_12 = np.linspace(0, 4095, 35).round().astype(np.uint16).reshape(5, 7)
@@ -152,3 +152,57 @@ def test_libtiff_output_becomes_the_reason(capfd: pytest.CaptureFixture[str]) ->
     encode(saved(noise, "TIFF", compression="tiff_deflate"), Encoding("npy"))
     os.write(2, b"said\n")
     assert capfd.readouterr().err == "said\n", "stderr is as before"
+
+
+def photo(orientation: int | None, kind: str = "JPEG", exif: bytes | None = None) -> bytes:
+    """Return a file of 16 x 24 pixels, different in each corner."""
+    pixels = np.zeros((24, 16, 3), np.uint8)
+    pixels[:12, :8], pixels[12:, 8:, 1] = 255, 200
+    tags = Image.Exif()
+    if orientation is not None:
+        tags[EXIF_ORIENTATION] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, exif=tags.tobytes() if exif is None else exif)
+    return buffer.getvalue()
+
+
+def decoded(file: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(file)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def stored(file: bytes, encoding: Encoding) -> np.ndarray:
+    encoded = encode(file, encoding)
+    return np.frombuffer(encoded.payload, np.uint8).reshape(encoded.height, encoded.width, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_as_by_pillow(orientation: int, kind: str) -> None:
+    file = photo(orientation, kind)
+    with Image.open(io.BytesIO(file)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(stored(file, Encoding("npy", orientation="apply")), expected)
+    encoded = encode(file, Encoding("jpeg", orientation="apply", quality=100, subsampling="4:4:4"))
+    assert (encoded.height, encoded.width) == expected.shape[:2]
+    assert np.abs(decoded(encoded.payload).astype(int) - expected).max() <= 8
+    if kind == "JPEG":
+        assert encoded.reencoded == (None if orientation == 1 else ROTATED)
+        assert (encoded.payload == file) == (orientation == 1)
+        assert encode(encoded.payload, Encoding("jpeg", orientation="apply")).payload == encoded.payload
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_ignored_orientation_keeps_bytes_and_pixels(orientation: int) -> None:
+    file = photo(orientation)
+    assert encode(file, Encoding("jpeg")).payload == file
+    np.testing.assert_array_equal(stored(file, Encoding("npy")), decoded(file))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + bytes(40), b"garbage"]
+)
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_image_with_damaged_orientation_is_kept(exif: bytes, orientation: int) -> None:
+    for file in (photo(None, exif=exif), photo(orientation)):
+        assert encode(file, Encoding("jpeg", orientation="apply")).payload == file

@@ -21,6 +21,7 @@ from tools import convert
         (["raw/cifar-10-python.tar.gz"], "raw", {"command": "cifar10", "out": Path("data/cifar10")}),
         (["photos/train/cat/1.jpg"], "photos", {"command": "imagefolder", "source": Path("photos")}),
         (["photos/Training/cat/1.jpg"], "photos", {"command": "imagefolder", "source": Path("photos")}),
+        (["flowers/rose/1.JPG"], "flowers", {"command": "imagefolder", "val_fraction": 0.1}),
         ([], "some/cifar10", {"command": "cifar10", "download": True, "out": Path("some/cifar10")}),
         ([], "cifar100", {"command": "cifar100", "download": True, "out": Path("cifar100")}),
         ([], "data/digits", {"command": "digits", "out": Path("data/digits")}),

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +15,8 @@ from configs.utils.errors import UserError
 from helpers.sources import labels_of
 from pipelines.convert.encode import FORMATS
 from tools.sources.folder_scan import EXTENSIONS
-from tools.sources.imagefolder import open_image_files, open_imagefolder
+from tools.sources.image_files import open_image_files
+from tools.sources.imagefolder import FolderOptions, open_imagefolder
 
 TORCHVISION = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # its IMG_EXTENSIONS
 
@@ -183,7 +185,7 @@ def test_links_out_of_the_source_are_refused_by_name(tmp_path: Path) -> None:
     for link, target in (("train/a/9.jpg", "secret.jpg"), ("train/b", "class"), ("val", "")):
         root = write_files(tmp_path / "root", "train/a/1.jpg")
         (root / link).symlink_to(outside / target)
-        with pytest.raises(UserError, match=f"symbolic link .*{link} leads out of the source folder"):
+        with pytest.raises(UserError, match=f"symbolic link .*{link} leads out of the source folder.*--follow-links"):
             open_imagefolder(root)
         shutil.rmtree(root)
 
@@ -208,7 +210,12 @@ def test_links_within_the_source_are_followed_and_broken_ones_skipped(
     ("files", "message"),
     [
         ([], "has no folder 'train'"),
-        (["a/1.jpg", "b/1.jpg"], r"has no folder 'train' \(it has a, b\); the layout is"),
+        (["a/1.jpg", "b/1.jpg"], r"has no folder 'train' \(it has a, b\); the layout is .*give --val-fraction"),
+        (["1.jpg"], "has no folder 'train'"),
+        (
+            ["train/1.jpg"],
+            r"contains no images .*skipped: 1 .jpg, outside of .*; .* classes with --labels",
+        ),
         (["train/a/1.txt"], "train contains no images"),
         (["train/a/1.txt", "train/1.jpg"], "contains no images .*skipped: 1 .jpg, outside .*; 1 .txt, not an image"),
         (["train/a/1.jpg", "val/a/1.txt"], "val contains no images"),
@@ -262,6 +269,8 @@ def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pyt
         "skipped 3 entries: 1 .txt, not an image (a/notes.txt); 1 folder, hidden (.hidden); 1 folder, link to a "
         in (capsys.readouterr().err)
     )
+    assert len(open_image_files(tmp_path, "pictures", ("x", "y"), follow_links=True).splits["pictures"]) == 4
+    assert "1 folder, link to a folder that contains it (again)" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty contains no images"):
         open_image_files(tmp_path / "empty", "pictures", ("x",))
@@ -311,7 +320,7 @@ def test_unmatched_images_and_labels_of_tiny_imagenet_are_skipped(
     assert contents(root, "val") == ["val/images/val_0.JPEG"]
     said = capsys.readouterr().err
     assert "2 .jpeg, not named in val_annotations.txt (val/images/val_1.JPEG …)" in said
-    assert "1 .jpeg, named in val_annotations.txt, but missing (val/images/val_9.JPEG)" in said
+    assert "1 .jpeg, named in val_annotations.txt, but missing (val_9.JPEG)" in said
 
 
 @pytest.mark.parametrize(
@@ -355,3 +364,194 @@ def test_test_images_not_in_numeric_order_are_noted(
     write_files(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/a/10.jpg", *(f"test/{name}" for name in names))
     open_imagefolder(tmp_path)
     assert ("leading zeros" in (said := capsys.readouterr().err)) == noted, said
+
+
+def class_folders(root: Path, count: int = 10) -> Path:
+    """Write `count` images to each of two class folders, without splits."""
+    return write_files(root, *(f"{name}/{place:02d}.jpg" for name in ("a", "b") for place in range(count)))
+
+
+def held_out(root: Path, **options: Any) -> dict[str, list[str]]:
+    splits = open_imagefolder(root, FolderOptions(**options)).splits
+    return {name: [rows.describe(row) for row in range(len(rows))] for name, rows in splits.items()}
+
+
+def test_class_folders_without_splits_are_split_by_class(tmp_path: Path) -> None:
+    root = class_folders(tmp_path)
+    split = held_out(root, val_fraction=0.2, test_fraction=0.1)
+    assert sorted(file for files in split.values() for file in files) == [
+        f"{name}/{place:02d}.jpg" for name in "ab" for place in range(10)
+    ]
+    assert {name: len(files) for name, files in split.items()} == {"train": 14, "val": 4, "test": 2}
+    source = open_imagefolder(root, FolderOptions(val_fraction=0.2, test_fraction=0.1))
+    assert [labels_of(source, name) for name in ("val", "test")] == [[0, 0, 1, 1], [0, 1]]
+    assert source.classes == ("a", "b")
+    for name, files in split.items():
+        assert list(source.splits[name].read(0, len(files))) == [file.encode() for file in files]
+
+
+def test_random_split_depends_on_seed_and_names_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, moved = class_folders(tmp_path / "root"), tmp_path / "moved"
+    for name in ("b", "a"):
+        for file in sorted((root / name).iterdir(), reverse=True):
+            write_files(moved, str(file.relative_to(root)))
+    first = held_out(root, val_fraction=0.3)
+    scandir = os.scandir
+
+    class Reversed(list[Any]):
+        def __enter__(self) -> Reversed:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", lambda path: Reversed(reversed([*scandir(path)])))
+    assert held_out(moved, val_fraction=0.3) == first
+    assert held_out(root, val_fraction=0.3, seed=1) != first
+    fingerprints = {
+        open_imagefolder(root, FolderOptions(val_fraction=fraction, seed=seed)).fingerprint
+        for fraction, seed in ((0.3, 0), (0.3, 1), (0.2, 0))
+    }
+    assert len(fingerprints) == 3
+    write_files(root, "c/1.jpg", "c/2.jpg")  # another class changes nothing in these
+    assert [file for file in held_out(root, val_fraction=0.3)["val"] if file[0] != "c"] == first["val"]
+
+
+def test_small_classes_keep_an_image_in_train(tmp_path: Path) -> None:
+    write_files(tmp_path, "a/1.jpg", "b/1.jpg", "b/2.jpg", "c/1.jpg", "c/2.jpg", "c/3.jpg")
+    source = open_imagefolder(tmp_path, FolderOptions(val_fraction=0.1, test_fraction=0.1))
+    assert [labels_of(source, name) for name in ("train", "val", "test")] == [[0, 1, 2], [1, 2], [2]]
+
+
+def test_val_is_taken_from_a_train_folder_too(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    write_files(tmp_path, "test/x.jpg")
+    split = held_out(tmp_path, val_fraction=0.1)
+    assert {name: len(files) for name, files in split.items()} == {"train": 18, "val": 2, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        (["train/a/1.jpg", "val/a/1.jpg"], {"val_fraction": 0.1}, "folder for split 'val'; omit --val-fraction"),
+        (["a/1.jpg"], {"val_fraction": 0.1}, "one image per class, and none is left for split 'val'"),
+        (["a/1.jpg"], {"val_fraction": 0.5, "test_fraction": 0.5}, "fractions that add up to less than 1"),
+        (["val/a/1.jpg"], {"val_fraction": 0.1}, "has no folder 'train'"),
+        (["1.jpg"], {"val_fraction": 0.1}, "contains no images .*give a table of their classes"),
+    ],
+)
+def test_fractions_that_do_not_fit_are_refused(
+    tmp_path: Path, files: list[str], options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        held_out(write_files(tmp_path, *files), **options)
+
+
+def write_table(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+VAL = [f"val/ILSVRC2012_val_0000000{number}.JPEG" for number in (1, 2, 3)]
+KAGGLE = ["train/1.png", "train/2.png", "train/10.png", "test/1.png", "test/2.png"]
+TABLES = {  # the classes of images 1, 2 and 3 are n2, n1, n2
+    "LOC_val_solution.csv": "ImageId,PredictionString\nILSVRC2012_val_00000002,n1 85 1 499 272 n1 1 2 3 4 \n"
+    "ILSVRC2012_val_00000001,n2 1 1 2 2\nILSVRC2012_val_00000003,n2 1 1 2 2\n",
+    "imagenet_2012_validation_synset_labels.txt": "n2\nn1\nn2\n",
+    "val.txt": "ILSVRC2012_val_00000001.JPEG n2\nILSVRC2012_val_00000002.JPEG n1\nILSVRC2012_val_00000003.JPEG n2\n",
+    "paths.csv": "\ufefffile,label,more\nval/ILSVRC2012_val_00000001.JPEG,n2,x\n./ILSVRC2012_val_00000002.JPEG,n1\n"
+    "ILSVRC2012_val_00000003.JPEG,n2\n",
+    "annotations.tsv": "".join(
+        f"{Path(name).name}\t{cls}\t0\t1\n" for name, cls in zip(VAL, ("n2", "n1", "n2"), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_validation_images_of_imagenet_get_classes_from_every_form_of_table(
+    tmp_path: Path, name: str, is_inside: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_files(tmp_path / "root", "train/n1/1.jpg", "train/n2/1.jpg", "test/1.jpg", *VAL)
+    labels = write_table((root if is_inside else tmp_path) / name, TABLES[name])
+    source = open_imagefolder(root, FolderOptions(labels=labels))
+    assert held_out(root, labels=labels)["val"] == [VAL[1], VAL[0], VAL[2]]
+    assert labels_of(source, "val") == [0, 1, 1]
+    assert source.splits["test"].labels is None
+    assert capsys.readouterr().err == ""
+
+
+def test_flat_train_images_get_classes_from_a_kaggle_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_files(tmp_path, *KAGGLE)
+    labels = write_table(tmp_path / "trainLabels.csv", 'id,label\n1,frog\n2,"cat, big"\n10,frog\n11,frog\n')
+    source = open_imagefolder(root, FolderOptions(labels=labels))
+    assert source.classes == ("cat, big", "frog")
+    assert held_out(root, labels=labels)["train"] == ["train/2.png", "train/1.png", "train/10.png"]
+    assert labels_of(source, "train") == [0, 1, 1]
+    assert source.splits["test"].labels is None  # its ids repeat those of train
+    assert "1 without extension, named in trainLabels.csv, but missing (11)" in capsys.readouterr().err
+    other = write_table(tmp_path / "other.csv", "id,label\n1,frog\n2,frog\n10,cat\n")
+    assert open_imagefolder(root, FolderOptions(labels=other)).fingerprint != source.fingerprint
+
+
+def test_root_of_images_gets_classes_and_a_random_split(tmp_path: Path) -> None:
+    for folder in ("flat", "nested/images"):
+        write_files(tmp_path / folder, *(f"{number}.jpg" for number in range(20)))
+    labels = write_table(
+        tmp_path / "labels.csv", "".join(f"{number}.jpg,{number % 2 * 8 + 2}\n" for number in range(20))
+    )
+    for root in (tmp_path / "flat", tmp_path / "nested"):
+        source = open_imagefolder(root, FolderOptions(labels=labels, val_fraction=0.2))
+        assert source.classes == ("2", "10")
+        assert [len(rows) for rows in source.splits.values()] == [16, 4]
+        assert labels_of(source, "val") == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "table", "message"),
+    [
+        (["train/1.jpg"], "", "names none of the images, such as train/1.jpg"),
+        (["train/1.jpg"], "x,a\ny,a\n", r"names none of the images, .* \(it names x, y\)"),
+        (["train/1.jpg", "train/2.jpg"], "a\n", "list of 1 classes, but there are 2 images"),
+        (["train/1.jpg", "train/1.png"], "1,a\n", "line 1: '1' may be train/1.jpg or train/1.png"),
+        (["train/1.jpg", "val/1.jpg"], "1,a\n", "line 1: '1' may be train/1.jpg or val/1.jpg; name its folder"),
+        (["train/1.jpg"], "1,a\n1,b\n", "line 2: '1' has a second class, 'b'"),
+        (["train/1.jpg"], "1,\n", "line 1: '' is not a class"),
+        (["train/1.jpg"], '1,"a' + "x" * 200_000, "not a table of comma-separated values"),
+        (["train/a/1.jpg", "val/1.jpg"], "1,3\n", "line 1: '3' is not a class folder of train"),
+        (["train/a/1.jpg", "val/a/1.jpg"], "1,a\n", "has no images outside of class folders; omit it"),
+        (["train/1.jpg"], None, "labels.csv"),
+    ],
+)
+def test_wrong_tables_are_refused(tmp_path: Path, files: list[str], table: str | None, message: str) -> None:
+    root, labels = write_files(tmp_path / "root", *files), tmp_path / "labels.csv"
+    if table is not None:
+        write_table(labels, table)
+    with pytest.raises(UserError, match=message):
+        open_imagefolder(root, FolderOptions(labels=labels))
+
+
+def test_trees_of_links_are_read_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside = write_files(tmp_path / "outside", "class/1.jpg", "class/deep/2.jpg", "file.jpg", "val/a/9.jpg")
+    root = write_files(tmp_path / "root", "train/a/3.jpg")
+    for link, target in (
+        ("train/a/4.jpg", outside / "file.jpg"),
+        ("train/a/more", outside / "class"),
+        ("train/b", outside / "class"),
+        ("val", outside / "val"),
+        ("train/a/up", root / "train"),
+        ("train/a/gone.jpg", tmp_path / "nothing.jpg"),
+        ("train/c", root),
+    ):
+        (root / link).symlink_to(target)
+    (outside / "class" / "loop").symlink_to(outside / "class")
+    split = held_out(root, follow_links=True)
+    assert split == {
+        "train": [f"train/{name}.jpg" for name in ("a/3", "a/4", "a/more/1", "a/more/deep/2", "b/1", "b/deep/2")],
+        "val": ["val/a/9.jpg"],
+    }
+    said = capsys.readouterr().err
+    assert "4 folder, link to a folder that contains it (" in said
+    assert "1 .jpg, link that leads nowhere (train/a/gone.jpg)" in said
+    source = open_imagefolder(root, FolderOptions(follow_links=True))
+    assert list(source.splits["train"].read(1, 3)) == [b"file.jpg", b"class/1.jpg"]
