@@ -19,6 +19,7 @@ from helpers.training import ROOT, broken_after, strict_lines
 from pipelines import build_train_loader
 from pipelines.interfaces import Position
 from tools import convert, export, find_lr, predict, show, speedrun, summary
+from tools.perf import speedrun_command
 from train import ddp
 
 pytestmark = pytest.mark.gpu
@@ -150,7 +151,7 @@ def test_speedrun_timer_starts_after_first_eigendecomposition(
 ) -> None:
     decomposed: list[bool] = []
     before_clock: list[int] = []
-    eigh, whiten = torch.linalg.eigh, speedrun.whiten
+    eigh, whiten = torch.linalg.eigh, speedrun_command.whiten
 
     def counted_eigh(matrix: torch.Tensor) -> Any:
         decomposed.append(matrix.is_cuda)
@@ -161,7 +162,7 @@ def test_speedrun_timer_starts_after_first_eigendecomposition(
         return whiten(training, images)
 
     monkeypatch.setattr(torch.linalg, "eigh", counted_eigh)
-    monkeypatch.setattr(speedrun, "whiten", noted_whiten)
+    monkeypatch.setattr(speedrun_command, "whiten", noted_whiten)
     command = ("--cfg", CONFIGS / "cifar10_speedrun_94.yaml", "--data-path", digits, "--runs", 1)
     run(
         speedrun.main, *command, "--opts", "train.epochs=1", "data.batch_size=256", "train.whiten_bias_epochs=1", *PLAIN

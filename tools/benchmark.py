@@ -25,30 +25,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from pipelines.storage.open import open_split
-from tools import report
-from tools.benchmarks import peers
-from tools.benchmarks.engine import datasets, markdown, results
-from tools.benchmarks.engine.interleaved import run_in_subprocess
-from tools.benchmarks.engine.run_file import Run, RunFile, write_json
-from tools.benchmarks.single_stage import measure_stage
-from tools.benchmarks.suites import cpu, gpu, suite
-from tools.benchmarks.suites.datasets import check_free_space
-from tools.benchmarks.suites.settings import Settings
-from tools.perf import batch_size_command, step_command
-from train.distributed.process_group import Ranks
 
 STAGES = {
     "loader": "loading without and with the config's augmentation, for every placement of the data",
@@ -63,21 +43,55 @@ STAGES = {
     "scale": "cost per sample and memory at 10 thousand, 100 thousand and 1.5 million samples",
     "all": "all measurements for this machine, including the GPU's if there is one; --report writes the documents",
 }
-COMMANDS = {"ramp": batch_size_command, "profile": step_command}  # commands with separate arguments and outputs
-GIB = 2**30
-FREE_SPACE_BYTES = {"cpu": 3 * GIB, "cuda": 12 * GIB}  # for the data sets of `all`
+PARTS = (  # those of tools/benchmarks/suites/gpu.py
+    "training, speedrun, loaders, decoding, resnet50, accuracy, dali, peers, larger-training, augmentations, "
+    "further-speedruns"
+)
+PART_STAGES = ["accuracy", "augment", "dali", "decoding", "loading", "profile", "ramp", "reading", "scale", "speedrun"]
+PART_STAGES += ["stages", "training"]
+RAMP = """\
+Measure images/s and peak memory at batch size 1, 2, 4 … until memory is full, and find the largest batch size.
+
+    python tools/benchmark.py ramp --cfg configs/cifar10_lenet.yaml configs/cifar10_alexnet.yaml --memory-limit 4
+    python tools/benchmark.py ramp --model resnet18 timm/convnext_tiny --size 96 --classes 200 --exact
+
+Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
+the data set (--cfg), repeated if there are too few, or of noise (--model). After the first size that does not fit,
+bisection finds the largest that does. The largest and the fastest size are measured again. The rate of a size is the
+median of its rounds. On a GPU, each size is compiled as configured, which takes most of the time. With
+--opts train.compile=off train.cuda_graph=off the search is faster, but the rates differ.
+
+On the CPU, memory is the peak of the whole process, including libraries. On a GPU, it is the peak of torch's tensors,
+and the memory in use by all processes is shown beside it. Without --memory-limit, the limit is all of the GPU's memory
+or, on the CPU, 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a
+model failed with an error other than out of memory, and 130 after an interruption.
+"""
+PROFILE = """\
+Measure the time of a training step by phase, and the share of the device's peak arithmetic rate that it reaches.
+
+    python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml --steps 20
+    torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
+
+Phases: data (waiting for a batch), proxy (sample selection by train.proxy, if set), forward, backward, reduce (the part
+of the all-reduce that does not overlap with backward), optimizer (with clipping, clearing gradients and averages), host
+(everything else while the device is idle or, on the CPU, between the phases). They add up to the wall time of the step.
+They are device times on a GPU and host times on the CPU. Under torchrun, rank 0 is profiled.
+
+A captured step (CUDA graph) has no phases. It is profiled without capture, and the time of the captured step is
+reported separately. Model FLOPs utilization is the arithmetic rate of forward and backward, with 2 FLOPs per
+multiply-add, divided by the rate that a large matrix multiplication reaches on this machine. trace.json.gz can be
+opened in https://ui.perfetto.dev or chrome://tracing.
+"""
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
     for stage, text in STAGES.items():
         if stage in COMMANDS:
+            description, add_arguments = COMMANDS[stage]
             formatter = argparse.RawDescriptionHelpFormatter
-            description = COMMANDS[stage].__doc__
-            COMMANDS[stage].add_arguments(
-                commands.add_parser(stage, help=text, description=description, formatter_class=formatter)
-            )
+            add_arguments(commands.add_parser(stage, help=text, description=description, formatter_class=formatter))
             continue
         command = commands.add_parser(stage, help=text, description=text)
         if stage == "all":
@@ -91,7 +105,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")
         command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the run to this file")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:
@@ -104,8 +118,6 @@ def _add_config_arguments(command: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    part_names = ", ".join(part.name for part in gpu.PARTS)
-    stages = sorted({stage for part in (*cpu.PARTS, *gpu.PARTS) for stage in part.stages})
     add("--small", type=path_argument, help="converted 32x32 data set (default: data/cifar10, else digits)")
     add("--medium", type=path_argument, help="converted 96x96 data set (default: data/medium-imagenet-96)")
     add("--source", type=path_argument, help="raw CIFAR-10, if it is not converted")
@@ -113,124 +125,56 @@ def _add_run_arguments(command: argparse.ArgumentParser) -> None:
     kept = "on a GPU: folder that keeps the generated data sets for later parts (default %(default)s)"
     add("--data", type=path_argument, default=Path("output/benchmark-data"), metavar="DIR", help=kept)
     add("--minutes", type=float, help="time limit of the whole run; measurements not started by then are left out")
-    add("--part", nargs="+", default=[], metavar="NAME", help=f"on a GPU: {part_names}")
-    add("--part-seconds", type=float, help=f"time limit of each part (default: {gpu.PART_S:g} on a GPU)")
+    add("--part", nargs="+", default=[], metavar="NAME", help=f"on a GPU: {PARTS}")
+    add("--part-seconds", type=float, help="time limit of each part (default: 170 on a GPU)")
     add("--seeds", type=int, default=10, help="runs of each speedrun (default %(default)s)")
     add("--epochs", type=int, help="epochs of the runs to an accuracy; fewer for a quick try")
     add("--reference", type=path_argument, metavar="DIR", help="checkout of cifar10-airbench, run beside the speedrun")
     documents = "write DIR/DEVICE.json, .md, .png and the tables of its README.md"
     add("--report", type=path_argument, metavar="DIR", help=documents)
-    add("--only", nargs="+", default=[], choices=stages)
+    add("--only", nargs="+", default=[], choices=PART_STAGES)
 
 
-def main() -> int:
-    arguments = parse_arguments(sys.argv[1:])
-    if arguments.stage != "profile":
-        Ranks.alone("tools/benchmark.py")  # train/ddp.py --throughput is for torchrun
-    if arguments.stage in COMMANDS:
-        return COMMANDS[arguments.stage].main(arguments)
-    if arguments.seconds <= 0 or arguments.rounds < 1:
+def _add_ramp_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--cfg", type=path_text, nargs="+", default=[], metavar="FILE", help="config files, configs/….yaml")
+    add("--model", nargs="+", default=[], metavar="NAME", help="models without a config, trained on noise")
+    add("--size", type=int, default=32, help="side of --model's images in pixels (default %(default)s)")
+    add("--classes", type=int, default=10, help="number of classes of --model (default %(default)s)")
+    add("--data-path", type=path_text, help="data.path of all configs, a converted data set")
+    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for all models")
+    add("--memory-limit", type=float, metavar="GIB", help="memory that a process, or torch on a GPU, may use")
+    add("--min-batch", type=int, default=1, metavar="N", help="the first size (default %(default)s)")
+    add("--max-batch", type=int, metavar="N", help="the last size to try")
+    add("--minutes", type=float, help="time limit for all models; no size is started after it")
+    add("--exact", action="store_true", help="find the largest batch size exactly instead of within 3 %%")
+    add("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
+    rounds = "rounds per size; one in bisection, twice as many for the largest and the fastest (default %(default)s)"
+    add("--rounds", type=int, default=3, help=rounds)
+    add("--out", type=path_argument, help="folder (default output/NAME-ramp, or output/ramp for several models)")
+
+
+def _add_profile_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--cfg", type=path_text, required=True, metavar="FILE", help="config file, configs/….yaml")
+    add("--data-path", type=path_text, help="data.path, the converted data set")
+    add("--batch-size", type=int, help="data.batch_size, per rank")
+    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--steps", type=int, default=20, help="number of profiled steps (default %(default)s)")
+    add("--seconds", type=float, default=3.0, help="length of unprofiled training (default %(default)s)")
+    add("--out", type=path_argument, help="folder (default output/NAME-profile)")
+
+
+COMMANDS = {"ramp": (RAMP, _add_ramp_arguments), "profile": (PROFILE, _add_profile_arguments)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.stage not in COMMANDS and (arguments.seconds <= 0 or arguments.rounds < 1):
         raise UserError(f"--seconds {arguments.seconds} and --rounds {arguments.rounds} must be positive")
-    check_outputs(arguments)
-    with tempfile.TemporaryDirectory(prefix="zhu-benchmark-", dir=arguments.scratch) as scratch:
-        settings = build_settings(arguments, Path(scratch).resolve())
-        if arguments.stage == "all":
-            file = measure_all(arguments, settings)
-            run, entries = file.run, file.added_tables()
-        else:
-            run = measure_stage(arguments, settings)
-            entries = run.groups
-    if arguments.json:
-        write_json(run, arguments.json)
-    if getattr(arguments, "report", None):
-        for path in report.write(run, arguments.report):
-            print(f"wrote {path}")
-    failures = results.failure_lines(entries)
-    for line in failures:
-        print(f"failed: {line}", file=sys.stderr, flush=True)
-    print(markdown.tables_markdown(entries, run), flush=True)
-    return 1 if failures else 0
+    from tools.benchmarks.benchmark_command import run
 
-
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Create the folders given by the arguments, and check that the --json file is writable.
-
-    Call this before measuring. Raises UserError if a folder cannot be created or the file cannot be written.
-    """
-    for folder in (arguments.scratch, getattr(arguments, "report", None), arguments.json and arguments.json.parent):
-        if folder is not None:
-            _try_output(_make_folder, folder)
-    if arguments.json is not None:
-        _try_output(_check_writable, arguments.json)
-
-
-def _try_output(function: Callable[[Path], None], path: Path) -> None:
-    try:
-        function(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file or folder") from None
-
-
-def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _check_writable(file: Path) -> None:
-    """Raise OSError if the file cannot be written.
-
-    A file created by the check is removed again, since an empty file does not contain a run.
-    """
-    is_new = not file.exists()
-    file.open("ab").close()
-    if is_new:
-        file.unlink()
-
-
-def build_settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
-    """Return the settings of a run. Paths become absolute, since subprocesses run in the project's folder."""
-    given: dict[str, Any] = vars(arguments)
-    given = {name: value.resolve() if isinstance(value, Path) else value for name, value in given.items()}
-    on_gpu, minutes = torch.cuda.is_available(), given.get("minutes")
-    names = {field.name for field in fields(Settings)} - {"scratch", "data", "only"}
-    return Settings(
-        device="cuda" if on_gpu else "cpu",
-        scratch=scratch,
-        data=given.get("data", scratch) if on_gpu else scratch,
-        only=tuple(given.get("only", ())),
-        deadline=None if minutes is None else time.monotonic() + 60 * minutes,
-        part_s=given.get("part_seconds") or (gpu.PART_S if on_gpu else None),
-        **{name: given[name] for name in names & given.keys()},
-    )
-
-
-def measure_all(arguments: argparse.Namespace, settings: Settings) -> RunFile:
-    """Measure the selected parts on this machine, and return the `RunFile` with their tables.
-
-    On a GPU with --report, the parts are added to those of earlier runs in DEVICE.json.
-
-    Raises:
-        UserError: A given data set cannot be used, a folder cannot be created, the disk has too little space, --part or
-            --only does not select a part, or a file of earlier runs is invalid.
-    """
-    on_gpu = settings.device == "cuda"
-    for given in (arguments.small, arguments.medium):
-        if given is not None and open_split(given, datasets.SPLIT).encoding != "npy":
-            raise UserError(
-                f"{given} stores JPEG, but the other encodings are made from raw pixels; give an npy data set"
-            )
-    _try_output(_make_folder, settings.data)
-    check_free_space(settings.data, FREE_SPACE_BYTES[settings.device], "--data" if on_gpu else "--scratch")
-    parts = suite.choose(gpu.PARTS if on_gpu else cpu.PARTS, arguments.part, arguments.only)
-    # on a GPU in a subprocess, since a CUDA context in this process would use GPU memory during the measurements
-    environment = run_in_subprocess(results.environment) if on_gpu else results.environment()
-    run = Run(environment=environment, missing_peers=peers.all_missing())
-    files, earlier = [arguments.json] if arguments.json else [], None
-    if on_gpu and arguments.report is not None:
-        files.append(arguments.report / f"{report.slug(run)}.json")
-        earlier = report.load_runs(arguments.report).get(report.slug(run))
-    file = RunFile(run, files, earlier)
-    suite.run_parts(parts, settings, file)
-    return file
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,14 @@ both have finished.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
-from tools.runs.curve_plot import plot_curves
-from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
-from train.reporting import figures
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", nargs="+", type=path_argument, metavar="RUN", help="run folders, or folders that contain them"
@@ -32,11 +28,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--out", type=path_argument, default=Path("output/comparison"), help="output folder (default: %(default)s)"
     )
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="names of the runs, in the same order")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse_arguments(sys.argv[1:])
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    from tools.runs.curve_plot import plot_curves
+    from tools.runs.records import comparison_rows, curve_rows, find_runs, read_run, run_labels
+    from train.reporting import figures
+
     records = [read_run(folder) for folder in find_runs(arguments.runs)]
     names = arguments.labels or run_labels(records)
     if len(names) != len(records) or len(set(names)) != len(names):

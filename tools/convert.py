@@ -23,11 +23,8 @@ from pathlib import Path
 from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
 from configs.utils.process import handle_signals
-from pipelines.convert.encode import SUBSAMPLINGS, Encoding
-from pipelines.convert.source import Options, Source
-from pipelines.convert.writer import write_dataset
+from pipelines.convert.source import SUBSAMPLINGS, Encoding, Options, Source
 from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo, load_dataset
-from pipelines.storage.verify import verify as find_problems
 from tools.common.cli import whole_number
 
 MIB = 2**20
@@ -49,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
+    from pipelines.convert.writer import write_dataset
+
     started = time.perf_counter()
     options, name = build_options(args), dataset_name(args)
     try:
@@ -183,7 +182,9 @@ def verify(folder: Path) -> str:
     Raises:
         UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.
     """
-    problems = find_problems(folder)
+    from pipelines.storage import verify as checks
+
+    problems = checks.verify(folder)
     if problems:
         more = (
             f" (and {len(problems) - MAX_SHOWN_PROBLEMS:,} more problems)" if len(problems) > MAX_SHOWN_PROBLEMS else ""

@@ -7,29 +7,15 @@ python tools/report.py --check      exit with code 1 if the tables in README.md 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from configs.utils.errors import UserError, run_main
+from configs.utils.errors import run_main
 from configs.utils.files import path_argument
-from tools.benchmarks.engine import results
-from tools.benchmarks.engine.markdown import headline, parts_table, tables_markdown, text_table
-from tools.benchmarks.engine.results import Entry, Row
-from tools.benchmarks.engine.run_file import Run, write_json
-from tools.common.tables import write_text
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-HOW_TO_READ = """All rows of a table took turns in short rounds, each in a separate process; a figure is the median
-round. *ours / this* is our figure divided by the row's, *of resident* the row's divided by ours on one resident batch,
-and *share* the row's divided by the tightest bound, which was measured in the same run."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="folder of the JSON files"
@@ -38,191 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="only compare the tables of docs/benchmarks/README.md with the JSON files"
     )
-    options = parser.parse_args(arguments)
-    with _file_errors():
-        return _update(options)
+    return parser.parse_args(argv)
 
 
-def _update(options: argparse.Namespace) -> int:
-    runs = load_runs(options.folder)
-    text = with_block(options.readme, readme_block(runs, options.folder, options.readme))
-    if options.check:
-        if text == options.readme.read_text(encoding="utf-8"):
-            return 0
-        message = f"{options.readme}: the table differs from {options.folder}; run python tools/report.py"
-        print(message, file=sys.stderr)
-        return 1
-    for run in runs.values():
-        document(run, options.folder)
-    write_text(options.readme, text)
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    from tools.benchmarks.documents import run
 
-
-def write(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.json, DEVICE.md and, if the run has rates, DEVICE.png. Return the written paths.
-
-    If the folder is docs/benchmarks, the tables in its README.md are updated too.
-
-    Raises:
-        UserError: A file cannot be written, or README.md or another run in docs/benchmarks is invalid.
-    """
-    path = folder / f"{slug(run)}.json"
-    write_json(run, path)
-    with _file_errors():
-        written = [path, *document(run, folder)]
-        readme = folder / "README.md"
-        if folder.resolve() == ROOT / "docs" / "benchmarks" and readme.exists():
-            write_text(readme, with_block(readme, readme_block(load_runs(folder), folder, readme)))
-            written.append(readme)
-    return written
-
-
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    """Raise a UserError if a file cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; check the path and its permissions") from None
-
-
-def load_runs(folder: Path) -> dict[str, Run]:
-    """Return the benchmark runs among the JSON files in a folder, by file name without suffix.
-
-    Raises:
-        UserError: A file is not JSON, or a run was written by a different version.
-    """
-    runs: dict[str, Run] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}); delete it or measure again") from None
-        if not isinstance(content, dict) or content.get("format") != results.FORMAT:
-            continue
-        version = content.get("version")
-        if version != results.VERSION:
-            raise UserError(f"{path} has version {version}, this program writes {results.VERSION}; measure again")
-        runs[path.stem] = Run(**content)
-    return runs
-
-
-def slug(run: Run) -> str:
-    """Return the name of the run's device for use in file names, with only letters, digits and hyphens."""
-    name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b", "", run.environment["device"])
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-
-
-def document(run: Run, folder: Path) -> list[Path]:
-    """Write DEVICE.md and, if the run has rates, DEVICE.png. Return the written paths."""
-    from tools.benchmarks.engine import charts  # deferred, since matplotlib is slow to import
-
-    name = slug(run)
-    failed = results.failure_lines(run.groups)
-    picture = charts.draw_chart(run, folder / f"{name}.png")
-    commands = {part["command"] for part in run.parts.values()}
-    how = parts_table(run) if len(commands) > 1 else f"    {run.command}"
-    text = [
-        f"# {run.environment['device']}",
-        f"{headline(run)} The whole run took {run.duration_s / 60:.1f} minutes:",
-        how,
-        HOW_TO_READ,
-        *([f"![images/s by candidate]({picture.name})"] if picture else []),
-        *(["**Failed:**\n\n" + "\n".join(f"- {line}" for line in failed)] if failed else []),
-        tables_markdown(run.groups, run),
-    ]
-    path = folder / f"{name}.md"
-    write_text(path, "\n\n".join(text) + "\n")
-    return [path, *([picture] if picture else [])]
-
-
-def readme_block(runs: dict[str, Run], folder: Path, readme: Path) -> str:
-    """Return the text between the markers of README.md.
-
-    For each device, tables show this project's rates, their ratios to the peers' rates and their shares of the bounds.
-    """
-    text = []
-    if not any("gpu_memory_gib" in run.environment for run in runs.values()):
-        text.append("**No figure from a GPU yet**; `make gpu-bench` measures them.")
-    for name, run in runs.items():
-        link, base, facts = (folder / f"{name}.md").resolve(), readme.resolve().parent, run.environment
-        link = link.relative_to(base) if link.is_relative_to(base) else link
-        text.append(f"{facts['device']}, {facts['cores']} cores, {facts['date']} ([all figures]({link.as_posix()})):")
-        text += [table for table in (_loading_summary(run), _training_summary(run)) if table]
-    return "\n\n".join(text) if text else "Nothing measured yet."
-
-
-def _loading_summary(run: Run) -> str:
-    groups = [group for group in run.groups if group["stage"] in ("reading", "loading")]
-    peers = _peers(groups)
-    rows = []
-    for group in groups:
-        for number, row in enumerate(_measured(group)):
-            share = f"{row['share']:.0%} of {row['bound']['name']}" if "share" in row else ""
-            rows.append((_title(group, row), f"{row['images_per_s']:,.0f}", *_ratios(group, peers, number == 0), share))
-    header = ("loader alone", "ours, images/s", *(f"ours / {peer}" for peer in peers), "share of the bound")
-    return text_table(header, rows) if rows else ""
-
-
-def _training_summary(run: Run) -> str:
-    groups = [group for group in run.groups if group["stage"] == "training"]
-    peers = _peers(groups)
-    rows = []
-    for group in groups:
-        resident = [row for row in group["rows"] if row["ours"] and row["name"].endswith("resident batch")]
-        share = next((f"{row['share']:.1%}" for row in resident if "share" in row), "")
-        for number, row in enumerate(row for row in _measured(group) if "of_resident" in row):
-            title = f"{_title(group, row)}, batch {row['batch_size']}"
-            cells = (f"{row['images_per_s']:,.0f}", f"{row['of_resident']:.3f}", share)
-            rows.append((title, *cells, *_ratios(group, peers, number == 0)))
-    header = (
-        "training end to end",
-        "ours, images/s",
-        "of the resident batch",
-        "resident, of the arithmetic peak",
-        *(f"ours / {peer}" for peer in peers),
-    )
-    return text_table(header, rows) if rows else ""
-
-
-def _measured(group: Entry) -> list[Row]:
-    return [row for row in group["rows"] if row["ours"] and "images_per_s" in row]
-
-
-def _peers(groups: list[Entry]) -> list[str]:
-    return list(dict.fromkeys(row["name"] for group in groups for row in group["rows"] if "ratio" in row))
-
-
-def _ratios(group: Entry, peers: list[str], shown: bool) -> list[str]:
-    """Return one cell per peer with the ratio of this project's rate to the peer's. Cells without a ratio are empty.
-
-    The ratios apply only to this project's first row in the group. For other rows, pass shown=False, which leaves all
-    cells empty.
-    """
-    ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
-    return [ratios.get(peer, "") for peer in peers]
-
-
-def _title(group: Entry, row: Row) -> str:
-    """Return the title of the row's table, followed by the row's variant in parentheses if there is one.
-
-    The variant is the row's name after its first comma, without "end to end".
-    """
-    which = [part for part in row["name"].split(", ")[1:] if part != "end to end"]
-    return f"{group['title']} ({', '.join(which)})" if which else str(group["title"])
-
-
-def with_block(readme: Path, block: str) -> str:
-    """Return the text of the README, with the part between the BEGIN and END markers replaced by `block`.
-
-    Raises UserError unless each marker occurs exactly once, BEGIN before END.
-    """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(
-            f"{readme} must contain one line {BEGIN} and, after it, one line {END}; put them back around the table"
-        )
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{block}\n\n{text[text.index(END) :]}"
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,10 @@ For each plot, a CSV of the same name contains its data. Samples are numbered fr
 from __future__ import annotations
 
 import argparse
-import sys
 
-from configs.load import load_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 from tools.common.cli import check_positive, flag_name
-from tools.visualize.dataset import show_dataset
-from tools.visualize.predictions import show_predictions
-from tools.visualize.samples import show_samples
-from train.distributed.process_group import Ranks
 
 # Options of each kind of plot, besides --count and --out.
 ACCEPTED_OPTIONS = {
@@ -36,7 +30,7 @@ ACCEPTED_OPTIONS = {
 }
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=path_argument, metavar="RUN", help="run folder (its best.pt) or checkpoint")
@@ -51,7 +45,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, help="seed for the random choice of samples (default: 0)")
     out = "output folder (default: show-SPLIT beside the checkpoint, or output/show/NAME)"
     add("--out", type=path_argument, metavar="FOLDER", help=out)
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def check_arguments(arguments: argparse.Namespace) -> str:
@@ -84,9 +78,15 @@ def check_arguments(arguments: argparse.Namespace) -> str:
     return kind
 
 
-def main() -> None:
-    arguments = parse_arguments(sys.argv[1:])
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     kind = check_arguments(arguments)
+    from configs.load import load_config
+    from tools.visualize.dataset import show_dataset
+    from tools.visualize.predictions import show_predictions
+    from tools.visualize.samples import show_samples
+    from train.distributed.process_group import Ranks
+
     ranks = Ranks.alone("tools/show.py")
     count, seed, out = arguments.count, arguments.seed or 0, arguments.out
     if kind == "checkpoint":

@@ -26,22 +26,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from configs.load import load_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
-from pipelines.storage.dataset import load_dataset
 from tools.common import tables
-from tools.runs import sweep_report
-from tools.runs.run_slots import RunSlot, make_slots, visible_gpus
-from tools.runs.sweep_points import Point, build_points
-from tools.runs.sweep_report import Sweep
-from tools.runs.sweep_runner import is_finished, lock_folder, log_path, run_points
+
+if TYPE_CHECKING:
+    from tools.runs.run_slots import RunSlot
+    from tools.runs.sweep_points import Point
+    from tools.runs.sweep_report import Sweep
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     axes = "a setting and its values: train.lr=1e-3,3e-3; with --random also loguniform(LOW,HIGH) and uniform(LOW,HIGH)"
@@ -58,14 +55,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--gpus-per-run", type=int, default=1, metavar="N", help=processes)
     add("--parallel", type=int, metavar="N", help="concurrent runs (default: one per group of GPUs, one on a CPU)")
     add("--project", metavar="NAME", help="W&B project; the runs form one group in it")
-    parsed = parser.parse_intermixed_args(arguments)
+    parsed = parser.parse_intermixed_args(argv)
     if not parsed.axes and not parsed.variant:  # KEY=VALUES after --opts would be taken for overrides
         raise UserError("nothing to vary; give KEY=VALUE,VALUE (train.lr=1e-3,3e-3) before --opts, or --variant")
     return parsed
 
 
-def main() -> int:
-    arguments = parse_arguments(sys.argv[1:])
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    from configs.load import load_config
+    from pipelines.storage.dataset import load_dataset
+    from tools.runs import sweep_report
+    from tools.runs.run_slots import make_slots, visible_gpus
+    from tools.runs.sweep_points import build_points
+    from tools.runs.sweep_report import Sweep
+    from tools.runs.sweep_runner import is_finished, lock_folder
+
     base = load_config(arguments.cfg, arguments.opts, **{"log.wandb.project": arguments.project})
     folder = arguments.out or Path(base.output) / f"{base.name}-sweep"
     replacements = {"output": str(folder)}
@@ -117,6 +122,11 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: 
         slots: One slot per concurrent run.
         lock: File descriptor of the folder's lock.
     """
+    from tqdm import tqdm
+
+    from tools.runs import sweep_report
+    from tools.runs.sweep_runner import log_path, run_points
+
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program
     before = len(sweep.points) - len(waiting)
     with (

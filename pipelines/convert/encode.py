@@ -10,17 +10,15 @@ import io
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipelines import jpeg_format
 from pipelines.convert import greyscale, memory_limit, stderr_capture
-from pipelines.storage.dataset import MAX_PIXELS
+from pipelines.convert.source import SUBSAMPLINGS, Encoding
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 # Formats that Pillow decodes without starting other programs. Pillow opens an MPO as JPEG. The extensions are listed in
 # tools/sources/folder_scan.py.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "PPM", "GIF", "TIFF")
@@ -35,19 +33,6 @@ DECODING_BYTES, DECODING_BYTES_PER_PIXEL = 512 << 20, 24
 
 class Defect(Exception):
     """Raised for an unusable sample. The message is the reason recorded in dataset.json."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Storage format of images."""
-
-    name: Literal["npy", "jpeg"]
-    quality: int = 95  # JPEG quality, 1 to 100
-    subsampling: str = "4:2:0"  # JPEG chroma subsampling
-    size: int | None = None  # shorter side after resizing, pixels; npy also crops to size x size
-    max_pixels: int = MAX_PIXELS
-    # Whether to rotate image files as their EXIF orientation says. torchvision and timm ignore it too.
-    orientation: Literal["apply", "ignore"] = "ignore"
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
+from pipelines.storage.dataset import MAX_PIXELS
 
-from pipelines.convert.encode import Encoding
+if TYPE_CHECKING:
+    import numpy as np
+
+SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}  # Pillow's numbers
 
 
 class SplitSource(Protocol):
@@ -47,6 +50,19 @@ class Source:
     # is finished, so that resuming it never combines two versions of a source.
     state: str = ""
     unordered: tuple[str, ...] = ()  # splits whose numbered files are not in numeric order
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Storage format of images."""
+
+    name: Literal["npy", "jpeg"]
+    quality: int = 95  # JPEG quality, 1 to 100
+    subsampling: str = "4:2:0"  # JPEG chroma subsampling
+    size: int | None = None  # shorter side after resizing, pixels; npy also crops to size x size
+    max_pixels: int = MAX_PIXELS
+    # Whether to rotate image files as their EXIF orientation says. torchvision and timm ignore it too.
+    orientation: Literal["apply", "ignore"] = "ignore"
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ import numpy as np
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write, sync_folder
 from pipelines.convert import checks
-from pipelines.convert.encode import Defect, Encoded, Encoding, encode
+from pipelines.convert.encode import Defect, Encoded, encode
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.shuffle import SplitInput
-from pipelines.convert.source import Options, Source, SplitSource
+from pipelines.convert.source import Encoding, Options, Source, SplitSource
 from pipelines.convert.split_writer import WrittenSplit, write_split
 from pipelines.convert.worker_pool import WorkerPool
 from pipelines.storage import hash_cache, tar_format

@@ -29,7 +29,8 @@ from helpers.cifar_files import official_pickle, pixels_of, write_cifar10
 from helpers.faults import forged
 from helpers.memory_source import MemoryRows, marked_image, memory_source, write
 from models.weights import read_weights
-from pipelines.convert.encode import Defect, Encoding, encode
+from pipelines.convert.encode import Defect, encode
+from pipelines.convert.source import Encoding
 from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
 from pipelines.storage.verify import verify

@@ -19,8 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.convert import writer
-from pipelines.convert.encode import Encoding
-from pipelines.convert.source import Options, Source
+from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.dataset import DatasetInfo
 

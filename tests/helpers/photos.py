@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.datasets import load_sample_images
 
 from helpers.memory_source import MemoryRows, memory_source, write
-from pipelines.convert.encode import Encoding
+from pipelines.convert.source import Encoding
 
 BATCH = 12
 

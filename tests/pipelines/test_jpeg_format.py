@@ -18,7 +18,8 @@ from helpers.damage import claiming, segments, stray_bytes
 from helpers.loaders import evaluation
 from helpers.memory_source import MemoryRows, jpeg_file, memory_source, write
 from pipelines import jpeg_format
-from pipelines.convert.encode import Encoding, encode
+from pipelines.convert.encode import encode
+from pipelines.convert.source import Encoding
 from pipelines.cpu import jpeg_headers
 from pipelines.gpu import dali_graph
 from pipelines.gpu.dali_runner import DecodeCheck

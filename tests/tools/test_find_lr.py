@@ -17,7 +17,8 @@ from helpers.training import DIGITS, Run, alone, make_state, random_batch
 from helpers.training import lenet as lenet_of
 from pipelines.loader.batches import Batch, EvalBatches
 from tools import find_lr
-from tools.find_lr import options_for, range_test
+from tools.runs import find_lr_command
+from tools.runs.find_lr_command import options_for, range_test
 from tools.runs.lr_range import DELAY_DECADES, LossCurve, divergence_index, smooth_losses, suggest_lr
 from train.engine.step import run_step
 from train.optim.averaging import build_lookahead
@@ -185,7 +186,7 @@ def test_suggestion_for_digits_is_near_the_configs_rate(
     facts = json.loads((out / "find_lr.json").read_text())
     assert 6e-4 <= facts["suggestion"]["lr"] <= 6e-2
     assert facts["diverged"]
-    assert facts["updates"] < find_lr.MIN_STEPS
+    assert facts["updates"] < find_lr_command.MIN_STEPS
     assert f"--opts train.lr={facts['suggestion']['lr']:.2g}" in capsys.readouterr().out
     with (out / "find_lr.csv").open() as file:
         rows = list(csv.DictReader(file))

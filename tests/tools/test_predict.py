@@ -24,11 +24,11 @@ from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, write
 from helpers.training import DIGITS, ROOT, Run, alone
 from pipelines import build_eval_loader
-from pipelines.convert.encode import Encoding
+from pipelines.convert.source import Encoding
 from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
 from tools import convert, predict
-from tools.inference import ensemble
+from tools.inference import ensemble, predict_command
 from tools.inference.image_sets import picture_encoding
 from tools.inference.trained_model import load_trained_model
 from train import ddp
@@ -235,7 +235,7 @@ def test_invalid_options_are_refused_before_predicting(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(predict, "predict", lambda *_: pytest.fail("predicted"))
+    monkeypatch.setattr(predict_command, "predict", lambda *_: pytest.fail("predicted"))
     numbers = list(range(1, TEST_ROWS + 1))
     Path("file").touch()
     sample_file(Path("short"), numbers[:-1])

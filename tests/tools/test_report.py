@@ -9,12 +9,13 @@ import pytest
 from configs.utils.errors import UserError
 from helpers.benchmarks import a_run
 from tools import report
+from tools.benchmarks import documents
 
 
 @pytest.fixture
 def readme(tmp_path: Path) -> Path:
     path = tmp_path / "README.md"
-    path.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    path.write_text(f"# Title\n\n{documents.BEGIN}\nold\n{documents.END}\n\nrest\n")
     return path
 
 
@@ -28,8 +29,8 @@ def test_readme_table_matches_the_json_files() -> None:
 
 def test_documents_contain_figures_failures_and_versions(tmp_path: Path) -> None:
     run = a_run()
-    json_file, document, picture = report.write(run, tmp_path)
-    assert report.load_runs(tmp_path) == {"Test": run}
+    json_file, document, picture = documents.write(run, tmp_path)
+    assert documents.load_runs(tmp_path) == {"Test": run}
     assert json_file.name == "Test.json"
     text = document.read_text()
     for part in (
@@ -50,7 +51,7 @@ def test_check_fails_until_the_table_is_rewritten(
 ) -> None:
     folder = tmp_path / "docs"
     folder.mkdir()
-    report.write(a_run(), folder)
+    documents.write(a_run(), folder)
     assert call(folder, readme, "--check") == 1
     assert "run python tools/report.py" in capsys.readouterr().err
     assert call(folder, readme) == 0
@@ -60,7 +61,7 @@ def test_check_fails_until_the_table_is_rewritten(
     assert text.endswith("rest\n")
     assert "| 32x32 raw, reading alone | 2,000,000 | 2 | 50% of one copy of the bytes |" in " ".join(text.split())
     assert "No figure from a GPU yet" in text
-    report.write(a_run("NVIDIA H200", gpu_memory_gib=140), folder)
+    documents.write(a_run("NVIDIA H200", gpu_memory_gib=140), folder)
     assert call(folder, readme, "--check") == 1
     assert call(folder, readme) == 0
     assert "No figure from a GPU yet" not in readme.read_text()
@@ -79,10 +80,10 @@ def test_missing_files_are_user_errors(tmp_path: Path) -> None:
 
 def test_other_formats_are_ignored_and_broken_files_named(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("[]")
-    assert report.load_runs(tmp_path) == {}
+    assert documents.load_runs(tmp_path) == {}
     (tmp_path / "broken.json").write_text('{"format": "model-zhu-benchmarks"}')
     with pytest.raises(UserError, match=r"broken\.json has version None, this program writes 1"):
-        report.load_runs(tmp_path)
+        documents.load_runs(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json is not JSON"):
-        report.load_runs(tmp_path)
+        documents.load_runs(tmp_path)

@@ -11,6 +11,7 @@ import torch
 from configs.utils.errors import UserError
 from tools import summary
 from tools.perf import model_cases
+from tools.perf.summary_command import compute_costs
 from train.distributed.process_group import Ranks, process_group
 
 
@@ -79,6 +80,6 @@ def test_config_without_data_set_needs_classes_option(tmp_path: Path) -> None:
 def test_measured_gpu_memory_is_plausible() -> None:
     case = model_cases.build_case("alexnet", summary.parse_arguments(["x"]))
     with process_group(Ranks()) as device:
-        costs, measured = summary.compute_costs(case, device, torch.bfloat16)
+        costs, measured = compute_costs(case, device, torch.bfloat16)
     assert measured is not None
     assert costs.weight_bytes + costs.optimizer_bytes < measured < 2 * costs.memory_bytes

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.utils.errors import UserError
-from pipelines.convert.encode import Encoding
-from pipelines.convert.source import Options, Source
+from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.dataset import QuarantinedSample, load_dataset
 from pipelines.storage.open import open_split

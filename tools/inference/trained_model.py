@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from configs.load import parse_config
 from configs.schema import Config, DataConfig
 from configs.utils.errors import UserError
-from pipelines.convert.encode import Encoding
+from pipelines.convert.source import Encoding
 from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
 from train.checkpoint import store

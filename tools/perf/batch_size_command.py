@@ -1,19 +1,4 @@
-"""Measure images/s and peak memory at batch size 1, 2, 4 … until memory is full, and find the largest batch size.
-
-    python tools/benchmark.py ramp --cfg configs/cifar10_lenet.yaml configs/cifar10_alexnet.yaml --memory-limit 4
-    python tools/benchmark.py ramp --model resnet18 timm/convnext_tiny --size 96 --classes 200 --exact
-
-Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
-the data set (--cfg), repeated if there are too few, or of noise (--model). After the first size that does not fit,
-bisection finds the largest that does. The largest and the fastest size are measured again. The rate of a size is the
-median of its rounds. On a GPU, each size is compiled as configured, which takes most of the time. With
---opts train.compile=off train.cuda_graph=off the search is faster, but the rates differ.
-
-On the CPU, memory is the peak of the whole process, including libraries. On a GPU, it is the peak of torch's tensors,
-and the memory in use by all processes is shown beside it. Without --memory-limit, the limit is all of the GPU's memory
-or, on the CPU, 80 % of the memory available at the start, so that the machine does not swap. The exit code is 1 if a
-model failed with an error other than out of memory, and 130 after an interruption.
-"""
+"""Measure images/s and peak memory at growing batch sizes: `tools/benchmark.py ramp`."""
 
 from __future__ import annotations
 
@@ -35,7 +20,6 @@ from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.errors import UserError
-from configs.utils.files import path_argument, path_text
 from configs.utils.process import handle_signals
 from pipelines.storage.dataset import load_dataset
 from tools.benchmarks.engine import process_memory
@@ -48,26 +32,7 @@ from train.build import check_classes
 TOLERANCE = 1 / 32  # of the bisection without --exact, as a share of the batch size
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--cfg", type=path_text, nargs="+", default=[], metavar="FILE", help="config files, configs/….yaml")
-    add("--model", nargs="+", default=[], metavar="NAME", help="models without a config, trained on noise")
-    add("--size", type=int, default=32, help="side of --model's images in pixels (default %(default)s)")
-    add("--classes", type=int, default=10, help="number of classes of --model (default %(default)s)")
-    add("--data-path", type=path_text, help="data.path of all configs, a converted data set")
-    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for all models")
-    add("--memory-limit", type=float, metavar="GIB", help="memory that a process, or torch on a GPU, may use")
-    add("--min-batch", type=int, default=1, metavar="N", help="the first size (default %(default)s)")
-    add("--max-batch", type=int, metavar="N", help="the last size to try")
-    add("--minutes", type=float, help="time limit for all models; no size is started after it")
-    add("--exact", action="store_true", help="find the largest batch size exactly instead of within 3 %%")
-    add("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
-    rounds = "rounds per size; one in bisection, twice as many for the largest and the fastest (default %(default)s)"
-    add("--rounds", type=int, default=3, help=rounds)
-    add("--out", type=path_argument, help="folder (default output/NAME-ramp, or output/ramp for several models)")
-
-
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     check_arguments(arguments)
     on_gpu = torch.cuda.is_available()
     limit_bytes = arguments.memory_limit and int(arguments.memory_limit * process_memory.GIB)

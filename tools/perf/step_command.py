@@ -1,18 +1,4 @@
-"""Measure the time of a training step by phase, and the share of the device's peak arithmetic rate that it reaches.
-
-    python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml --steps 20
-    torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
-
-Phases: data (waiting for a batch), proxy (sample selection by train.proxy, if set), forward, backward, reduce (the part
-of the all-reduce that does not overlap with backward), optimizer (with clipping, clearing gradients and averages), host
-(everything else while the device is idle or, on the CPU, between the phases). They add up to the wall time of the step.
-They are device times on a GPU and host times on the CPU. Under torchrun, rank 0 is profiled.
-
-A captured step (CUDA graph) has no phases. It is profiled without capture, and the time of the captured step is
-reported separately. Model FLOPs utilization is the arithmetic rate of forward and backward, with 2 FLOPs per
-multiply-add, divided by the rate that a large matrix multiplication reaches on this machine. trace.json.gz can be
-opened in https://ui.perfetto.dev or chrome://tracing.
-"""
+"""Measure the time of a training step by phase: `tools/benchmark.py profile`."""
 
 from __future__ import annotations
 
@@ -24,7 +10,6 @@ from pathlib import Path
 from configs.load import load_config
 from configs.stages import config_at
 from configs.utils.errors import UserError
-from configs.utils.files import path_argument, path_text
 from pipelines.loader.train_loader import TrainLoader
 from tools.benchmarks.engine import results
 from tools.common.tables import make_folder, markdown, write_csv, write_json
@@ -43,18 +28,7 @@ WARM_STEPS = 3
 TRACE = "trace.json.gz"
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--cfg", type=path_text, required=True, metavar="FILE", help="config file, configs/….yaml")
-    add("--data-path", type=path_text, help="data.path, the converted data set")
-    add("--batch-size", type=int, help="data.batch_size, per rank")
-    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    add("--steps", type=int, default=20, help="number of profiled steps (default %(default)s)")
-    add("--seconds", type=float, default=3.0, help="length of unprofiled training (default %(default)s)")
-    add("--out", type=path_argument, help="folder (default output/NAME-profile)")
-
-
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 1 or not 0 < arguments.seconds < math.inf:
         raise UserError(f"--steps {arguments.steps} and --seconds {arguments.seconds} must be positive and finite")
     replacements = {"data.path": arguments.data_path, "data.batch_size": arguments.batch_size}

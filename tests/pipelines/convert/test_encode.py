@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from helpers.odd_files import png_of, saved, tiff_of
-from pipelines.convert.encode import EXIF_ORIENTATION, ROTATED, Defect, Encoding, encode
+from pipelines.convert.encode import EXIF_ORIENTATION, ROTATED, Defect, encode
+from pipelines.convert.source import Encoding
 
 RAMP = np.linspace(0, 255, 35).round().astype(np.uint8).reshape(5, 7)
 RAMP_12 = np.linspace(0, 4095, 35).round().astype(np.uint16).reshape(5, 7)

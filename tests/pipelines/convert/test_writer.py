@@ -23,7 +23,8 @@ from PIL import Image
 from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, tiny_source, write
 from pipelines.convert import checks, layout, writer
-from pipelines.convert.encode import Defect, Encoding, encode
+from pipelines.convert.encode import Defect, encode
+from pipelines.convert.source import Encoding
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 from pipelines.storage.verify import verify

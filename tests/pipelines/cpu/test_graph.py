@@ -23,7 +23,7 @@ from helpers.memory_source import MemoryRows, memory_source, write
 from helpers.threads import THREADS, at_once
 from pipelines import build_eval_loader
 from pipelines.augment.ops import Op, Programs
-from pipelines.convert.encode import Encoding
+from pipelines.convert.source import Encoding
 from pipelines.cpu import batch
 from pipelines.cpu import graph as cpu_graph
 from pipelines.cpu.graph import Images

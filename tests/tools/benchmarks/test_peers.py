@@ -12,8 +12,7 @@ import torch
 
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from helpers import memory_source
-from pipelines.convert.encode import Encoding
-from pipelines.convert.source import Options, Source
+from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.open import open_split
 from tools.benchmarks import peers

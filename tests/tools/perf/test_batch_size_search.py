@@ -80,7 +80,7 @@ def ramp_with(
     """Run the stage with this trial function. Return the exit code and ramp.json."""
     monkeypatch.setattr(batch_size_search, "run_trial", attempt)
     parsed = benchmark.parse_arguments(["ramp", "--model", "lenet", "--out", str(out), *arguments])
-    return batch_size_command.main(parsed), json.loads((out / "ramp.json").read_text())
+    return batch_size_command.run(parsed), json.loads((out / "ramp.json").read_text())
 
 
 def climbed(largest: int, first: int, most: int | None, tolerance: float) -> BatchSizeSearch:
@@ -445,4 +445,4 @@ def test_candidate_in_a_long_step_dies_with_its_parent() -> None:
 )
 def test_invalid_arguments_are_user_errors(arguments: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(benchmark.UserError, match=sentence):
-        batch_size_command.main(benchmark.parse_arguments(["ramp", *arguments]))
+        batch_size_command.run(benchmark.parse_arguments(["ramp", *arguments]))

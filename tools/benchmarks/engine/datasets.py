@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert.encode import Encoding
-from pipelines.convert.source import Options, Source
+from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import write_dataset
 from pipelines.storage.dataset import fingerprint, load_dataset
 from pipelines.storage.open import open_split

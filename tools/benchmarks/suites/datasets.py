@@ -9,8 +9,7 @@ from typing import Any
 from configs.load import load_config
 from configs.schema import Config
 from configs.utils.errors import UserError
-from pipelines.convert.encode import Encoding
-from pipelines.convert.source import Options
+from pipelines.convert.source import Encoding, Options
 from pipelines.convert.writer import write_dataset
 from tools.benchmarks.engine.datasets import make_variant
 from tools.benchmarks.engine.roofline import DISK_FILE_BYTES
