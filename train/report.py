@@ -40,7 +40,8 @@ def log_start(trainer: Trainer, position: Position, source: Path | None, resume:
     val_samples = len(trainer.val_loader.split)
     facts = collect_run_info(job.config, job.dataset, trainer.state, trainer.train_loader, val_samples, job.ranks)
     log.write_config(trainer.run.config, facts)
-    log.drop_epochs_from(position.epoch)
+    if trainer.end_reason(position) is None:
+        log.drop_epochs_from(position.epoch)
     if source is not None:
         trainer.checkpoints.mark_saved(source, trainer.timeline.done(position))
         log.info(f"resumed from {source} at {asdict(position)}")
@@ -65,15 +66,18 @@ def prepare(trainer: Trainer, position: Position, facts: Facts) -> None:
         show_samples(log, trainer.train_loader, trainer.job.dataset.classes)
 
 
-def log_results(trainer: Trainer, duration_s: float) -> None:
-    """Log the best accuracy and the times, and show predictions. All ranks must call this function."""
+def log_results(trainer: Trainer, position: Position, duration_s: float) -> None:
+    """Log the best result and the times, and show predictions. All ranks must call this function."""
     config, state, log, run = trainer.config, trainer.state, trainer.log, trainer.run
     progress, clock = run.progress, run.clock
     if progress.left_out:
         log.info(f"steps skipped in total: {progress.left_out} of {trainer.timeline.total}")
     which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
+    if position.epoch < config.train.epochs:
+        log.info(f"stopped early: {trainer.end_reason(position)}")
+    best_by = config.eval.best_by
     log.info(
-        f"done in {duration_s:.1f} s: best {config.data.val_split} top1{which} {progress.best_top1:.4f}; "
+        f"done in {duration_s:.1f} s: best {config.data.val_split} {best_by}{which} {progress.best(best_by) or 0:.4f}; "
         f"the run is in {trainer.checkpoints.folder}"
     )
     if not isnan(clock.training_s):

@@ -76,18 +76,18 @@ def train(job: Job, resume: str | None) -> int:
         with open_log(job, folder) as log, CheckpointWriter(folder, state, run) as checkpoints:
             trainer = Trainer(job, state, train_loader, val_loader, timeline, run, log, checkpoints)
             facts = log_start(trainer, position, source, run_dir.resume)
-            if position.epoch >= config.train.epochs:
-                log.info(f"nothing to do: the run in {folder} has finished its {config.train.epochs} epochs")
+            if (reason := trainer.end_reason(position)) is not None:
+                log.info(f"nothing to do: the run in {folder} has ended: {reason}")
                 return 0
             prepare(trainer, position, facts)  # starts the trackers; compiles and captures the step
             start_s = time.monotonic()
             try:
                 with catch_signals() as trainer.signals:
-                    while position.epoch < config.train.epochs:
+                    while trainer.end_reason(position) is None:
                         position = trainer.run_epoch(position)  # trains, evaluates, saves; rewinds if the loss is nan
                     collectives.from_first_rank(checkpoints.wait)
             except Preempted as preempted:  # a checkpoint has been written
                 log.fast_shutdown = True  # the scheduler may kill the process soon
                 return preempted.exit_code
-            log_results(trainer, time.monotonic() - start_s)
+            log_results(trainer, position, time.monotonic() - start_s)
     return 0

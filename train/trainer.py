@@ -27,14 +27,14 @@ from train.build import Job
 from train.checkpoint.progress import Progress, RunInfo
 from train.checkpoint.restore import restore_state
 from train.checkpoint.resume import latest_checkpoints
-from train.checkpoint.store import BEST, LAST, Loaded, load_newest_on_all_ranks
+from train.checkpoint.store import BEST, LAST, Loaded, kept_files, load_newest_on_all_ranks
 from train.checkpoint.writer import CheckpointWriter
 from train.distributed import collectives
 from train.distributed.consensus import StopConsensus
 from train.distributed.process_group import is_first_rank
 from train.distributed.signals import PendingSignal, Preempted
 from train.engine.epoch import training_steps
-from train.engine.evaluate import EvaluationInterrupted, evaluate
+from train.engine.evaluate import Evaluation, EvaluationInterrupted, evaluate
 from train.engine.metrics import ThroughputMeter, memory_usage
 from train.engine.state import TrainState
 from train.engine.warm_up import warm_up
@@ -71,6 +71,20 @@ class Trainer:
         self.consensus = StopConsensus(lambda: self.signals.number, is_due)
         self.meter = ThroughputMeter(self.train_loader)
         self.stage: Stage | None = None
+        total, limit = self.timeline.total, self.config.train.max_steps
+        self.end = total if limit is None else min(limit, total)  # optimizer steps after which the run ends
+
+    def end_reason(self, position: Position) -> str | None:
+        """Return why the run has ended at a position, or None if it continues. All ranks return the same."""
+        train, progress, done = self.config.train, self.run.progress, self.timeline.done(position)
+        if position.epoch >= train.epochs:
+            return f"all {train.epochs} epochs are done"
+        if train.patience is not None and progress.stale_epochs >= train.patience:
+            what = f"{self.config.data.val_split} {self.config.eval.best_by}"
+            return f"no better {what} in {progress.stale_epochs} epochs (train.patience={train.patience})"
+        if done >= self.end and (position.step == 0 or progress.stopped_at == done):
+            return f"{done} steps are done (train.max_steps={train.max_steps})"
+        return None
 
     def run_epoch(self, position: Position) -> Position:
         """Train the rest of an epoch with logs and checkpoints, then evaluate and save.
@@ -79,8 +93,9 @@ class Trainer:
             position: Epoch to train, and number of optimizer steps already done in this epoch.
 
         Returns:
-            The start of the next epoch or, if the loss or the state is not finite and train.on_nonfinite=rewind, the
-            position of the last checkpoint, which has been restored.
+            The start of the next epoch; the current position if train.max_steps ends the run within the epoch; or, if
+            the loss or the state is not finite and train.on_nonfinite=rewind, the position of the last checkpoint,
+            which has been restored.
 
         Raises:
             Preempted: A signal asked to stop. The state is saved in a checkpoint.
@@ -111,10 +126,9 @@ class Trainer:
                         self.checkpoints.save((LAST,), Position(epoch, done - first), sums, done)
                     if signal:
                         self._stop(signal, done)  # waits for the checkpoint and raises Preempted
-            self._finish_epoch(epoch)  # evaluates, logs and saves
+            return self._finish_epoch(epoch)  # evaluates, logs and saves
         except NonFiniteError as error:
             return self._rewind(error)  # at most MAX_REWINDS times in a run; the steps of the error are then skipped
-        return Position(epoch + 1)
 
     def _start_epoch(self, position: Position) -> None:
         """Log the start of a stage, make sure that a rewind has a checkpoint, and start the measurements."""
@@ -158,8 +172,13 @@ class Trainer:
             timeline=self.timeline,
             decays=progress.plateau.decays,
             skip_steps=progress.skip_steps,
+            end=self.end,
         )
-        self.run.clock.count(self.timeline.first_step(position.epoch + 1))
+        self.run.clock.count(self._last_step(position.epoch))
+
+    def _last_step(self, epoch: int) -> int:
+        """Return the number of optimizer steps of the run at the end of an epoch, which train.max_steps may cut."""
+        return min(self.end, self.timeline.first_step(epoch + 1))
 
     def _is_save_step(self, done: int) -> bool:
         """Return True if train.save_every_steps asks for a checkpoint after `done` steps."""
@@ -178,17 +197,19 @@ class Trainer:
         self.log.log_step(measured, done)
         self._report_skipped(done)
 
-    def _finish_epoch(self, epoch: int) -> None:
-        """Evaluate every train.eval_every_epochs epochs, log the metrics of the epoch, and save checkpoints.
+    def _finish_epoch(self, epoch: int) -> Position:
+        """Evaluate every train.eval_every_epochs epochs, log the metrics of the epoch, save, and return the position.
 
-        best.pt is saved if the top-1 accuracy has improved, and last.pt is saved every train.save_every_epochs epochs.
-        The last epoch is always evaluated and saved.
+        best.pt is saved if the result eval.best_by has improved, last.pt every train.save_every_epochs epochs, and the
+        checkpoint of the epoch if train.keep_checkpoints asks for it. The end of the run is always evaluated and saved.
 
         Raises:
             Preempted: A signal interrupted the evaluation. The state is saved in a checkpoint.
         """
         train, progress, clock = self.config.train, self.run.progress, self.run.clock
-        done, is_last = self.timeline.first_step(epoch + 1), epoch + 1 == train.epochs
+        done = self._last_step(epoch)
+        position = Position(epoch, done - self.timeline.first_step(epoch))
+        is_whole, is_last = done == self.timeline.first_step(epoch + 1), done == self.end
         self.train_loader.check_unchanged()
         sums = self.finite_check.sums(done)
         self._report_skipped(done)
@@ -197,23 +218,51 @@ class Trainer:
         if is_last or (epoch + 1) % train.eval_every_epochs == 0:
             try:
                 with clock if is_last else nullcontext():
-                    top1 = self._evaluate(metrics)
+                    evaluation = self._evaluate(metrics)
             except EvaluationInterrupted:
-                self.checkpoints.save((LAST,), Position(epoch, self.timeline.steps[epoch]), sums, done)
+                self.checkpoints.save((LAST,), position, sums, done)
                 self._stop(self.consensus.poll_now(), done)
-            improved = top1 > progress.best_top1
-            progress.best_top1 = max(progress.best_top1, top1)
-        if train.schedule == "plateau":
-            options = train.schedule_options
-            progress.plateau = progress.plateau.after(metrics[options.metric], options)
+            improved = progress.record(evaluation, self.config.eval.best_by)
+            if train.patience is not None:
+                progress.stale_epochs = 0 if improved else progress.stale_epochs + is_whole * train.eval_every_epochs
+        if is_whole:
+            position = Position(epoch + 1)
+            if train.schedule == "plateau":
+                options = train.schedule_options
+                progress.plateau = progress.plateau.after(metrics[options.metric], options)
+        progress.stopped_at = 0 if is_whole else done
+        self._close_epoch(position, metrics, sums, improved)
+        return position
+
+    def _close_epoch(self, position: Position, metrics: MetricsLine, sums: Tensor, improved: bool) -> None:
+        """Log the metrics of an epoch, and save the checkpoints that are due at its end.
+
+        Args:
+            position: Position after the epoch. It is within the epoch if train.max_steps ends the run there.
+            metrics: Metrics of the epoch.
+            sums: Metric sums of the epoch over all ranks, which a checkpoint within the epoch holds.
+            improved: Whether the result eval.best_by has improved.
+        """
+        train, done = self.config.train, self.timeline.done(position)
+        ends = self.end_reason(position) is not None
+        if ends and position.epoch < train.epochs:
+            metrics["stopped_early"] = 1
         self.log.log_epoch(metrics)
         if (report := report_bad_samples(self.train_loader)) is not None:
             self.log.info(report)
-        self.state.sums.zero_()
-        clock.end_epoch()
-        saves_last = is_last or (epoch + 1) % train.save_every_epochs == 0
-        if names := (BEST,) * improved + (LAST,) * saves_last:
-            self.checkpoints.save(names, Position(epoch + 1), torch.zeros_like(sums), done)
+        names = (BEST,) * improved
+        if position.step == 0:
+            self.state.sums.zero_()
+            self.run.clock.end_epoch()
+            sums = torch.zeros_like(sums)
+            names += (LAST,) * (ends or position.epoch % train.save_every_epochs == 0)
+            names += kept_files(train.keep_checkpoints, position.epoch)
+        else:
+            names += (LAST,)
+        if names:
+            self.checkpoints.save(names, position, sums, done)
+        if position.step:
+            self.run.clock.end_epoch()  # only now, since a run that continues from the checkpoint continues the epoch
 
     def _training_metrics(self, epoch: int, done: int, sums: Tensor) -> MetricsLine:
         """Return the metrics of an epoch by name, with None for the results of the evaluation."""
@@ -232,11 +281,11 @@ class Trainer:
             }
         )
 
-    def _evaluate(self, metrics: MetricsLine) -> float:
+    def _evaluate(self, metrics: MetricsLine) -> Evaluation:
         """Evaluate the weights and, if there is one, the moving average, and add the results to `metrics`.
 
         Returns:
-            The top-1 accuracy of the weights selected by eval.weights.
+            The results of the weights selected by eval.weights.
         """
         state, options = self.state, self.config.eval
         what = self.val_loader, len(self.val_loader.split), options.tta, lambda: self.signals.number != 0
@@ -246,7 +295,7 @@ class Trainer:
                 evaluations["ema_"] = evaluate(state, *what)
         for which, evaluation in evaluations.items():
             metrics |= {f"{which}val_{result}": getattr(evaluation, result) for result in RESULTS}
-        return evaluations["ema_" if uses_ema(state.ema, options.weights) else ""].top1
+        return evaluations["ema_" if uses_ema(state.ema, options.weights) else ""]
 
     def _stop(self, signal: int, done: int) -> NoReturn:
         """Wait until the checkpoint is written, log the stop, and raise Preempted."""

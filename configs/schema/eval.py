@@ -24,8 +24,10 @@ class EvalConfig(Section):
     """Share of the shorter side kept by the center crop: the shorter side is resized to round(image_size /
     crop_fraction)."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Weights whose accuracy selects best.pt, also used for predictions and exports; auto: ema, the moving average, if
+    """Weights whose results select best.pt, also used for predictions and exports; auto: ema, the moving average, if
     there is one, otherwise raw."""
+    best_by: Literal["top1", "loss", "top5"] = "top1"
+    """Result of an evaluation that selects best.pt: the highest accuracy (top1, top5) or the lowest loss."""
     tta: Literal["none", "flip", "flip-translate"] = "none"
     """Test-time augmentation: average the logits of the image and its mirror image (flip), or also of both shifted by
     one pixel up-left and down-right, where the shifted images have half of the total weight (flip-translate)."""

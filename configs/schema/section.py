@@ -16,7 +16,7 @@ class Effect(Enum):
     """What a setting affects. This decides whether a resumed run may change it, and whether runs are compared by it."""
 
     RESULTS = "results"  # the default, without a mark: a resumed run may not change it
-    MINOR = "minor"  # at most the last digits of results, or only runs in which a failure occurs
+    MINOR = "minor"  # the last digits of results, the step at which a run ends, or only runs in which a failure occurs
     NONE = "none"  # name, location, logging and reading: runs that differ only in such settings are the same run
 
 

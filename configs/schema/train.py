@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -26,6 +27,11 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=10, ge=1)
     """Passes over the training split."""
+    max_steps: Resumable[int | None] = Field(default=None, ge=1)
+    """Optimizer steps, counted from epoch 0, after which the run stops with an evaluation and a checkpoint; null: train
+    all epochs. The learning rate schedule still spans all epochs."""
+    patience: Resumable[int | None] = Field(default=None, ge=1)
+    """Epochs without a better eval.best_by after which the run stops early; null: train all epochs."""
     first_epoch: int = Field(default=0, ge=0)
     """Epoch at which a new run starts, with the order, augmentation and learning rate of that epoch."""
     lr: float = Field(default=1e-3, gt=0)
@@ -94,6 +100,8 @@ class TrainConfig(Section):
     (see save_every_epochs)."""
     save_every_epochs: Resumable[int] = Field(default=1, ge=1)
     """Write a checkpoint at the end of every N-th epoch, and always after the last one."""
+    keep_checkpoints: Resumable[str | None] = None
+    """every:N keeps a checkpoint epoch-E.pt of every N-th epoch beside last.pt and best.pt; null: keep none."""
     eval_every_epochs: Resumable[int] = Field(default=1, ge=1)
     """Evaluate after every N-th epoch, and always after the last one."""
 
@@ -115,6 +123,13 @@ class TrainConfig(Section):
         if "epochs" in info.data and first_epoch >= info.data["epochs"]:
             raise ValueError(f"must be below train.epochs={info.data['epochs']}, the total number of epochs")
         return first_epoch
+
+    @field_validator("keep_checkpoints")
+    @classmethod
+    def _every_some_epochs(cls, keep: str | None) -> str | None:
+        if keep is not None and not re.fullmatch("every:[1-9][0-9]{0,8}", keep):
+            raise ValueError("must be every:N with a number of epochs, such as every:10, or null")
+        return keep
 
     @field_validator("schedule")
     @classmethod

@@ -47,7 +47,9 @@ class RunRecord:
 
     @property
     def is_finished(self) -> bool:
-        return self.epochs_trained >= self.config.train.epochs
+        """Whether the run has trained all of its epochs, or was ended by train.max_steps or train.patience."""
+        stopped_early = self.metrics[-1].get("stopped_early") if self.metrics else None
+        return self.epochs_trained >= self.config.train.epochs or stopped_early is not None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

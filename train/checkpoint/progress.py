@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isnan
 from typing import Any
 
 from pipelines.storage.dataset import DatasetInfo
 from train.checkpoint.state import DatasetEntry, StreamInfo
+from train.engine.evaluate import Evaluation
 from train.engine.metrics import RunTimer
 from train.optim.schedule import Plateau
 
@@ -17,6 +19,9 @@ class Progress:
     """Results and decisions of a run so far, updated by the trainer."""
 
     best_top1: float = -1.0  # best accuracy on the validation split, from 0 to 1
+    best_value: float | None = None  # best value of eval.best_by, unless that is top1
+    stale_epochs: int = 0  # epochs since the best evaluation, counted if train.patience is set
+    stopped_at: int = 0  # optimizer steps after which train.max_steps ended the run within an epoch
     plateau: Plateau = field(default_factory=Plateau)
     passed_over: list[list[int]] = field(default_factory=list)  # [first, last] steps to skip, counted from 1
     left_out: int = 0  # optimizer steps skipped since their gradients were not finite
@@ -34,6 +39,22 @@ class Progress:
         """Return the "progress" entry of a checkpoint. It omits fields with default values, except best_top1."""
         defaults = asdict(Progress())
         return {key: value for key, value in asdict(self).items() if key == "best_top1" or value != defaults[key]}
+
+    def record(self, evaluation: Evaluation, best_by: str) -> bool:
+        """Record an evaluation, and return True if it is the best so far by `best_by`, the value of eval.best_by."""
+        value: float = getattr(evaluation, best_by)
+        best, sign = self.best(best_by), -1 if best_by == "loss" else 1
+        self.best_top1 = max(self.best_top1, evaluation.top1)
+        is_better = not isnan(value) and (best is None or sign * value > sign * best)
+        if is_better and best_by != "top1":
+            self.best_value = value
+        return is_better
+
+    def best(self, best_by: str) -> float | None:
+        """Return the best value of eval.best_by, or None if there has been no evaluation."""
+        if best_by != "top1":
+            return self.best_value
+        return self.best_top1 if self.best_top1 >= 0 else None
 
     @property
     def skip_steps(self) -> set[int]:

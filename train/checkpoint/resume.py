@@ -13,7 +13,7 @@ from configs import yaml
 from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
-from train.checkpoint.store import BEST, LAST, PREVIOUS
+from train.checkpoint.store import BEST, LAST, PREVIOUS, epoch_files
 
 LOCK_FILE = "lock"  # in a run folder; names the process that trains there
 
@@ -111,17 +111,17 @@ def is_explicit_checkpoint(resume: str | None) -> bool:
 def latest_checkpoints(folder: Path) -> tuple[Path, ...]:
     """Return the checkpoints of a run folder to resume from, in order of preference.
 
-    These are last.pt, even if it does not exist, and previous.pt if it exists. If best.pt is the only existing
-    checkpoint, only best.pt is returned.
+    These are last.pt, even if it does not exist, and previous.pt if it exists. If neither exists, these are the kept
+    checkpoints of epochs, the latest first, and best.pt.
     """
     last, previous, best = (folder / name for name in (LAST, PREVIOUS, BEST))
-    if best.exists() and not last.exists() and not previous.exists():
-        return (best,)
+    if not last.exists() and not previous.exists():
+        return (*epoch_files(folder), *(path for path in [best] if path.exists())) or (last,)
     return last, *(path for path in [previous] if path.exists())
 
 
 def find_checkpoints(path: Path) -> tuple[Path, ...]:
-    """Return the existing checkpoints of a run folder in the order best.pt, last.pt, previous.pt.
+    """Return the existing checkpoints of a run folder in the order best.pt, last.pt, previous.pt, kept epochs.
 
     If `path` is not a folder, it is the only element of the result.
 
@@ -130,6 +130,7 @@ def find_checkpoints(path: Path) -> tuple[Path, ...]:
     """
     if not path.is_dir():
         return (path,)
-    if found := tuple(path / name for name in (BEST, LAST, PREVIOUS) if (path / name).is_file()):
+    named = (path / name for name in (BEST, LAST, PREVIOUS))
+    if found := (*(file for file in named if file.is_file()), *epoch_files(path)):
         return found
     raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST}); give a run folder or a .pt file")

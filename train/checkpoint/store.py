@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,9 +21,22 @@ from train.distributed import collectives
 from train.engine.state import TrainState
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in a run folder; previous.pt was saved before last.pt
+EPOCH_FILE = re.compile("epoch-([1-9][0-9]*).pt")  # see train.keep_checkpoints
 
 
 # Saving
+
+
+def kept_files(keep: str | None, epochs: int) -> tuple[str, ...]:
+    """Return the name of the checkpoint to keep after `epochs` epochs, if any. `keep` is train.keep_checkpoints."""
+    return (f"epoch-{epochs}.pt",) if keep is not None and epochs % int(keep.removeprefix("every:")) == 0 else ()
+
+
+def epoch_files(folder: Path) -> list[Path]:
+    """Return the checkpoints that train.keep_checkpoints has kept in a run folder, the latest epoch first."""
+    found = {path: EPOCH_FILE.fullmatch(path.name) for path in folder.glob("epoch-*.pt")}
+    epochs = {path: int(match[1]) for path, match in found.items() if match is not None}
+    return sorted(epochs, key=lambda path: -epochs[path])
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -55,7 +69,8 @@ def recover_interrupted_save(folder: Path) -> None:
     """Complete an interrupted save and remove its temporary files. File system errors are ignored."""
     with suppress(OSError):  # the next save reports it
         files.finish_replace(folder / LAST, folder / PREVIOUS, is_intact)
-        files.remove_temporary(folder / BEST)
+        for path in (folder / BEST, *(path.with_suffix("") for path in folder.glob("epoch-*.pt.tmp"))):
+            files.remove_temporary(path)
 
 
 def save(path: Path, state: TrainState, sums: torch.Tensor, /, **entries: object) -> None:
@@ -130,8 +145,8 @@ def load_newest(candidates: Sequence[Path]) -> Loaded:
             warn(f"checkpoint {damaged} {reason}; {path} is used instead")
         return Loaded(path, checkpoint)
     folder = candidates[0].parent
-    others = [folder / name for name in (LAST, PREVIOUS, BEST) if folder / name not in candidates]
-    intact = next((other for other in others if is_intact(other)), None)
+    others = [*(folder / name for name in (LAST, PREVIOUS, BEST)), *epoch_files(folder)]
+    intact = next((other for other in others if other not in candidates and is_intact(other)), None)
     if intact is not None:
         advice = f"{intact} is intact"
     elif any(path.exists() for path in candidates):

@@ -60,6 +60,7 @@ def training_steps(
     timeline: Timeline | None = None,
     decays: int = 0,
     skip_steps: Collection[int] = (),
+    end: int | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Train from the loader's position to the end of the epoch, and yield after each optimizer step.
 
@@ -75,6 +76,7 @@ def training_steps(
         timeline: Timeline of the run, or None to build it from the loader.
         decays: Number of decays of the plateau schedule so far.
         skip_steps: Optimizer steps of the run to skip, counted from 0.
+        end: Number of optimizer steps of the run after which to stop within the epoch, or None.
 
     Yields:
         The optimizer step of the run, counted from 0, and its learning rate. Skipped steps are not yielded.
@@ -93,6 +95,8 @@ def training_steps(
     seeds = hash64(np.arange(len(loader), dtype=np.uint64) ^ stream(seed, epoch, f"torch-{rank}")) >> np.uint64(1)
     for index, batch in enumerate(loader, first):
         step, micro_step = timeline.first_step(epoch) + index // accumulation, index % accumulation
+        if step == end:
+            break
         if step in skip_steps:
             continue
         lr = learning_rate(step, timeline, state.config, decays)

@@ -31,6 +31,7 @@ OTHER_VALUES: dict[str, object] = {
     "aug.auto.policy": "randaugment",
     "data.stages": [{"epoch": 3, "image_size": 40}],
     "eval.weights": "raw",
+    "train.keep_checkpoints": "every:2",
     "train.optimizer.name": "adam",
     "train.schedule_options.milestones": [3.0],
 }

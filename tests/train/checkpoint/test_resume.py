@@ -10,9 +10,9 @@ import pytest
 from configs.load import load_config
 from configs.schema import Config
 from helpers.run_dirs import make
-from helpers.training import DIGITS
+from helpers.training import DIGITS, alone
 from train.checkpoint.resume import is_explicit_checkpoint, resolve_resume
-from train.checkpoint.run_dir import create_run_dir
+from train.checkpoint.run_dir import create_run_dir, lock_run_dir
 
 
 def test_auto_resolves_to_latest_run_and_newest_checkpoint(config: Config, tmp_path: Path) -> None:
@@ -80,6 +80,17 @@ def test_run_with_only_best_checkpoint_resumes_from_it(config: Config, tmp_path:
     for resume in ("auto", str(folder), str(folder / "best.pt")):
         assert resolve_resume(config, resume) == (folder, (folder / "best.pt",))
     assert resolve_resume(config, str(folder / "last.pt")) == (folder, (folder / "last.pt",))  # explicit, but missing
+
+
+def test_kept_epochs_are_used_only_without_other_checkpoints(config: Config, tmp_path: Path) -> None:
+    folder = make(tmp_path / "net", "best.pt", "epoch-2.pt", "epoch-10.pt", "epoch-x.pt", "epoch-12.pt.tmp")
+    expected = (folder / "epoch-10.pt", folder / "epoch-2.pt", folder / "best.pt")
+    assert resolve_resume(config, "auto") == (folder, expected)
+    make(folder, "last.pt")
+    assert resolve_resume(config, "auto") == (folder, (folder / "last.pt",))
+    with alone(), lock_run_dir(folder):
+        assert not (folder / "epoch-12.pt.tmp").exists()  # of an interrupted save
+        assert (folder / "epoch-10.pt").exists()
 
 
 def test_auto_uses_previous_checkpoint_if_last_is_missing(config: Config, tmp_path: Path) -> None:
