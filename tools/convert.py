@@ -49,13 +49,14 @@ def convert(args: argparse.Namespace) -> int:
     from pipelines.convert.writer import write_dataset
 
     started = time.perf_counter()
-    options, name = build_options(args), dataset_name(args)
+    name = dataset_name(args)
     try:
         source = open_source(args)
     except OSError as error:
         raise UserError(
             f"cannot read the source: {error.strerror or error} ({error.filename}); fix this and start again"
         ) from None
+    options = build_options(args, source)
     try:
         dataset = write_dataset(source, args.out, options, args.workers, name)
     except OSError as error:
@@ -100,9 +101,10 @@ def open_source(args: argparse.Namespace) -> Source:
             source = download(EDITIONS[args.command].archive, EDITIONS[args.command].md5, source)
         return open_cifar(args.command, source)
     if args.command == "hdf5":
-        from tools.sources.hdf5 import open_hdf5
+        from tools.sources.hdf5 import KeyTemplates, open_hdf5
 
-        return open_hdf5(args.source, args.classes, args.max_pixels)
+        keys = KeyTemplates(args.images_key, args.labels_key)
+        return open_hdf5(args.source, args.classes, args.max_pixels, keys)
     from tools.sources.imagefolder import FolderOptions, open_imagefolder
 
     options = FolderOptions(
@@ -115,11 +117,12 @@ def open_source(args: argparse.Namespace) -> Source:
     return open_imagefolder(args.source, options)
 
 
-def build_options(args: argparse.Namespace) -> Options:
-    if args.encoding != "jpeg" and (args.quality is not None or args.subsampling is not None):
-        raise UserError(f"--quality and --subsampling belong to --encoding jpeg, not {args.encoding}; omit them")
+def build_options(args: argparse.Namespace, source: Source) -> Options:
+    name = args.encoding or source.default_encoding
+    if name != "jpeg" and (args.quality is not None or args.subsampling is not None):
+        raise UserError(f"--quality and --subsampling belong to --encoding jpeg, not {name}; omit them")
     encoding = Encoding(
-        name=args.encoding,
+        name=name,
         quality=args.quality or Encoding.quality,
         subsampling=args.subsampling or Encoding.subsampling,
         size=args.size,
@@ -215,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
 
     digits = command("digits", "scikit-learn's 1,797 digits as 32x32 RGB images, no download", "--out data/digits")
-    _add_options(digits, encoding="npy")
+    _add_options(digits)
     for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
         title = f"CIFAR-{name.removeprefix('cifar')} from its official python folder or .tar.gz"
         cifar = command(name, title, f"--download --out data/{name}")
@@ -226,15 +229,23 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"{folder}, its .tar.gz, or the folder that contains one of them (default: %(default)s)",
         )
         cifar.add_argument("--download", action="store_true", help="first download the official archive into --source")
-        _add_options(cifar, encoding="npy")
+        _add_options(cifar)
     hdf5 = command(
         "hdf5",
-        "an HDF5 file with images-SPLIT and labels-SPLIT for train, val and test",
+        "an HDF5 file with images and labels for train, val and test, as arrays or JPEG files",
         "--source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96",
     )
     hdf5.add_argument("--source", type=path_argument, required=True, help="HDF5 file")
     hdf5.add_argument("--classes", type=path_argument, help="text file with one class name per line (default: 0, 1, …)")
-    _add_options(hdf5, encoding="npy")
+    for name in ("images", "labels"):
+        hdf5.add_argument(
+            f"--{name}-key",
+            default=f"{name}-{{split}}",
+            metavar="TEMPLATE",
+            help=f"key of the {name}, such as '{{split}}/{name}' (default: %(default)s)",
+        )
+    _add_orientation(hdf5)
+    _add_options(hdf5)
     imagefolder = command(
         "imagefolder",
         "image files in SPLIT/CLASS/ folders, at any depth; JPEG files are kept unchanged unless --size resizes them",
@@ -263,7 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="read symbolic links that lead out of --source, and links to folders of images",
     )
     _add_orientation(imagefolder)
-    _add_options(imagefolder, encoding="jpeg")
+    _add_options(imagefolder)
     check = command("verify", "check every byte of a converted data set", "data/cifar10")
     check.add_argument("folder", type=path_argument, help="folder of the data set")
     return parser
@@ -290,7 +301,7 @@ def _fraction(text: str) -> float:
     return number
 
 
-def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
     count, seed = whole_number(1), whole_number(0)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--out", type=path_argument, required=True, help="output folder of the data set")
@@ -298,8 +309,8 @@ def _add_options(parser: argparse.ArgumentParser, encoding: str) -> None:
     parser.add_argument(
         "--encoding",
         choices=["npy", "jpeg"],
-        default=encoding,
-        help="npy: raw pixels, all images of one size; jpeg: compressed, any sizes (default: %(default)s)",
+        help="npy: raw pixels, all images of one size; jpeg: compressed, any sizes (default: jpeg for image files, npy "
+        "for arrays)",
     )
     parser.add_argument(
         "--quality", type=whole_number(1, 100), help=f"JPEG quality, 1 to 100 (default: {Encoding.quality})"

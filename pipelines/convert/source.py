@@ -50,6 +50,7 @@ class Source:
     # is finished, so that resuming it never combines two versions of a source.
     state: str = ""
     unordered: tuple[str, ...] = ()  # splits whose numbered files are not in numeric order
+    default_encoding: Literal["npy", "jpeg"] = "npy"  # jpeg if the rows are image files, which then can be kept
 
 
 @dataclass(frozen=True)

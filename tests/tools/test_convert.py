@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -105,6 +106,26 @@ def test_hdf5_pixels_and_labels_are_unchanged(tmp_path: Path) -> None:
     stored = zip(images_of(tmp_path / "out", "train"), train.labels, strict=True)
     assert {(image.tobytes(), label) for image, label in stored} == pairs
     assert open_split(tmp_path / "out", "test").labels is None
+
+
+def test_jpeg_files_in_hdf5_are_kept_by_default(tmp_path: Path) -> None:
+    random, files = np.random.default_rng(0), []
+    for size in (12, 12, 16):
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (size, 10, 3), np.uint8)).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    images = np.empty(3, h5py.vlen_dtype(np.uint8))
+    images[:] = [np.frombuffer(content, np.uint8) for content in files]
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        for split in ("train", "val"):
+            file[f"{split}/jpeg"], file[f"{split}/target"] = images, np.eye(2)[[0, 1, 1]]
+    keys = ["--images-key", "{split}/jpeg", "--labels-key", "{split}/target"]
+    assert convert_to(tmp_path / "out", "hdf5", "--source", tmp_path / "x.hdf5", *keys)["encoding"] == "jpeg"
+    rows = open_split(tmp_path / "out", "val")
+    stored = [rows.content[start : start + size].tobytes() for start, size in zip(rows.address, rows.size, strict=True)]
+    assert (stored, rows.labels.tolist()) == (files, [0, 1, 1])  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="npy stores one shape"):
+        convert_to(tmp_path / "npy", "hdf5", "--source", tmp_path / "x.hdf5", *keys, "--encoding", "npy")
 
 
 def test_size_option_resizes_images(tmp_path: Path) -> None:

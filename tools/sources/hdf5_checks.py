@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -12,6 +13,8 @@ from configs.utils.errors import UserError
 
 MAX_CHUNK_BYTES = 512 << 20  # a worker keeps one chunk of each data set in memory
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+ONE_HOT_BYTES = 16 << 20  # of one-hot labels that are read at once
+Layout = Literal["channels first", "channels last", "greyscale", "file"]  # of a row
 MAX_CLASSES = 100_000  # if there is no list of class names; higher labels count as damage
 
 
@@ -20,8 +23,29 @@ def chunk_bytes(dataset: h5py.Dataset) -> int:
     return math.prod(dataset.chunks) * int(dataset.dtype.itemsize) if dataset.chunks else 0
 
 
+def has_key(path: Path, file: h5py.File, key: str) -> bool:
+    """Return True if the file has a link or object `key`. Raises UserError if a group above it is a link."""
+    group = file
+    *above, name = key.strip("/").split("/")
+    for place, part in enumerate(above, 1):
+        if not group.id.links.exists(part.encode()):
+            return False
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise _link_error(path, "/".join(above[:place]))
+        group = group[part]
+        if not isinstance(group, h5py.Group):
+            return False
+    return bool(group.id.links.exists(name.encode()))
+
+
+def _link_error(path: Path, key: str) -> UserError:
+    return UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
+
+
 def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     """Return the data set `key`, after checking that all its bytes are in this file and were written.
+
+    The caller has checked with `has_key` that `key` exists and is not below a link.
 
     Links and external storage can point to any file on this machine, which would then be read as pixels. HDF5 silently
     returns zeros where the source of a virtual data set is missing or data was never written.
@@ -31,7 +55,7 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
             way, or stored in chunks larger than MAX_CHUNK_BYTES.
     """
     if not isinstance(file.get(key, getlink=True), h5py.HardLink):
-        raise UserError(f"{path}: {key} is a link, which may lead to other files; copy the data itself into the file")
+        raise _link_error(path, key)
     dataset = file[key]
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: {key} is a {type(dataset).__name__.lower()}, not an array")
@@ -67,37 +91,48 @@ def checked_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     return dataset
 
 
-def is_channels_first(path: Path, images: h5py.Dataset, max_pixels: int) -> bool:
-    """Return True for images [N, 3, H, W] and False for [N, H, W, 3].
+def row_layout(path: Path, images: h5py.Dataset, max_pixels: int) -> Layout:
+    """Return how a row of `images` is stored: as a channel-first, channel-last or greyscale image, or as a file.
+
+    Images are [N, 3, H, W], [N, H, W, 3], [N, H, W], [N, 1, H, W] or [N, H, W, 1], and files are variable-length bytes
+    [N].
 
     Raises:
         UserError: The dtype or shape is not supported, the shape is ambiguous, or the images have more than
             `max_pixels` pixels.
     """
     shape, key = images.shape, images.name.lstrip("/")
+    if h5py.check_vlen_dtype(images.dtype) in (np.uint8, np.int8) and len(shape) == 1:
+        return "file"
     if images.dtype != np.uint8:
         raise UserError(
             f"{path}: {key} has dtype {images.dtype}; only uint8 pixels are read: {_type_hint(images.dtype)}"
         )
-    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
+    sides = shape[1:]  # of a greyscale image without a channel axis
+    channels = [count for count in (3, 1) if len(shape) == 4 and count in (shape[1], shape[3])]
+    if channels:
+        if shape[1] == shape[3] == channels[0]:
+            raise UserError(
+                f"{path}: {key} has shape {shape}, in which either axis of {channels[0]} may be the channels; enlarge "
+                "the images"
+            )
+        sides = shape[2:] if shape[1] == channels[0] else shape[1:3]
+    elif len(shape) != 3:
         raise UserError(
-            f"{path}: {key} has shape {shape}; allowed are (N, 3, H, W) and (N, H, W, 3): {_shape_hint(shape)}"
+            f"{path}: {key} has shape {shape}; allowed are (N, 3, H, W), (N, H, W, 3), and for greyscale images "
+            f"(N, H, W), (N, 1, H, W) and (N, H, W, 1): {_shape_hint(shape)}"
         )
-    if shape[1] == shape[3] == 3:
-        raise UserError(
-            f"{path}: {key} has shape {shape}, which may be (N, 3, H, W) as well as (N, H, W, 3); a side "
-            "of 3 pixels cannot be told from the channels: enlarge the images"
-        )
-    channels_first = bool(shape[1] == 3)
-    height, width = shape[2:] if channels_first else shape[1:3]
+    height, width = sides
     if height * width > max_pixels:
         raise UserError(f"{path}: {key} has {height * width:,} pixels per image; --max-pixels allows {max_pixels:,}")
-    return channels_first
+    if channels[:1] != [3]:
+        return "greyscale"
+    return "channels first" if shape[1] == 3 else "channels last"
 
 
 ENCODED_HINT = (
-    "write encoded images (JPEG, PNG …) as files ROOT/train/CLASS/NAME.jpg and convert them with "
-    "`tools/convert.py imagefolder`, or decode them to an array (N, H, W, 3)"
+    "store encoded images (JPEG, PNG …) as variable-length bytes (N,), dtype h5py.vlen_dtype('uint8'), or as files "
+    "ROOT/train/CLASS/NAME.jpg for `tools/convert.py imagefolder`"
 )
 
 
@@ -117,8 +152,6 @@ def _type_hint(dtype: np.dtype) -> str:
 
 def _shape_hint(shape: tuple[int, ...]) -> str:
     """Return advice for an error message on how to convert uint8 data of this shape to RGB images."""
-    if len(shape) == 3 or (len(shape) == 4 and 1 in (shape[1], shape[3])):
-        return "repeat the channel of greyscale images three times"
     if len(shape) == 4 and 4 in (shape[1], shape[3]):
         return "store RGBA images without their fourth channel"
     if len(shape) == 4 and 3 in shape:
@@ -128,49 +161,70 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
     return "store RGB images, one in each row"
 
 
-def load_labels(path: Path, file: h5py.File, split: str, rows: int, classes: int | None) -> np.ndarray | None:
-    """Load and check the labels of a split.
+def load_labels(
+    path: Path, file: h5py.File, key: str, rows: int, classes: int | None, may_be_missing: bool
+) -> tuple[np.ndarray | None, int]:
+    """Load and check the labels of a split: class numbers [rows] or [rows, 1], or one-hot rows [rows, columns].
 
     Args:
         path: Path of the file, for messages.
         file: The open file.
-        split: Name of the split.
+        key: Key of the labels.
         rows: Number of images in the split.
         classes: Number of classes, or None to allow labels below MAX_CLASSES.
+        may_be_missing: Whether labels that are all -1 mean that there are none.
 
     Returns:
-        The labels, int64 [rows], or None if `split` is test and all labels are -1.
+        The labels, int64 [rows], or None if they are missing, and the number of columns of one-hot rows, otherwise 0.
 
     Raises:
-        UserError: The labels fail `checked_dataset`, their dtype or shape is wrong, or a label is out of range.
+        UserError: The labels fail `checked_dataset`, their dtype or shape is wrong, or a label is not a whole number or
+            out of range.
     """
-    key = f"labels-{split}"
     dataset = checked_dataset(path, file, key)
-    if dataset.dtype.kind not in "iu":
+    shape = dataset.shape
+    if dataset.dtype.kind not in "iufb":
         raise UserError(
-            f"{path}: {key} has dtype {dataset.dtype}; labels must be integers: {_label_hint(dataset.dtype)}"
+            f"{path}: {key} has dtype {dataset.dtype}; labels must be numbers: number the class names from 0 on, and "
+            "give the names themselves with --classes FILE"
         )
-    if dataset.shape not in ((rows,), (rows, 1)):
-        hint = "; store one-hot labels as argmax(axis=1)" if len(dataset.shape) == 2 else ""
+    limit = classes if classes is not None else MAX_CLASSES
+    if len(shape) == 2 and shape[0] == rows and 1 < shape[1] <= limit:
+        return _one_hot_labels(path, key, dataset), shape[1]
+    if shape not in ((rows,), (rows, 1)):
         raise UserError(
-            f"{path}: {key} has shape {dataset.shape}, but images-{split} has {rows} rows; allowed is ({rows},){hint}"
+            f"{path}: {key} has shape {shape}, but there are {rows} images; allowed is ({rows},), or ({rows}, C) for "
+            f"one-hot labels of up to {limit} classes"
         )
     labels = dataset[()].reshape(-1)
-    if split == "test" and labels.dtype.kind == "i" and (labels == -1).all():
-        return None
-    limit = classes if classes is not None else MAX_CLASSES
-    wrong = (labels < 0) | (labels >= limit)
-    if wrong.any():
-        row = int(np.argmax(wrong))
+    if labels.dtype.kind == "f":
+        labels = labels.astype(np.float64)
+    if may_be_missing and labels.dtype.kind in "if" and (labels == -1).all():
+        return None, 0
+    is_wrong = ~((labels >= 0) & (labels < limit) & (labels == np.floor(labels)))  # true for NaN
+    if is_wrong.any():
+        row = int(np.argmax(is_wrong))
         source = "the class names" if classes is not None else "a list of class names (--classes)"
         raise UserError(
-            f"{path}: {key}[{row}] is {labels[row]}; labels must be within 0 to {limit - 1} ({wrong.sum()} of {rows} "
-            f"do not): fix the labels or {source}"
+            f"{path}: {key}[{row}] is {labels[row]}; labels must be whole numbers within 0 to {limit - 1} "
+            f"({is_wrong.sum()} of {rows} are not): fix the labels or {source}"
         )
-    return labels.astype(np.int64)
+    return labels.astype(np.int64), 0
 
 
-def _label_hint(dtype: np.dtype) -> str:
-    if dtype.kind in "OSV":
-        return "number the class names from 0 on, and give the names themselves with --classes FILE"
-    return "store class numbers from 0 on, for instance with astype('int64')"
+def _one_hot_labels(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
+    """Return the column of the 1 in each row, int64 [rows]. Raises UserError if a row is anything but a 1 and zeros."""
+    rows, columns = dataset.shape
+    labels = np.empty(rows, np.int64)
+    step = max(1, ONE_HOT_BYTES // (columns * dataset.dtype.itemsize))
+    for start in range(0, rows, step):
+        block = dataset[start : start + step]
+        is_one = block == 1
+        is_wrong = (is_one.sum(axis=1) != 1) | ((block != 0) & ~is_one).any(axis=1)
+        if is_wrong.any():
+            raise UserError(
+                f"{path}: {key}[{start + int(np.argmax(is_wrong))}] is not a single 1 among {columns - 1} zeros; give "
+                "one-hot labels, or class numbers from 0 on, for instance with argmax(axis=1)"
+            )
+        labels[start : start + step] = is_one.argmax(axis=1)
+    return labels

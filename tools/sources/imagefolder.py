@@ -17,20 +17,10 @@ import numpy as np
 
 from configs.utils.errors import UserError
 from pipelines.convert.source import Source, SplitSource
-from tools.sources.folder_scan import EXTENSIONS, Scan, join_path, note, note_missing_classes
+from tools.sources.folder_scan import EXTENSIONS, SPLIT_NAMES, Scan, join_path, note, note_missing_classes
 from tools.sources.image_files import Files, ImageFolderSplit, is_in_numeric_order
 from tools.sources.label_table import read_labels
 
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's labels of val/images: file, class and box, separated by tabs
 LAYOUT = "the layout is ROOT/train/CLASS/*.jpg, likewise val, and test with or without class folders"
 NO_SPLITS = "for class folders without splits, give --val-fraction 0.1"
@@ -125,6 +115,7 @@ def open_imagefolder(root: Path, options: FolderOptions = FolderOptions()) -> So
         splits=splits,
         state=scan.touched.hexdigest(),
         unordered=tuple(unordered),
+        default_encoding="jpeg",
     )
 
 
@@ -143,7 +134,7 @@ def _split_folders(root: Path, top: tuple[list[str], Files], scan: Scan, options
     found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     others: list[str] = []
     for folder in top[0]:
-        name = SPLIT_FOLDERS.get(folder.lower())
+        name = SPLIT_NAMES.get(folder.lower())
         (others if name is None else found[name]).append(folder)
     for name, folders in found.items():
         if len(folders) > 1:
@@ -157,7 +148,7 @@ def _split_folders(root: Path, top: tuple[list[str], Files], scan: Scan, options
     if others:
         note(
             f"{root} has folders that mean no split and are not read: {', '.join(others)}; splits are "
-            f"{', '.join(SPLIT_FOLDERS)}, in any case"
+            f"{', '.join(SPLIT_NAMES)}, in any case"
         )
     return {name: folders[0] for name, folders in found.items() if folders}
 
