@@ -40,7 +40,7 @@ MODEL_TESTS := $(addprefix tests/models/test_,models.py layers.py factory.py tim
 	$(addprefix tests/train/optim/test_,freeze.py muon.py factory.py) \
 	tests/train/checkpoint/test_finetune.py tests/train/engine/test_clipping.py tests/train/engine/test_gradients.py
 test-isa: $(ENVIRONMENT)
-	$(PY) -m pytest -m campaign tests/models/test_onednn.py
+	$(PY) -m pytest -m campaign tests/models/cpu/test_onednn.py
 	set -e; for isa in $(ISAS); do \
 		ONEDNN_MAX_CPU_ISA=$$isa $(PY) -m pytest -m "not gpu and not campaign" $(MODEL_TESTS); \
 	done

@@ -11,7 +11,7 @@ import torch
 from configs.schema import TrainConfig
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
-from models.cpu_precision import slow_precision_reason
+from models.cpu.precision import slow_precision_reason
 from train.distributed.process_group import get_world_size
 from train.engine.cpu_settings import keep_freed_memory
 from train.optim.factory import capture_obstacle, is_fused

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from configs.schema import TrainConfig
-from models.onednn import avoid_narrow_strided_convs
+from models.cpu.onednn import avoid_narrow_strided_convs
 from pipelines.loader.batches import Batch
 from train.distributed.process_group import data_parallel
 from train.engine.execution import ExecutionPlan
@@ -84,7 +84,7 @@ def build_state(
     """Build the training state of a network, without a moving average, Lookahead or a proxy.
 
     Also prepare the optimizer for CUDA graphs if they are used. For training on the CPU, also modify convolutions that
-    trigger a bug in oneDNN, see `models.onednn`. All ranks must call this function.
+    trigger a bug in oneDNN, see `models.cpu.onednn`. All ranks must call this function.
 
     Args:
         network: The model, on its device and in its final memory format.

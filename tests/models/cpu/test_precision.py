@@ -10,7 +10,7 @@ from torch import nn
 
 from configs.utils.warnings import warn
 from helpers.training import CPU, alone, make_state
-from models.cpu_precision import bf16_is_native, slow_precision_reason
+from models.cpu.precision import bf16_is_native, slow_precision_reason
 from train.engine.execution import amp_dtype
 
 X86 = {"architecture": "x86_64"}

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from configs.load import load_config
 from helpers.training import CLEAN, ROOT, alone, make_state, random_batch, record_gradients
-from models import build_model, onednn
-from models.onednn import avoid_narrow_strided_convs, block_channels, is_affected
+from models import build_model
+from models.cpu import onednn
+from models.cpu.onednn import avoid_narrow_strided_convs, block_channels, is_affected
 from pipelines.loader.batches import Batch
 from pipelines.storage.dataset import ModelDataset
 from train.build import build_all

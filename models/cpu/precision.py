@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from models.onednn import isa_limit
+from models.cpu.onednn import isa_limit
 
 
 def slow_precision_reason(amp: torch.dtype | None, trains: bool = True) -> str | None:

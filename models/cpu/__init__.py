@@ -1,0 +1,1 @@
+"""What the CPU of this machine computes slowly or wrongly, and how models avoid it."""
