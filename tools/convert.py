@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from pipelines.convert.writer import write_dataset
+    from pipelines.convert.writer import convert_source
 
     started = time.perf_counter()
     name = dataset_name(args)
@@ -58,7 +58,7 @@ def convert(args: argparse.Namespace) -> int:
         ) from None
     options = build_options(args, source)
     try:
-        dataset = write_dataset(source, args.out, options, args.workers, name)
+        dataset = convert_source(source, args.out, options, args.workers, name)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(

@@ -38,7 +38,7 @@ RULES_VERSION = 2  # version of the encoding rules; must not change within a con
 PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate the size of a JPEG
 
 
-def write_dataset(source: Source, out: Path, options: Options, workers: int, name: str) -> DatasetInfo:
+def convert_source(source: Source, out: Path, options: Options, workers: int, name: str) -> DatasetInfo:
     """Convert `source` into the folder `out`, showing progress on stderr.
 
     After an interruption at any point, another call with the same arguments finishes the conversion. The result is

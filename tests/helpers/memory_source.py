@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipelines.convert import writer
 from pipelines.convert.source import Encoding, Options, Source
-from pipelines.convert.writer import write_dataset
+from pipelines.convert.writer import convert_source
 from pipelines.storage.dataset import DatasetInfo
 
 CLASSES = tuple(f"class {number}" for number in range(12))  # two digits in a .cls member
@@ -97,7 +97,7 @@ def tiny_source(encoding: str) -> Source:
 def write(source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any) -> DatasetInfo:
     """Convert a source with shards of 1 MiB."""
     chosen = Encoding(encoding) if isinstance(encoding, str) else encoding  # type: ignore[arg-type]
-    return write_dataset(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
+    return convert_source(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
 
 
 def kill_at(count: int) -> None:

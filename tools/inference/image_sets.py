@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.utils.errors import UserError
 from pipelines.convert.source import Encoding, Options, Source
-from pipelines.convert.writer import write_dataset
+from pipelines.convert.writer import convert_source
 from pipelines.storage.dataset import QuarantinedSample, load_dataset
 from pipelines.storage.open import open_split
 from tools.inference.trained_model import TrainedModel, check_same_classes
@@ -117,7 +117,7 @@ def open_images(
 
 def _convert(source: Source, out: Path, options: Options) -> None:
     try:
-        write_dataset(source, out, options, min(MAX_WORKERS, len(os.sched_getaffinity(0))), PICTURES)
+        convert_source(source, out, options, min(MAX_WORKERS, len(os.sched_getaffinity(0))), PICTURES)
     except OSError as error:
         raise UserError(
             f"cannot convert the pictures in {out.parent.parent}: {error.strerror or error}; give another --out"

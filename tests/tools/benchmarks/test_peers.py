@@ -13,7 +13,7 @@ import torch
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from helpers import memory_source
 from pipelines.convert.source import Encoding, Options, Source
-from pipelines.convert.writer import write_dataset
+from pipelines.convert.writer import convert_source
 from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine.datasets import make_variant
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = memory_source.MemoryRows(SAMPLES)
     rows.labels = np.arange(SAMPLES)
     source = Source("memory", "tests", tuple(str(n) for n in range(SAMPLES)), "0" * 64, {"train": rows})
-    write_dataset(source, out / "npy", Options(Encoding("npy"), shard_mib=1), 1, "tiny")
+    convert_source(source, out / "npy", Options(Encoding("npy"), shard_mib=1), 1, "tiny")
     return {"npy": out / "npy", "jpeg": make_variant(out / "npy", out / "jpeg", encoding="jpeg")}
 
 

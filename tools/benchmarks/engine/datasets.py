@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert.source import Encoding, Options, Source
-from pipelines.convert.writer import write_dataset
+from pipelines.convert.writer import convert_source
 from pipelines.storage.dataset import fingerprint, load_dataset
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -85,5 +85,5 @@ def make_variant(
     side = size or dataset.image_shape[0]
     shard_mib = max(1, min(512, samples * side * side * 3 // 2**20 // cores // (5 if encoding == "jpeg" else 1)))
     pixels = Encoding(name=encoding, quality=QUALITY, size=size)  # type: ignore[arg-type]
-    write_dataset(source, out, Options(pixels, shard_mib=shard_mib), cores, dataset.name)
+    convert_source(source, out, Options(pixels, shard_mib=shard_mib), cores, dataset.name)
     return out

@@ -10,7 +10,7 @@ from configs.load import load_config
 from configs.schema import Config
 from configs.utils.errors import UserError
 from pipelines.convert.source import Encoding, Options
-from pipelines.convert.writer import write_dataset
+from pipelines.convert.writer import convert_source
 from tools.benchmarks.engine.datasets import make_variant
 from tools.benchmarks.engine.roofline import DISK_FILE_BYTES
 from tools.benchmarks.suites.settings import Settings, check_time
@@ -38,7 +38,7 @@ def small_dataset(settings: Settings) -> Path:
         if (folder / "dataset.json").is_file():
             return folder
     opened = open_digits() if settings.source is None else open_cifar("cifar10", settings.source)
-    write_dataset(opened, out, Options(Encoding("npy")), len(os.sched_getaffinity(0)), out.name)
+    convert_source(opened, out, Options(Encoding("npy")), len(os.sched_getaffinity(0)), out.name)
     return out
 
 
