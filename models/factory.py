@@ -1,7 +1,14 @@
-"""Build models by name: a built-in model, or timm/NAME for any timm model."""
+"""Build models by name: a built-in model, timm/NAME for any timm model, or path/to/file.py:NAME for your own.
+
+To add a built-in model, write it in a module of this folder, and add a line to MODELS. It is a class or function with
+the argument num_classes. Its other arguments, with type annotations and defaults, are its options in configs. If it has
+drop_rate or activation, model.drop_rate or model.activation set them. The attributes min_image_size and max_image_size
+of the network are optional.
+"""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,15 +16,17 @@ from typing import Any
 from torch import nn
 
 from configs.schema import ModelConfig
+from configs.utils.code import FORMS, is_reference
 from configs.utils.errors import UserError
 from models.alexnet import AlexNet
+from models.custom import build_custom_model
 from models.layers import ACTIVATIONS, Normalize, PixelClassifier, check_image_size
 from models.lenet import LeNet
-from models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
-from models.speedrun import SpeedrunNet, speedrun94, speedrun95, speedrun96, speedrun96_proxy
+from models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
+from models.speedrun import speedrun94, speedrun95, speedrun96, speedrun96_proxy
 from models.timm_models import Options, timm_arguments
 
-MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "alexnet": AlexNet,
     "resnet18": resnet18,
@@ -30,7 +39,7 @@ MODELS: dict[str, Callable[..., LeNet | AlexNet | ResNet | SpeedrunNet]] = {
     "speedrun96": speedrun96,
     "speedrun96_proxy": speedrun96_proxy,
 }
-TYPE_NAMES = {int: "a whole number", bool: "true or false"}  # of the built-in models' options
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}  # of models' options
 # Keys rejected in model.options, since another setting controls them, or since they would change the number of input
 # channels, the kind of output or the source of the weights.
 RESERVED = {
@@ -58,7 +67,7 @@ def build_model(
     """Build a model with randomly initialized weights: images [B, 3, H, W] -> logits float [B, num_classes].
 
     Args:
-        name: One of `list_models()`, or timm/NAME.
+        name: One of `list_models()`, timm/NAME, or a reference to the user's own code (see `configs.utils.code`).
         num_classes: Number of logits.
         image_size: Height and width in pixels that the model must support. It is also passed to timm models that are
             built for a fixed size. If None, the size is not checked.
@@ -89,6 +98,9 @@ def build_model(
             plain, num_classes, kwargs, image_size=image_size, drop_rate=drop_rate, activation=activation
         )
         network: nn.Module = timm.create_model(plain, **arguments)
+    elif is_reference(name):
+        settings = {"drop_rate": drop_rate, "activation": activation}
+        network = build_custom_model(name, num_classes, kwargs, settings, image_size)
     else:
         network = _build_builtin_model(name, num_classes, image_size, drop_rate, activation, kwargs)
     return network if mean is None or std is None else PixelClassifier(Normalize(mean, std), network)
@@ -142,9 +154,7 @@ def _build_builtin_model(
 ) -> nn.Module:
     """Build a built-in model. See `build_model` for the arguments and errors."""
     if name not in MODELS:
-        raise UserError(
-            f"model {name!r} is unknown; use one of {', '.join(list_models())}, or timm/NAME for timm's NAME"
-        )
+        raise unknown_model(name)
     constructor = MODELS[name]
     types = {name: one.annotation for name, one in inspect.signature(constructor, eval_str=True).parameters.items()}
     if drop_rate and "drop_rate" not in types:
@@ -159,7 +169,7 @@ def _build_builtin_model(
     for option, value in options.items():
         if option not in known:
             raise UserError(f"{option}={value!r} is not an option of model {name!r}; it has {known or 'none'}")
-        if type(value) is not types[option]:
+        if type(value) is not types[option] and not (types[option] is float and type(value) is int):
             raise UserError(
                 f"{option}={value!r} has the wrong type for model {name!r}; use {TYPE_NAMES[types[option]]}"
             )
@@ -167,5 +177,23 @@ def _build_builtin_model(
     given = {setting: value for setting, value in settings.items() if value is not None and setting in types}
     network = constructor(num_classes, **given, **options)
     if image_size is not None:
-        check_image_size(name, image_size, image_size, network.min_image_size, network.max_image_size)
+        smallest, largest = getattr(network, "min_image_size", 1), getattr(network, "max_image_size", None)
+        check_image_size(name, image_size, image_size, smallest, largest)
     return network
+
+
+def unknown_model(name: str) -> UserError:
+    """Return the error for an unknown name of a model, with the nearest names and with all built-in names."""
+    import timm
+
+    plain = name.lower().replace("-", "").replace("_", "")
+    close = [plain] if plain in MODELS else difflib.get_close_matches(plain, list_models(), n=2, cutoff=0.7)
+    if timm.is_model(name.lower()) and plain not in close:
+        close.insert(0, f"timm/{name.lower()}")
+    if name.endswith(".py"):
+        close = [f"{name}:NAME, with the name of the class or function"]
+    guess = f"did you mean {' or '.join(close)}? " if close else ""
+    return UserError(
+        f"model {name!r} is unknown; {guess}use one of {', '.join(list_models())}, timm/NAME for timm's NAME, or your "
+        f"own code as {FORMS}"
+    )

@@ -12,6 +12,7 @@ from pipelines import order
 from pipelines.assemble import choose_backend, default_threads, load_placed
 from pipelines.augment import mixup, policies
 from pipelines.augment.sampler import AugmentationSampler
+from pipelines.custom_augmentation import CustomAugmentation
 from pipelines.loader import bad_samples
 from pipelines.loader.backend import LoaderSpec
 from pipelines.loader.batches import EvalBatches, TrainBatches
@@ -48,8 +49,8 @@ def build_train_loader(
         accumulation_steps: Batches per optimizer step. len(loader) is a multiple of this number.
 
     Raises:
-        UserError: The split cannot be opened or changes while it is loaded, or a setting is incompatible with the split
-            or with another setting.
+        UserError: The split cannot be opened or changes while it is loaded, a setting is incompatible with the split or
+            with another setting, or aug.custom names code that cannot be imported.
     """
     aug = aug or AugConfig()
     mixup.check_mixing(data, aug.mix)
@@ -76,7 +77,8 @@ def build_train_loader(
         plan = TrainBatches(epoch_order, batch_size, count, rank, world_size, accumulation_steps, sampler)
         spec = LoaderSpec(split, data, batch_size, size, device, threads, pixels, aug, programs)
         stages[size, batch_size] = Stage(plan, choose_backend(spec), bad)
-    return TrainLoader([stages[key] for key in sizes], starts)
+    augment = None if aug.custom is None else CustomAugmentation(aug.custom, seed, rank, device)
+    return TrainLoader([stages[key] for key in sizes], starts, augment)
 
 
 def build_eval_loader(

@@ -27,7 +27,7 @@ from tools.common.cli import check_positive
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    models = "a built-in name such as resnet18, timm/NAME, a config file or a run folder"
+    models = "a built-in name such as resnet18, timm/NAME, path/to/file.py:NAME, a config file or a run folder"
     add("models", type=path_text, nargs="+", metavar="MODEL", help=models)
     size = (
         "image height and width in pixels, for all models (default: that of the given config or of this project's "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from configs.load import to_yaml
 from configs.schema import Config
 from pipelines.interfaces import Position
 from train.build import Job
+from train.checkpoint.code import code_entries, find_code
 from train.checkpoint.compatibility import check_same_run, stream_info
 from train.checkpoint.progress import RunInfo, dataset_entry
 from train.checkpoint.run_dir import RunDir
@@ -57,6 +59,7 @@ def train(job: Job, resume: str | None) -> int:
             limit_threads(job.device)  # otherwise `restore_run` sets the number of threads
         if newest is not None:
             check_same_run(newest.checkpoint, config, stream, newest.path)
+            job = replace(job, config=find_code(config, newest.checkpoint, newest.path))
 
         state = job.build_state(val_loader.image_size, pretrained=newest is None)
         train_loader = job.train_loader()
@@ -64,6 +67,7 @@ def train(job: Job, resume: str | None) -> int:
         uses_ema(state.ema, config.eval.weights)  # refuses eval.weights=ema without an average
         timeline = build_timeline(state.config, train_loader)
         run = RunInfo(stream, to_yaml(config), dataset_entry(job.dataset, val_loader.image_size))
+        run.code = code_entries(job.config)
         if newest is None:
             position = train_loader.position = Position(config.train.first_epoch)
             run.clock.add(whiten(state, whitening_images(state, config.data)))  # speedrun models; counts as training

@@ -83,7 +83,7 @@ def print_throughput(job: Job) -> None:
     state = job.build_state(image_size, pretrained=False)
     check_image_sizes(state, train_loader, image_size)
     for stage in train_loader.stages:
-        throughput = measure_images_per_s(state, TrainLoader([stage]), ranks.world_size)
+        throughput = measure_images_per_s(state, train_loader.single_stage(stage), ranks.world_size)
         if ranks.is_first:
             size = f" at {stage.image_size} pixels" if len(train_loader.stages) > 1 else ""
             where = f"{ranks.world_size} x {state.device.type}"

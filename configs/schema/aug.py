@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from configs.schema.rand_augment import parse_rand_augment
-from configs.schema.section import Range, Section, ShareRange
+from configs.schema.section import IsCode, Range, Section, ShareRange
+from configs.utils.code import FORMS, is_reference
 
 POLICIES = (
     "none",
@@ -141,7 +142,7 @@ class PaddingMode(str, Enum):
 class AugConfig(Section):
     """Augmentation, in training only.
 
-    Applied in this order: crop, flip, auto, color_jitter, grayscale, blur, erase, cutout, mix.
+    Applied in this order: crop, flip, auto, color_jitter, grayscale, blur, erase, cutout, custom, mix.
     """
 
     crop: Literal["none", "squash", "pad", "random-resized"] = "none"
@@ -175,6 +176,17 @@ class AugConfig(Section):
     """Mixup and CutMix."""
     cutout: int = Field(default=0, ge=0)
     """Height and width in pixels of a randomly placed square to fill with the data set's mean color; 0: off."""
+
+    custom: Annotated[str | None, IsCode] = None
+    """path/to/file.py:NAME or package.module:NAME of your own function (images, generator) -> images, for each batch
+    on its device: uint8 [B, 3, H, W]. Its draws depend on the number of ranks; null: off."""
+
+    @field_validator("custom")
+    @classmethod
+    def _names_code(cls, custom: str | None) -> str | None:
+        if custom is not None and not is_reference(custom):
+            raise ValueError(f"must be {FORMS}")
+        return custom
 
     @field_validator("color_jitter", "auto", mode="before")
     @classmethod

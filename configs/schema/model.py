@@ -6,14 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from configs.schema.section import IsPath, Resumable, Section, Texts
+from configs.schema.section import IsCode, IsPath, Resumable, Section, Texts
 
 
 class ModelConfig(Section):
     """The model and its initial weights."""
 
-    name: str = Field(min_length=1)
-    """Built-in model (lenet, alexnet, resnet18, …), or timm/NAME for any model of timm."""
+    name: Annotated[str, IsCode] = Field(min_length=1)
+    """Built-in model (lenet, alexnet, resnet18, …), timm/NAME for any model of timm, or path/to/file.py:NAME or
+    package.module:NAME for your own class or function, which is called with num_classes and model.options."""
     num_classes: Resumable[int | None] = Field(default=None, ge=1)
     """Number of outputs; null: the data set's number of classes."""
     drop_rate: float | None = Field(default=None, ge=0, lt=1)

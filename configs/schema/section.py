@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+from configs.utils.code import is_reference
 from configs.utils.files import expand_home
 
 
@@ -66,7 +67,12 @@ def _check_share(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _expand_if_code(value: object) -> object:
+    return expand_home(value) if isinstance(value, str) and is_reference(value) else value
+
+
 IsPath = AfterValidator(_expand_home)  # marks a setting as a path, and expands ~
+IsCode = AfterValidator(_expand_if_code)  # marks a setting that may name the user's code, see configs.utils.code
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Range = Annotated[tuple[float, float], BeforeValidator(two_numbers), AfterValidator(_check_range)]  # min, max above 0
 ShareRange = Annotated[Range, AfterValidator(_check_share)]  # minimum and maximum share of an image

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from configs.schema.optim import EmaConfig, LookaheadConfig, OptimizerConfig, ScheduleConfig
-from configs.schema.section import Resumable, Section
+from configs.schema.section import IsCode, Resumable, Section
+from configs.utils.code import FORMS, is_reference
+
+LOSSES = ("cross-entropy", "bce")
 
 
 class ProxyConfig(Section):
     """A small network, trained alongside the model, that selects the samples on which its own loss is highest."""
 
-    model: str | None = Field(default=None, min_length=1)
+    model: Annotated[str | None, IsCode] = Field(default=None, min_length=1)
     """Name of the small network, as in model.name; null: off, train on every sample."""
     keep: float = Field(default=0.5, gt=0, le=1)
     """Share of each batch to select."""
@@ -67,8 +70,9 @@ class TrainConfig(Section):
     whiten_bias_anneal: bool = False
     """Whether the learning rate of the whitening layer's bias falls linearly from lr to 0 over whiten_bias_epochs, if
     set, instead of following schedule."""
-    loss: Literal["cross-entropy", "bce"] = "cross-entropy"
-    """Cross-entropy, or binary cross-entropy per class (arXiv:2110.00476)."""
+    loss: Annotated[str, IsCode] = Field(default="cross-entropy", min_length=1)
+    """cross-entropy; bce, binary cross-entropy per class (arXiv:2110.00476); or path/to/file.py:NAME or
+    package.module:NAME for your own function (logits, labels) -> loss. The validation loss is always cross-entropy."""
     bce_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Threshold above which targets become 1, while all others become 0, for the bce loss with mixed labels; null: keep
     soft targets."""
@@ -138,10 +142,17 @@ class TrainConfig(Section):
             raise ValueError("includes its own warm-up; set train.warmup_epochs to 0")
         return schedule
 
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, loss: str) -> str:
+        if loss not in LOSSES and not is_reference(loss):
+            raise ValueError(f"must be {', '.join(LOSSES)}, or your own function as {FORMS}")
+        return loss
+
     @field_validator("bce_threshold")
     @classmethod
     def _of_bce(cls, threshold: float | None, info: ValidationInfo) -> float | None:
-        if threshold is not None and info.data.get("loss") == "cross-entropy":
+        if threshold is not None and info.data.get("loss", "bce") != "bce":
             raise ValueError("applies to loss bce only; set train.loss to bce or leave it out")
         return threshold
 

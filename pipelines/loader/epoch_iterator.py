@@ -33,8 +33,12 @@ class Loader(Iterable[Batch]):
     Attributes:
         device: Device of the batches.
         bad: Record of the bad samples to replace.
-        wait_s: Total time that the consumer waited for data, in seconds; callers take differences.
+        wait_s: Total time that the consumer waited for data, in seconds; callers take differences. It includes the time
+            that `augment` takes on a CPU.
+        augment: Applied to the images of each batch with its position, in the consumer's thread; None: nothing.
     """
+
+    augment: Callable[[torch.Tensor, Position], torch.Tensor] | None = None
 
     def __init__(self, stage: Stage) -> None:
         self.device, self.bad = stage.backend.spec.device, stage.bad
@@ -241,6 +245,8 @@ class EpochIterator(Iterator[Batch]):
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         """Return images uint8 [B, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""
         batch = Batch(images.permute(0, 3, 1, 2), labels)
+        if self._loader.augment is not None:
+            batch = Batch(self._loader.augment(batch.images, Position(self._epoch, self._step)), labels)
         mix = self._stage.plan.mix(self._epoch, self._step, len(labels), images.shape[1])
         if mix is None:
             return batch

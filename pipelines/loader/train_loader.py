@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from pipelines.interfaces import Position
 from pipelines.loader.epoch_iterator import Loader
@@ -21,12 +22,23 @@ class TrainLoader(Loader):
     Args:
         stages: What makes the batches of each stage. Several stages may be the same object.
         starts: First epoch of each stage, ascending from 0.
+        augment: Applied to the images of each batch, see `Loader`.
     """
 
-    def __init__(self, stages: Sequence[Stage], starts: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        starts: Sequence[int] = (0,),
+        augment: Callable[[torch.Tensor, Position], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(stages[0])
+        self.augment = augment
         self._stages, self._starts = tuple(stages), tuple(starts)
         self._position = Position(0)
+
+    def single_stage(self, stage: Stage | None = None) -> TrainLoader:
+        """Return a loader of one stage, the first if `stage` is None, for all epochs. The augmentation is the same."""
+        return TrainLoader([stage or self._stages[0]], augment=self.augment)
 
     def at(self, epoch: int) -> Stage:
         """Return the stage of an epoch."""

@@ -16,6 +16,7 @@ from pipelines.convert.source import Encoding
 from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
 from train.checkpoint import store
+from train.checkpoint.code import find_code
 from train.checkpoint.finetune import inference_config, without_pretrained
 from train.checkpoint.restore import restore_weights
 from train.checkpoint.resume import find_checkpoints
@@ -87,7 +88,8 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     config = parse_config(content["config"], f"the config in {path}")
     train = config.train.model_copy(update={"cuda_graph": "off", **({} if compiled else {"compile": "off"})})
     config = without_pretrained(config.model_copy(update={"train": train}))
-    state = build_all(inference_config(config), dataset, dataset.image_size, device, trains=False)
+    found = find_code(inference_config(config), content, path)
+    state = build_all(found, dataset, dataset.image_size, device, trains=False)
     is_average = restore_weights(state, content, path, config.eval.weights)
     state.network.eval()
     return TrainedModel(path, is_average, config, dataset, state, content["position"]["epoch"])

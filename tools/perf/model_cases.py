@@ -9,10 +9,12 @@ from typing import Any
 
 from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
+from configs.utils.code import is_reference
 from configs.utils.errors import UserError
 from models import list_models
 from pipelines.storage.dataset import load_dataset
 from train.checkpoint import store
+from train.checkpoint.code import find_code
 from train.checkpoint.resume import find_checkpoints
 from train.checkpoint.state import require_keys
 from train.checkpoint.store import BEST, LAST, PREVIOUS
@@ -51,7 +53,7 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
             size is unknown.
     """
     path = Path(name)
-    if name in list_models() or name.startswith("timm/"):
+    if name in list_models() or name.startswith("timm/") or is_reference(name):
         label, model, train = name, ModelConfig(name=name), TrainConfig()
         size, classes, batch_size = options.size or default_size(name), CLASSES, BATCH_SIZE
     elif path.suffix in (*CONFIG_SUFFIXES, ".pt") or path.is_dir():
@@ -60,8 +62,8 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
         batch_size = config.data.batch_size
     else:
         raise UserError(
-            f"{name!r} is not a model, config file or run folder; use one of {', '.join(list_models())}, timm/NAME, or "
-            "the path of a .yaml file or of a run"
+            f"{name!r} is not a model, config file or run folder; use one of {', '.join(list_models())}, timm/NAME, "
+            "path/to/file.py:NAME, or the path of a .yaml file or of a run"
         )
     if options.optimizer is not None:
         train = train.model_copy(update={"optimizer": OptimizerConfig(name=options.optimizer)})
@@ -99,7 +101,7 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
     else:
         path, content = store.load_newest(find_checkpoints(path))
         require_keys(content, ("config",), path)
-        config = parse_config(content["config"], f"the config in {path}")
+        config = find_code(parse_config(content["config"], f"the config in {path}"), content, path)
         facts: Any = content.get("dataset") or {}
         classes_there, size_there = len(facts.get("classes", ())), facts.get("image_size")
     classes = options.classes or config.model.num_classes or classes_there

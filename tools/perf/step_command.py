@@ -82,7 +82,7 @@ def build_training(job: Job) -> tuple[TrainState, TrainLoader]:
 
     All ranks must call this function.
     """
-    loader = TrainLoader([job.train_loader().at(0)])
+    loader = job.train_loader().single_stage()
     return job.build_state(loader.image_size, pretrained=False), loader
 
 

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     with process_group(ranks) as device:
         limit_threads(device)
         job = job.on(device)
-        loader = TrainLoader([job.train_loader().at(0)])
+        loader = job.train_loader().single_stage()
         steps = options.steps or min(MAX_STEPS, max(MIN_STEPS, len(loader) // config.train.accumulation_steps))
         state = job.build_state(loader.image_size)
         whiten(state, whitening_images(state, config.data))

@@ -16,7 +16,6 @@ from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.build import open_limited
 from pipelines.interfaces import Position
-from pipelines.loader.train_loader import TrainLoader
 from tools.common.tables import Row, make_folder, write_csv
 from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
@@ -86,7 +85,7 @@ def augmented_samples(
     rows = []
     for epoch in epochs:
         # a sample's augmentation depends on (seed, epoch, sample), not on its batch
-        chosen = TrainLoader([loader.at(epoch).select(samples)])
+        chosen = loader.single_stage(loader.at(epoch).select(samples))
         chosen.position = Position(epoch)
         seen = [RenderedBatch(*(part.cpu() for part in render_batch(batch))) for batch in chosen]
         rows.append(RenderedBatch(*(torch.cat(parts)[:count] for parts in zip(*seen, strict=True))))

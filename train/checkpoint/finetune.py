@@ -12,6 +12,7 @@ from configs.schema import Config, EmaConfig, LookaheadConfig, ModelConfig, Opti
 from configs.utils.errors import UserError
 from models.weights import copy_weights, head_layers
 from train.checkpoint import store
+from train.checkpoint.code import find_code
 from train.checkpoint.resume import find_checkpoints
 from train.checkpoint.state import Checkpoint, require_keys
 
@@ -34,10 +35,12 @@ def inference_config(config: Config) -> Config:
         "ema": EmaConfig(),
         "lookahead": LookaheadConfig(),
         "proxy": ProxyConfig(),
+        "loss": "cross-entropy",
         "cuda_graph": "off",
     }
     train, model = config.train.model_copy(update=bare), config.model.model_copy(update={"freeze": ()})
-    return without_pretrained(config.model_copy(update={"train": train, "model": model}))
+    aug = config.aug.model_copy(update={"custom": None})
+    return without_pretrained(config.model_copy(update={"train": train, "model": model, "aug": aug}))
 
 
 def from_checkpoint(config: Config, checkpoint: Checkpoint, classes: Sequence[str], path: Path) -> Config:
@@ -63,7 +66,7 @@ def from_checkpoint(config: Config, checkpoint: Checkpoint, classes: Sequence[st
     require_keys(checkpoint, ("model", "config"), path)
     model = parse_config(checkpoint["config"], f"the config in {path}").model
     model = model.model_copy(update={"num_classes": len(classes)})
-    return inference_config(config.model_copy(update={"model": model}))
+    return find_code(inference_config(config.model_copy(update={"model": model})), checkpoint, path)
 
 
 def _summary(classes: Sequence[str]) -> str:

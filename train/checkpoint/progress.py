@@ -8,7 +8,7 @@ from math import isnan
 from typing import Any
 
 from pipelines.storage.dataset import DatasetInfo
-from train.checkpoint.state import DatasetEntry, StreamInfo
+from train.checkpoint.state import CodeEntry, DatasetEntry, StreamInfo
 from train.engine.evaluate import Evaluation
 from train.engine.metrics import RunTimer
 from train.optim.schedule import Plateau
@@ -71,10 +71,12 @@ class RunInfo:
     dataset: DatasetEntry
     progress: Progress = field(default_factory=Progress)
     clock: RunTimer = field(default_factory=RunTimer)
+    code: dict[str, CodeEntry] = field(default_factory=dict)  # see `train.checkpoint.code`
 
     def entries(self) -> dict[str, object]:
         """Return the entries by name, with the progress and the times so far."""
         return {
+            **({"code": self.code} if self.code else {}),
             "stream": self.stream,
             "config": self.config,
             "dataset": self.dataset,

@@ -39,6 +39,13 @@ class DatasetEntry(TypedDict):
     image_size: int
 
 
+class CodeEntry(TypedDict):
+    """A file of the user's own code."""
+
+    file: str  # absolute path
+    sha256: str
+
+
 class ModelEntries(TypedDict, total=False):
     """The state of the model, optimizer and scaler of a run or of its proxy model."""
 
@@ -62,6 +69,7 @@ class Checkpoint(ModelEntries, total=False):
     stream: StreamInfo
     config: str  # YAML
     dataset: DatasetEntry
+    code: dict[str, CodeEntry]  # by the key of the setting that names it; missing without own code
 
 
 ENTRY_TYPES = {
@@ -168,6 +176,9 @@ def invalid_entry(checkpoint: dict[str, Any]) -> str | None:
         return "position"
     if not all(type(time) in (int, float) for time in checkpoint.get("times", {}).values()):
         return "times"
+    for entry in checkpoint.get("code", {}).values():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file", "sha256")):
+            return "code"
     return None
 
 

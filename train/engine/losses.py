@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import TrainConfig
+from configs.schema.train import LOSSES
+from configs.utils.code import load_object
+from configs.utils.errors import UserError
 from pipelines.augment.mixup import identity_table
 from pipelines.loader.batches import Batch, MixedBatch
 
@@ -20,7 +23,7 @@ LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
 
 def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
-    """Return the loss function for train.loss. It can be compiled as a whole.
+    """Return the loss function for train.loss. It can be compiled as a whole, unless it is the user's own.
 
     The loss function takes (model, batch, label_smoothing) and returns the mean loss and the sums (loss * samples,
     correct, samples), float64 [3]. In a `MixedBatch`, each sample is mixed with a partner, and correct predictions are
@@ -30,10 +33,15 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
     Args:
         config: Config section `train`.
         mixes: Whether batches use mixup or CutMix.
+
+    Raises:
+        UserError: train.loss names code that cannot be imported.
     """
     is_cross_entropy, threshold = config.loss == "cross-entropy", config.bce_threshold
     if is_cross_entropy and not mixes:
         return loss_and_counts
+    if config.loss not in LOSSES:
+        return custom_loss(load_object(config.loss, "train.loss"), config.loss, mixes or config.label_smoothing > 0)
 
     def soft_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
         logits, targets, correct = _soft(model, batch, label_smoothing)
@@ -42,6 +50,31 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
         return _with_counts(binary_cross_entropy(logits, targets, threshold), correct, batch)
 
     return soft_loss_and_counts
+
+
+def custom_loss(function: Callable[..., object], name: str, is_soft: bool) -> LossAndCounts:
+    """Return the user's function (logits, labels) -> loss as a loss function, see `build_loss`.
+
+    Args:
+        function: Called with logits of at least float32 [B, C] on the device, with autocast as in the forward pass, and
+            with the labels. Returns the loss as a tensor [].
+        name: The value of train.loss, for error messages.
+        is_soft: Whether labels are the target probabilities [B, C], with the dtype of the logits. Otherwise they are
+            int64 [B].
+    """
+
+    def custom_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        logits, targets, correct = _soft(model, batch, label_smoothing)
+        loss = function(logits, targets if is_soft else batch.labels)
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+            found = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(
+                f"train.loss={name} returns {found}, but must return the mean loss of the batch as a tensor of one "
+                "float (shape []), e.g. loss.mean()"
+            )
+        return _with_counts(loss, correct, batch)
+
+    return custom_loss_and_counts
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,11 @@ ENABLING = ("data.order=sequential-window", "train.ema.decay=0.9", "train.loss=b
 # Values for settings that `other_value` cannot derive from the type.
 OTHER_VALUES: dict[str, object] = {
     "aug.auto.policy": "randaugment",
+    "aug.custom": "own.py:augment",
     "data.stages": [{"epoch": 3, "image_size": 40}],
     "eval.weights": "raw",
     "train.keep_checkpoints": "every:2",
+    "train.loss": "own.py:loss",
     "train.optimizer.name": "adam",
     "train.schedule_options.milestones": [3.0],
 }

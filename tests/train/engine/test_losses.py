@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 from configs.schema import MixConfig, TrainConfig
+from configs.utils.code import load_object
+from configs.utils.errors import UserError
 from helpers.training import lenet, random_batch
 from pipelines.augment.mixup import mix_table
 from pipelines.loader.batches import Batch, MixedBatch
-from train.engine.losses import build_loss, mix_images, swap_pairs
+from train.engine.losses import LossAndCounts, build_loss, mix_images, swap_pairs
 
 SAMPLES, CLASSES = 16, 10
 SETTINGS = pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -141,3 +144,64 @@ def test_bf16_logits_are_widened_before_the_loss() -> None:
 def test_neighbours_of_each_pair_are_swapped() -> None:
     assert swap_pairs(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
     assert isinstance(mixed_batch(), Batch)
+
+
+OWN_LOSS = """
+import torch.nn.functional as F
+
+seen = []
+
+def loss(logits, labels):
+    seen.append((logits.detach(), labels))
+    return 2 * F.cross_entropy(logits, labels)
+
+def vector(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+def number(logits, labels):
+    return 1.0
+"""
+
+
+def own_loss(tmp_path: Path, name: str, mixes: bool = False, **settings: Any) -> LossAndCounts:
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    return build_loss(TrainConfig(loss=f"{tmp_path / 'own.py'}:{name}", **settings), mixes)
+
+
+def test_own_loss_gets_labels_and_counts_hits_like_cross_entropy(tmp_path: Path) -> None:
+    model, reference, batch = lenet(), lenet(), random_batch(SAMPLES)
+    loss, counts = own_loss(tmp_path, "loss")(model, batch, 0.0)
+    expected, expected_counts = build_loss(TrainConfig(), False)(reference, batch, 0.0)
+    assert_same_loss(loss, model, 2 * expected, reference)
+    torch.testing.assert_close(counts, expected_counts * torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64))
+    logits, labels = load_object(f"{tmp_path / 'own.py'}:loss", "train.loss").__globals__["seen"][-1]
+    assert logits.dtype == torch.float32
+    assert labels is batch.labels
+
+
+@pytest.mark.parametrize(("mixes", "smoothing"), [(True, 0.0), (True, 0.1), (False, 0.1)])
+def test_own_loss_gets_mixed_and_smoothed_probabilities(tmp_path: Path, mixes: bool, smoothing: float) -> None:
+    batch = mixed_batch() if mixes else random_batch(SAMPLES)
+    settings = {"label_smoothing": smoothing}
+    model, reference = lenet(), lenet()
+    loss, _ = own_loss(tmp_path, "loss", mixes, **settings)(model, batch, smoothing)
+    expected, _ = build_loss(TrainConfig(**settings), mixes)(reference, batch, smoothing)
+    torch.testing.assert_close(loss, 2 * expected, rtol=1e-6, atol=0)
+    _, labels = load_object(f"{tmp_path / 'own.py'}:loss", "train.loss").__globals__["seen"][-1]
+    assert labels.dtype == torch.float32
+    torch.testing.assert_close(labels.sum(1), torch.ones(SAMPLES))
+
+
+def test_own_loss_gets_float32_logits_with_autocast(tmp_path: Path) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own_loss(tmp_path, "loss")(lenet(), random_batch(SAMPLES), 0.0)
+    logits, _ = load_object(f"{tmp_path / 'own.py'}:loss", "train.loss").__globals__["seen"][-1]
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "found"), [("vector", r"\[16\] of torch\.float32"), ("number", "float")])
+def test_own_loss_that_is_no_mean_is_refused(tmp_path: Path, name: str, found: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"train\.loss=.*own\.py:{name} returns {found}, but must return the mean loss"
+    ):
+        own_loss(tmp_path, name)(lenet(), random_batch(SAMPLES), 0.0)

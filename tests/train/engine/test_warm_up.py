@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from configs.schema import AugConfig, DataConfig, EvalConfig, MixConfig, StageConfig, TrainConfig
+from configs.utils.code import load_object
 from configs.utils.errors import UserError
 from helpers.training import CPU, SmallNet, alone, make_state, random_batch, small_net
 from pipelines import build_eval_loader, build_train_loader
@@ -414,6 +415,54 @@ def test_captured_epochs_equal_plain_epochs_on_gpu(settings: Settings, npy_data:
         assert isinstance(state.captured_step, cuda_graph.CapturedStep) == (graph == "on")
         results[graph] = train_epochs(state, loader)
     torch.testing.assert_close(results["on"], results["off"], **CLOSE)
+
+
+OWN = """
+import torch
+
+def noise(images, generator):
+    draws = torch.rand(len(images), generator=generator, device=images.device)
+    seen.append(float(draws[0]))  # reading a value could not be captured
+    return images + 20 * draws[:, None, None, None]
+
+def loss(logits, labels):
+    return torch.nn.functional.cross_entropy(logits, labels).sqrt()
+
+seen = []
+"""
+
+
+def own_code_run(folder: Path, data: Path, device: torch.device, **settings: Any) -> TrainState:
+    """Train an epoch with the user's own loss and augmentation."""
+    (folder / "own.py").write_text(OWN)
+    state = on_gpu(device, loss=f"{folder / 'own.py'}:loss", **settings)
+    aug = AugConfig(crop="pad", custom=f"{folder / 'own.py'}:noise")
+    loader = build_train_loader(DataConfig(path=str(data), batch_size=BATCH), aug, seed=3, device=device)
+    warm_up.warm_up(state, loader)
+    for _ in training_steps(state, loader, seed=0):
+        pass
+    return state
+
+
+@pytest.mark.gpu
+def test_own_augmentation_runs_outside_of_the_captured_step_on_gpu(
+    npy_data: Path, gpu: torch.device, tmp_path: Path
+) -> None:
+    state = own_code_run(tmp_path, npy_data, gpu, cuda_graph="on")
+    assert isinstance(state.captured_step, cuda_graph.CapturedStep)
+    seen = load_object(f"{tmp_path / 'own.py'}:noise", "aug.custom").__globals__["seen"]
+    assert len(seen) == 700 // BATCH
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("settings", [{"amp": "off"}, {"amp": "bf16"}, {"amp": "off", "compile": "default"}])
+def test_own_code_gives_the_same_weights_captured_and_plain_on_gpu(
+    settings: Settings, npy_data: Path, gpu: torch.device, tmp_path: Path
+) -> None:
+    captured, plain = (own_code_run(tmp_path, npy_data, gpu, cuda_graph=graph, **settings) for graph in ("on", "off"))
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if settings["amp"] == "bf16" else CLOSE
+    torch.testing.assert_close(captured.network.state_dict(), plain.network.state_dict(), **tolerance)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ from pipelines import build_train_loader
 from pipelines.build import open_limited
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
-from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import ModelDataset, load_dataset
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
@@ -62,7 +61,7 @@ def loading(
         def batches() -> Iterator[Batch]:
             torch_device = torch.device(device)
             before = device_memory_bytes(torch_device) if device == "cuda" else 0
-            loader = TrainLoader([build_train_loader(data.model_copy(update=changes), aug, device=device).at(0)])
+            loader = build_train_loader(data.model_copy(update=changes), aug, device=device).single_stage()
             for number, batch in enumerate(endless_batches(loader), 1):
                 if number == WARM_ITEMS and device == "cuda":
                     details["loader_memory_gib"] = round((device_memory_bytes(torch_device) - before) / GIB, 4)
@@ -85,7 +84,7 @@ def training(config: Config, variants: Variants) -> Iterator[dict[str, Workload]
     """
     with process_group(Ranks()) as device:
         job = Job(config, load_dataset(config.data.path), Ranks(), device)
-        loader = TrainLoader([job.train_loader().at(0)])
+        loader = job.train_loader().single_stage()
         state = job.build_state(loader.image_size, pretrained=False)
         warm_up(state, loader)
         set_training_mode(state.forward)
@@ -109,7 +108,7 @@ def _batches(config: Config, changes: Mapping[str, object], device: torch.device
     The loader is built when the first batch is taken, so that a failure affects only this workload.
     """
     data = config.data.model_copy(update=changes)
-    loader = TrainLoader([build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)])
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device).single_stage()
     for batch in endless_batches(loader):
         details["data_wait_s"] = round(loader.wait_s, 4)
         yield batch
@@ -155,7 +154,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, ModelDataset]:
     samples = len(open_limited(config.data, config.data.train_split))
     count = min(config.data.batch_size, samples, DISTINCT_IMAGES)
     data = config.data.model_copy(update={"batch_size": min(count, READ_BATCH_SIZE), "prefetch": 1})
-    loader = TrainLoader([build_train_loader(data, config.aug, seed=config.seed, device=device).at(0)])
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device).single_stage()
     read: list[Batch] = []
     for batch in itertools.islice(endless_batches(loader), -(-count // data.batch_size)):
         read.append(Batch(batch.images.clone(), batch.labels.clone()))  # the loader's buffers are reused

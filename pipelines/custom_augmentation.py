@@ -1,0 +1,66 @@
+"""Apply the user's own augmentation (aug.custom) to batches on their device, after the loader's own transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from configs.utils.code import load_object
+from configs.utils.errors import UserError
+from pipelines.interfaces import Position
+from pipelines.rng import hash64, stream
+
+
+class CustomAugmentation:
+    """Calls the user's function (images, generator) -> images with a generator seeded for each batch.
+
+    The seed is a function of (seed, epoch, batch, rank), so a resumed run draws the same numbers as an uninterrupted
+    run, and runs with other numbers of ranks draw other numbers.
+
+    Args:
+        reference: The value of aug.custom.
+        seed: Seed of the run.
+        rank: Rank of this process.
+        device: Device of the batches.
+
+    Raises:
+        UserError: The code cannot be imported.
+    """
+
+    def __init__(self, reference: str, seed: int, rank: int, device: torch.device) -> None:
+        self._reference, self._seed, self._rank = reference, seed, rank
+        self._function: Callable[..., object] = load_object(reference, "aug.custom")
+        self._generator = torch.Generator(device)
+
+    def __call__(self, images: torch.Tensor, position: Position) -> torch.Tensor:
+        """Return the augmented images, uint8 [B, 3, H, W] with channels_last strides.
+
+        Args:
+            images: uint8 [B, 3, H, W] with channels_last strides. The function may change them in place.
+            position: Epoch, and number of the batch in the epoch on this rank.
+
+        Raises:
+            UserError: The function returns something else than images of the same shape on the same device.
+        """
+        key = stream(self._seed, position.epoch, f"custom-{self._rank}")
+        self._generator.manual_seed(int(hash64(np.array([position.step], np.uint64) ^ key)[0] >> np.uint64(1)))
+        with torch.no_grad():
+            result = self._function(images, self._generator)
+            if not isinstance(result, torch.Tensor) or result.shape != images.shape or result.device != images.device:
+                raise self._refused(result, images)
+            if result.is_floating_point():
+                result = result.round().clamp(0, 255).to(torch.uint8)
+            elif result.dtype != torch.uint8:
+                raise self._refused(result, images)
+            return result.contiguous(memory_format=torch.channels_last)
+
+    def _refused(self, result: object, images: torch.Tensor) -> UserError:
+        found = type(result).__name__
+        if isinstance(result, torch.Tensor):
+            found = f"{result.dtype} {list(result.shape)} on {result.device}"
+        return UserError(
+            f"aug.custom={self._reference} returns {found}, but must return images as it gets them, uint8 "
+            f"{list(images.shape)} on {images.device}, or floats from 0 to 255 of this shape"
+        )
