@@ -1,7 +1,8 @@
 """Build models with pretrained weights, read either from the local cache of timm's weights or from a file.
 
 Nothing is downloaded. Weights of timm models are first loaded by timm, which converts old names and resamples position
-embeddings. After that, every tensor outside the head must match in name and shape. timm itself is less strict.
+embeddings. After that, every tensor outside the head must match in name and shape, unless model.pretrained_partial is
+set. timm itself is less strict.
 """
 
 from __future__ import annotations
@@ -69,10 +70,16 @@ def build_pretrained(
     if is_file and described.mean is None:
         by += f", since no {NAME} beside the file specifies others"
     model = build_from_config(config, num_classes, image_size=image_size, mean=mean, std=std)
+    partial = config.pretrained_partial
     if timm_name is not None:
-        weights = convert_with_timm(config, num_classes, image_size, weights, path, described.num_classes)
+        try:
+            weights = convert_with_timm(config, num_classes, image_size, weights, path, described.num_classes)
+        except UserError:
+            if not partial:  # else by the names in the file
+                raise
     new_head = classes is not None and described.classes not in (None, list(classes))
-    result = copy_weights(model.network, weights, head_layers(model.network), f"weights {path}", new_head=new_head)
+    head = head_layers(model.network)
+    result = copy_weights(model.network, weights, head, f"weights {path}", new_head=new_head, partial=partial)
     notes = [result.summary(path), f"images are normalised with mean {_numbers(mean)} and std {_numbers(std)}, {by}"]
     if described.image_size not in (None, image_size):
         notes.append(f"the weights were trained at {described.image_size} pixels, and images here have {image_size}")

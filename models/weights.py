@@ -22,6 +22,8 @@ from configs.utils.errors import UserError
 NESTED_UNDER = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of names added by DDP and torch.compile
 MAX_NAMES_SHOWN = 3  # names of tensors in an error message, for each kind of problem
+_PARTIAL = ", or load only the {} of {} tensors that fit with model.pretrained_partial=true"
+_RENAMED = " (all shapes agree in order, so perhaps only names differ; docs/recipes.md shows how to rename them)"
 _MARK = object()
 
 
@@ -124,15 +126,23 @@ class LoadResult:
     """Result of copying weights into a network."""
 
     num_loaded: int
-    reinitialized: tuple[str, ...]  # names of tensors that keep their initial values
+    reinitialized: tuple[str, ...]  # tensors of the head that keep their initial values
+    misfits: dict[str, list[str]]  # tensors outside of the head that do not fit, by the kind of the problem
 
     def summary(self, source: object) -> str:
         new = f"; new: {', '.join(self.reinitialized)}" if self.reinitialized else ""
-        return f"loaded {self.num_loaded} tensors from {source}{new}"
+        others = "".join(f"; {kind}: {', '.join(names)}" for kind, names in self.misfits.items() if names)
+        return f"loaded {self.num_loaded} tensors from {source}{new}{others}"
 
 
 def copy_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], head: tuple[str, ...], source: str, *, new_head: bool = False
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    head: tuple[str, ...],
+    source: str,
+    *,
+    new_head: bool = False,
+    partial: bool | None = None,
 ) -> LoadResult:
     """Copy weights into a network. Head tensors that are missing or have a different shape keep their initial values.
 
@@ -142,13 +152,15 @@ def copy_weights(
         head: Names of the head layers.
         source: Description of the weights, for error messages.
         new_head: Whether the head keeps its initial values even if the shapes match.
+        partial: The value of model.pretrained_partial: whether other tensors that do not fit keep their initial values
+            too, as long as some fit. If None, they must fit, and errors do not mention the setting.
 
     Raises:
         UserError: Tensors outside the head are missing, unexpected or of the wrong shape. The message names them.
     """
     own, head_prefixes = network.state_dict(), tuple(f"{layer}." for layer in head)
     fitting: dict[str, Tensor] = {}
-    others: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
+    misfits: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
     reinitialized: list[str] = []
     for name, tensor in own.items():
         weight, in_head = weights.get(name), name.startswith(head_prefixes)
@@ -157,23 +169,22 @@ def copy_weights(
         elif in_head:
             reinitialized.append(name)
         elif weight is None:
-            others["missing"].append(name)
+            misfits["missing"].append(name)
         else:
-            others["of another shape"].append(f"{name} is {list(weight.shape)} there and {list(tensor.shape)} here")
-    others["unexpected"] = [name for name in weights if name not in own and not name.startswith(head_prefixes)]
-    if problems := [f"{kind}: {_some(names)}" for kind, names in others.items() if names]:
-        advice = ""
-        if others["missing"] and [one.shape for one in weights.values()] == [one.shape for one in own.values()]:
-            advice = (
-                " (all shapes agree in order, so perhaps only names differ; docs/recipes.md shows how to rename them)"
-            )
+            misfits["of another shape"].append(f"{name} is {list(weight.shape)} there and {list(tensor.shape)} here")
+    misfits["unexpected"] = [name for name in weights if name not in own and not name.startswith(head_prefixes)]
+    if any(misfits.values()) and not (partial and fitting):
+        advice = "" if partial is None or not fitting else _PARTIAL.format(len(fitting), len(own))
+        if misfits["missing"] and [one.shape for one in weights.values()] == [one.shape for one in own.values()]:
+            advice = _RENAMED
         head_may = ", of which only the head may differ" if head else ""
+        problems = "; ".join(f"{kind}: {_some(names)}" for kind, names in misfits.items() if names)
         raise UserError(
-            f"{source} do not fit the model{head_may}: {'; '.join(problems)}; take weights of the same architecture "
-            f"and options{advice}"
+            f"{source} do not fit the model{head_may}: {problems}; take weights of the same architecture and options"
+            f"{advice}"
         )
     network.load_state_dict(fitting, strict=False)
-    return LoadResult(len(fitting), tuple(reinitialized))
+    return LoadResult(len(fitting), tuple(reinitialized), misfits)
 
 
 def _some(names: list[str]) -> str:

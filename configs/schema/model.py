@@ -30,6 +30,9 @@ class ModelConfig(Section):
     """Whether to start from timm's published weights, which must be in the hub's cache on this machine; or the path of
     a weights file (.safetensors, .pth). Images are then normalized with the mean and std from a config.json beside the
     file, or from timm for a timm model, or otherwise from the data set."""
+    pretrained_partial: bool = False
+    """Whether to load only the tensors of model.pretrained that fit by name and shape. The others are initialized
+    randomly, and the log lists them; false: tensors outside of the head that do not fit are an error."""
     finetune: Annotated[str | None, IsPath] = Field(default=None, min_length=1)
     """Checkpoint of this project, or a run's folder, to take initial weights from; the head is not loaded if the
     classes differ."""

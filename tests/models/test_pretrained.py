@@ -323,3 +323,62 @@ def test_other_files_are_refused_without_running_code(tmp_path: Path, monkeypatc
             start("lenet", file, size=32)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "run-by-a-pickle").exists()
+
+
+def torchvision_resnet18(path: Path) -> dict[str, Tensor]:
+    """Write the weights of torchvision's ResNet-18 for ImageNet, which has another first convolution than ours."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(7)
+    weights = resnet18(num_classes=1000).state_dict()
+    torch.save(weights, path)
+    return weights
+
+
+def test_weights_that_fit_in_part_are_refused_with_advice(tmp_path: Path) -> None:
+    torchvision_resnet18(tmp_path / "x.pth")
+    with pytest.raises(UserError) as caught:
+        start("resnet18", str(tmp_path / "x.pth"))
+    assert str(caught.value).endswith(
+        "x.pth do not fit the model, of which only the head may differ: of another shape: conv1.weight is "
+        "[64, 3, 7, 7] there and [64, 3, 3, 3] here; take weights of the same architecture and options, or load only "
+        "the 119 of 122 tensors that fit with model.pretrained_partial=true"
+    )
+
+
+def test_partial_weights_of_torchvision_are_loaded_by_name_and_reported(tmp_path: Path) -> None:
+    theirs = torchvision_resnet18(tmp_path / "x.pth")
+    model, note = start("resnet18", str(tmp_path / "x.pth"), pretrained_partial=True)
+    ours, new = model.network.state_dict(), drawn("resnet18")
+    same = is_same(ours, theirs)
+    assert [name for name, one in same.items() if not one] == ["conv1.weight", "fc.weight", "fc.bias"]
+    assert torch.equal(ours["conv1.weight"], new["conv1.weight"])
+    assert note.startswith(
+        f"loaded 119 tensors from {tmp_path / 'x.pth'}; new: fc.weight, fc.bias; of another shape: conv1.weight is "
+        "[64, 3, 7, 7] there and [64, 3, 3, 3] here; images are normalised"
+    )
+
+
+def test_partial_weights_of_timm_are_loaded_by_name(tmp_path: Path) -> None:
+    theirs = source_of("test_resnet", 33).state_dict()
+    del theirs["layer1.0.bn1.weight"]
+    save_file({**theirs, "extra.weight": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="do not fit model 'timm/test_resnet'"):
+        start("timm/test_resnet", str(tmp_path / "x.safetensors"))
+    model, note = start("timm/test_resnet", str(tmp_path / "x.safetensors"), pretrained_partial=True)
+    assert torch.equal(model.network.state_dict()["layer1.0.conv1.weight"], theirs["layer1.0.conv1.weight"])
+    assert "; new: fc.weight, fc.bias; missing: layer1.0.bn1.weight; unexpected: extra.weight; images" in note
+
+
+def test_partial_weights_without_any_fitting_tensor_are_refused(tmp_path: Path) -> None:
+    torch.save({"net.weight": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"missing: conv1\.weight.*; unexpected: net\.weight; take weights of the same"):
+        start("lenet", str(tmp_path / "x.pth"), size=32, pretrained_partial=True)
+
+
+def test_torchvision_model_loads_its_weights_whole(tmp_path: Path) -> None:
+    theirs = torchvision_resnet18(tmp_path / "x.pth")
+    model, note = start("torchvision.models:resnet18", str(tmp_path / "x.pth"))
+    same = is_same(model.network.state_dict(), theirs)
+    assert [name for name, one in same.items() if not one] == ["fc.weight", "fc.bias"]
+    assert note.startswith("loaded 120 tensors from ")
