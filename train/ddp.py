@@ -27,6 +27,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--resume", type=path_text, metavar="auto|PATH", help="the latest run of this name, a checkpoint or its folder"
     )
     parser.add_argument(
+        "--extend", action="store_true", help="resume a run with more train.epochs than it was started with"
+    )
+    parser.add_argument(
         "--eval",
         action="store_true",
         help="evaluate the checkpoint to resume from, also the homework's ckpt_best.pth; do not train",
@@ -51,9 +54,11 @@ def main() -> int:
     if evaluates_only and resume is None:
         flag_name = "--eval" if arguments.eval else "eval.only"
         raise UserError(f"{flag_name} needs a checkpoint; give --resume PATH or --resume auto")
+    if arguments.extend and resume is None:
+        raise UserError("--extend needs a run to train longer; give --resume auto or --resume PATH")
     from train.run import run  # imports torch
 
-    return run(config, resume, evaluates_only=evaluates_only, throughput=arguments.throughput)
+    return run(config, resume, extend=arguments.extend, evaluates_only=evaluates_only, throughput=arguments.throughput)
 
 
 def launch() -> None:

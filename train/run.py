@@ -28,12 +28,13 @@ from train.throughput import print_throughput
 from train.trainer import Trainer, restore_run
 
 
-def run(config: Config, resume: str | None, *, evaluates_only: bool, throughput: bool) -> int:
+def run(config: Config, resume: str | None, *, extend: bool, evaluates_only: bool, throughput: bool) -> int:
     """Train, evaluate or measure throughput, and return the exit status.
 
     Args:
         config: The config.
         resume: Checkpoint, run folder or "auto", or None for a new run.
+        extend: Allow more epochs than the checkpoint's run had.
         evaluates_only: Evaluate the checkpoint, which must be given, and do not train.
         throughput: Measure images/s, and do not train.
     """
@@ -45,20 +46,21 @@ def run(config: Config, resume: str | None, *, evaluates_only: bool, throughput:
         elif throughput:
             print_throughput(job)
         else:
-            return train(job, resume)
+            return train(job, resume, extend=extend)
     return 0
 
 
-def train(job: Job, resume: str | None) -> int:
+def train(job: Job, resume: str | None, *, extend: bool = False) -> int:
     """Train a new run, or resume one from its newest checkpoint, and return the exit status."""
     config, val_loader = job.config, job.val_loader()
+    before = config  # of the checkpoint
     with RunDir(config, resume) as run_dir:  # found and locked, with an interrupted save completed
         newest = run_dir.load_newest()  # None for a new run
         stream = stream_info(config, job.dataset, job.passes)
         if newest is None or "threads" not in newest.checkpoint:
             limit_threads(job.device)  # otherwise `restore_run` sets the number of threads
         if newest is not None:
-            check_same_run(newest.checkpoint, config, stream, newest.path)
+            before = check_same_run(newest.checkpoint, config, stream, newest.path, extend=extend)
             job = replace(job, config=find_code(config, newest.checkpoint, newest.path))
 
         state = job.build_state(val_loader.image_size, pretrained=newest is None)
@@ -83,6 +85,8 @@ def train(job: Job, resume: str | None) -> int:
             if (reason := trainer.end_reason(position)) is not None:
                 log.info(f"nothing to do: the run in {folder} has ended: {reason}")
                 return 0
+            if before.train.epochs != config.train.epochs:
+                trainer.extend(position, before.train)
             prepare(trainer, position, facts)  # starts the trackers; compiles and captures the step
             start_s = time.monotonic()
             try:

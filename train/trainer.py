@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.schema import TrainConfig
 from configs.utils.errors import UserError
 from pipelines.interfaces import Position
 from pipelines.loader.eval_loader import EvalLoader
@@ -33,14 +34,14 @@ from train.distributed import collectives
 from train.distributed.consensus import StopConsensus
 from train.distributed.process_group import is_first_rank
 from train.distributed.signals import PendingSignal, Preempted
-from train.engine.epoch import training_steps
+from train.engine.epoch import build_timeline, training_steps
 from train.engine.evaluate import Evaluation, EvaluationInterrupted, evaluate
 from train.engine.metrics import ThroughputMeter, memory_usage
 from train.engine.state import TrainState
 from train.engine.warm_up import warm_up
 from train.optim.averaging import uses_ema
 from train.optim.nonfinite import FiniteCheck, NonFiniteError
-from train.optim.schedule import Timeline, learning_rate
+from train.optim.schedule import Timeline, extension_note, learning_rate
 from train.reporting.bad_samples import report_bad_samples
 from train.reporting.metrics_file import MetricsLine
 from train.reporting.run_log import RunLog
@@ -85,6 +86,18 @@ class Trainer:
         if done >= self.end and (position.step == 0 or progress.stopped_at == done):
             return f"{done} steps are done (train.max_steps={train.max_steps})"
         return None
+
+    def extend(self, position: Position, before: TrainConfig) -> None:
+        """Log what a run with more epochs does from its position on, and save a checkpoint with its config.
+
+        Later resumes then need no --extend. `before` is the config section `train` of the checkpoint.
+        """
+        done, after = self.timeline.done(position), self.state.config
+        scaled = after.model_copy(update={"epochs": before.epochs, "warmup_epochs": before.warmup_epochs})
+        timelines = build_timeline(scaled, self.train_loader), self.timeline
+        self.log.info(extension_note(done, timelines, (scaled, after)))
+        self.finite_check.start(done)
+        self.checkpoints.save((LAST,), position, self.finite_check.sums(done), done)
 
     def run_epoch(self, position: Position) -> Position:
         """Train the rest of an epoch with logs and checkpoints, then evaluate and save.

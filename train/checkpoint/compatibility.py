@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from configs.load import parse_config
-from configs.schema import Config, DataConfig, Effect, settings_by_key
+from configs.schema import Config, DataConfig, Effect, TrainConfig, settings_by_key
 from configs.schema.optim import BUILT_IN_OPTIMIZERS, OPTIMIZER_DEFAULTS
 from configs.stages import data_at
 from configs.utils.errors import UserError
@@ -82,7 +82,9 @@ def stage_sizes(data: DataConfig, passes: int) -> list[tuple[int, int | None, in
     return [(epoch, section.image_size, section.batch_size * passes) for epoch, section in stages]
 
 
-def check_same_run(checkpoint: Checkpoint, config: Config, stream: StreamInfo, path: Path) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, config: Config, stream: StreamInfo, path: Path, *, extend: bool = False
+) -> Config:
     """Check that a resumed run has the data and settings of its checkpoint, as far as they affect results.
 
     Settings missing from an older checkpoint are assumed to have their default values.
@@ -92,6 +94,10 @@ def check_same_run(checkpoint: Checkpoint, config: Config, stream: StreamInfo, p
         config: Config of the resumed run.
         stream: The "stream" entry of the resumed run, from `stream_info`.
         path: Path of the checkpoint, for error messages.
+        extend: Whether the resumed run may have more epochs.
+
+    Returns:
+        The config of the checkpoint.
 
     Raises:
         UserError: An entry of the checkpoint is missing or invalid, or the data or settings differ. The message lists
@@ -110,6 +116,9 @@ def check_same_run(checkpoint: Checkpoint, config: Config, stream: StreamInfo, p
     if then["data set"] != now["data set"]:
         then |= _detailed_dataset(old_stream, stream)
         now |= _detailed_dataset(stream, old_stream)
+    is_longer = config.train.epochs > before.train.epochs
+    if is_longer and extend:
+        then |= {key: now[key] for key in _extended_settings(before.train)}
     changed = [
         f"{key}: {_format(then.get(key))} then, {_format(now.get(key))} now"
         for key in {**now, **then}
@@ -117,10 +126,17 @@ def check_same_run(checkpoint: Checkpoint, config: Config, stream: StreamInfo, p
     ]
     if changed:
         advice = _global_batch_advice(config, old_stream["global batch"], stream["global batch"])
+        longer = f"; add --extend to train up to {config.train.epochs} epochs" if is_longer and not extend else ""
         raise UserError(
             f"cannot resume from {path}, since settings differ ({'; '.join(changed)}); "
-            f"restore them{advice} or start a new run without --resume"
+            f"restore them{advice} or start a new run without --resume{longer}"
         )
+    return before
+
+
+def _extended_settings(before: TrainConfig) -> list[str]:
+    """Return the settings that --extend may change. A warm-up that was cut to the length of the run is one of them."""
+    return ["train.epochs", *["train.warmup_epochs"] * (before.warmup_epochs == before.epochs)]
 
 
 def _used_by_timm(checkpoint: Checkpoint, then: dict[str, object], now: dict[str, object]) -> dict[str, object]:

@@ -125,6 +125,35 @@ def _scheduled(step: int, timeline: Timeline, config: TrainConfig, decays: int) 
     return max(config.min_lr, config.lr * options.rate**exponent)
 
 
+def extension_note(done: int, timelines: tuple[Timeline, Timeline], configs: tuple[TrainConfig, TrainConfig]) -> str:
+    """Return a sentence on what the learning rate does from now on in a run that --extend makes longer.
+
+    Args:
+        done: Optimizer steps of the run so far.
+        timelines: Timeline before and after the extension.
+        configs: Config section `train` before and after, with learning rates scaled to the global batch size.
+    """
+    (before, after), schedule = (config.epochs for config in configs), configs[1].schedule
+    rates = [
+        learning_rate(step, timeline, config)
+        for step, timeline, config in zip((max(0, done - 1), done), timelines, configs, strict=True)
+    ]
+    meaning = {
+        "constant": "stays constant",
+        "plateau": "keeps its best value, patience and decays",
+        **dict.fromkeys(
+            ("step", "multistep", "exponential"), "continues as before, since it depends only on the epoch"
+        ),
+    }.get(
+        schedule,
+        f"had come to lr {rates[0]:.4g} and from step {done + 1}, epoch {timelines[1].epoch_at(done) + 1}, on follows "
+        f"that of {after} epochs, which is there at lr {rates[1]:.4g}",
+    )
+    warmups = [config.warmup_epochs for config in configs]
+    cut = f"; the warm-up lasts {warmups[1]:g} epochs instead of {warmups[0]:g}" if warmups[0] != warmups[1] else ""
+    return f"extended from {before} to {after} epochs: the {schedule} schedule {meaning}{cut}"
+
+
 def one_cycle(step: int, steps: int, config: TrainConfig) -> float:
     """Return the learning rate of a step. It rises to lr and then falls, both along a cosine, like torch's OneCycleLR.
 
