@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_text
@@ -34,6 +35,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="evaluate the checkpoint to resume from, also the homework's ckpt_best.pth; do not train",
     )
+    parser.add_argument(
+        "--prepare", action="store_true", help="first download and convert the config's data set, if it is missing"
+    )
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
     return parser.parse_args(argv)
 
@@ -56,6 +60,10 @@ def main() -> int:
         raise UserError(f"{flag_name} needs a checkpoint; give --resume PATH or --resume auto")
     if arguments.extend and resume is None:
         raise UserError("--extend needs a run to train longer; give --resume auto or --resume PATH")
+    if arguments.prepare:
+        from train.prepare import prepare_dataset
+
+        prepare_dataset(Path(config.data.path), int(os.environ.get("LOCAL_RANK", "0")))
     from train.run import run  # imports torch
 
     return run(config, resume, extend=arguments.extend, evaluates_only=evaluates_only, throughput=arguments.throughput)

@@ -24,6 +24,8 @@ MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,5
 HDF5_SUFFIXES = (".hdf5", ".h5")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # the usual ones
 MAX_LOOKED_AT = 100  # files per folder whose names are examined for a hint
+# Name of a data set in the configs, and also the command that converts it -> options of the command.
+DEFAULT_SOURCES: dict[str, list[str]] = {"digits": [], "cifar10": ["--download"], "cifar100": ["--download"]}
 CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of the official file names
 
 T = TypeVar("T")
@@ -299,6 +301,8 @@ def convert_hint(folder: str | Path) -> str:
         return "convert the source with tools/convert.py first"
     words = ["python", "tools/convert.py", command, *source, "--out", str(out)]
     use = "" if out == path else f", and give {out} as the data set"
+    if known_conversion(path) and not path.exists():
+        use = ", or start training with --prepare, which does this first"
     return f"convert it first: {shlex.join(words)}{use}"
 
 
@@ -337,10 +341,17 @@ def _for_missing(path: Path) -> tuple[str, list[str], Path]:
     The source is guessed from the folder's name. The known names are those in the configs of this project and of the
     homework.
     """
-    if path.name in CIFAR:
-        return path.name, ["--download"], path
-    if path.name == "digits":
-        return "digits", [], path
+    if path.name in DEFAULT_SOURCES:
+        return path.name, DEFAULT_SOURCES[path.name], path
     if path.name.startswith("medium-imagenet"):
         return "hdf5", ["--source", "FILE.hdf5"], path
     return "", [], path
+
+
+def known_conversion(folder: Path) -> list[str] | None:
+    """Return the arguments of tools/convert.py that create a data set which needs no file from the user.
+
+    The name of `folder` determines the source. Return None if it is not a name of such a data set.
+    """
+    options = DEFAULT_SOURCES.get(folder.name)
+    return None if options is None else [folder.name, *options, "--out", str(folder)]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage.dataset import convert_hint
+from configs.load import load_config
+from helpers.training import ROOT
+from pipelines.storage.dataset import convert_hint, known_conversion
 from tools import convert
 
 
@@ -37,10 +39,28 @@ def test_suggested_command_is_accepted_by_convert(
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).touch()
     sentence = convert_hint(folder)
+    sentence, _, prepare = sentence.partition(", or start training with --prepare, which does this first")
     command, _, use = sentence.removeprefix("convert it first: python tools/convert.py ").partition(", and give ")
+    assert prepare == ""
     parsed = vars(convert.build_parser().parse_args(shlex.split(command)))
     assert {key: parsed[key] for key in options} == options
     assert use == ("" if str(parsed["out"]) == folder else f"{parsed['out']} as the data set")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100", "medium-imagenet-96", "mine"])
+def test_hint_names_prepare_if_no_file_is_needed(name: str, tmp_path: Path) -> None:
+    words = known_conversion(tmp_path / name)
+    assert (words is not None) == (name in ("digits", "cifar10", "cifar100"))
+    assert ("--prepare" in convert_hint(tmp_path / name)) == (words is not None)
+    if words is not None:
+        assert shlex.join(words) in convert_hint(tmp_path / name)
+        assert convert.build_parser().parse_args(words).out == tmp_path / name
+
+
+def test_configs_have_a_known_data_set() -> None:
+    configs = [file for file in (ROOT / "configs").glob("*.yaml") if not file.name.startswith("medium_imagenet")]
+    paths = {file.name: Path(load_config(file).data.path) for file in configs}
+    assert [name for name, path in paths.items() if known_conversion(path) is None] == []
 
 
 def test_unknown_path_gets_the_general_hint(tmp_path: Path) -> None:
