@@ -8,11 +8,12 @@ ENVIRONMENT := $(if $(filter $(VENV)/%,$(PY)),$(VENV)/.installed)
 CFG ?= configs/digits_lenet.yaml
 OPTS ?=
 NPROC ?= 1
+TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node=$(NPROC))
 
 .PHONY: train test test-all test-faults test-isa fuzz lint bench gpu-bench gpu-check gpu-dry-run format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
-	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(NPROC) train/ddp.py --cfg $(CFG) $(if $(OPTS),--opts $(OPTS))
+	$(PY) $(TORCHRUN) train/ddp.py $(CFG) $(if $(OPTS),--opts $(OPTS))
 
 .PHONY: digits
 digits: $(ENVIRONMENT)

@@ -15,9 +15,11 @@ import pytest
 
 from configs.load import load_config
 from helpers.training import ROOT
+from tools import zhu
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND = re.compile(r"(?:^    |`)((?:python|torchrun [^`]*?)\s(?:tools|train)/\w+\.py[^`\n]*)", re.MULTILINE)
+PROGRAM = r"(?:python|torchrun [^`]*?)\s(?:tools|train)/\w+\.py|zhu (?=[a-z])"
+COMMAND = re.compile(rf"(?:^    |`)((?:{PROGRAM})[^`\n]*)", re.MULTILINE)
 FOLDERS = ("configs", "models", "pipelines", "train", "tools", "tests", "docs")
 CITED_FILE = re.compile(rf"(?<![\w/.}}-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?)(?![\w*{{<…])")
 CITED_TEST = re.compile(r"`(?:[\w/.]+::)?(test_\w+)`")
@@ -43,6 +45,8 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(
 def arguments_of(command: str) -> tuple[str, list[str]]:
     """Split a command into the module it runs and the arguments of that module."""
     words = shlex.split(command)
+    if words[0] == "zhu":
+        return zhu.COMMANDS[words[1]][0], words[2:]
     place = next(number for number, word in enumerate(words) if re.match(r"(tools|train)/\w+\.py", word))
     module = words[place].removesuffix(".py").replace("/", ".")
     return module, [word for word in words[place + 1 :] if word != "…"]
@@ -123,23 +127,15 @@ def test_imports_of_python_examples_work(page: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command: str) -> None:
+def test_commands_and_their_settings_are_understood(command: str) -> None:
     name, arguments = arguments_of(command)
     module = importlib.import_module(name)
-    if command == "python tools/report.py":  # its parser is inside main
-        return
     parse = module.parse_arguments if hasattr(module, "parse_arguments") else module.build_parser().parse_args
-    parse(arguments)  # exits if it refuses them
+    parsed = parse(arguments)  # exits if it refuses them
     configs = [Path(word) for word in arguments if word.startswith("configs/")]
     assert all((ROOT / config).is_file() for config in configs), configs
-
-
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "--opts" in command and "configs/" in command])
-def test_settings_in_commands_are_understood(command: str) -> None:
-    arguments = arguments_of(command)[1]
-    config = arguments[arguments.index("--cfg") + 1]
-    options = arguments[arguments.index("--opts") + 1 :]
-    load_config(ROOT / config, options)
+    if configs and getattr(parsed, "opts", None):
+        load_config(ROOT / configs[0], parsed.opts)
 
 
 def test_commands_are_found() -> None:

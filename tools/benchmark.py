@@ -1,15 +1,15 @@
 """Measure the images/s of data loaders and training, and compare them to other libraries and the machine's limits.
 
-    python tools/benchmark.py loader --data-path data/cifar10
-    python tools/benchmark.py train  --cfg configs/cifar10_resnet18.yaml --json result.json
-    python tools/benchmark.py peers  --cfg configs/cifar10_lenet.yaml
-    python tools/benchmark.py augment --data-path data/cifar10
-    python tools/benchmark.py stages --cfg configs/medium_imagenet_96_resnet18_progressive.yaml
-    python tools/benchmark.py ramp   --cfg configs/cifar10_lenet.yaml
-    python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml
-    python tools/benchmark.py scale
-    python tools/benchmark.py all --report docs/benchmarks                        (make bench, make gpu-bench)
-    python tools/benchmark.py all --report docs/benchmarks --part training        (make gpu-bench PART=training)
+    zhu benchmark loader --data-path data/cifar10
+    zhu benchmark train  --cfg configs/cifar10_resnet18.yaml --json result.json
+    zhu benchmark peers  --cfg configs/cifar10_lenet.yaml
+    zhu benchmark augment --data-path data/cifar10
+    zhu benchmark stages --cfg configs/medium_imagenet_96_resnet18_progressive.yaml
+    zhu benchmark ramp   --cfg configs/cifar10_lenet.yaml
+    zhu benchmark profile --cfg configs/cifar10_lenet.yaml
+    zhu benchmark scale
+    zhu benchmark all --report docs/benchmarks                        (make bench, make gpu-bench)
+    zhu benchmark all --report docs/benchmarks --part training        (make gpu-bench PART=training)
 
 The benchmark drives the real loader and the real training step. Each candidate (this project or a peer in one setting)
 runs in a separate process. The candidates take turns in short rounds, so that a noisy machine slows all of them alike.
@@ -27,6 +27,7 @@ import argparse
 import os
 from pathlib import Path
 
+from configs.arguments import new_parser, parse
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 
@@ -52,8 +53,8 @@ PART_STAGES += ["stages", "training"]
 RAMP = """\
 Measure images/s and peak memory at batch size 1, 2, 4 … until memory is full, and find the largest batch size.
 
-    python tools/benchmark.py ramp --cfg configs/cifar10_lenet.yaml configs/cifar10_alexnet.yaml --memory-limit 4
-    python tools/benchmark.py ramp --model resnet18 timm/convnext_tiny --size 96 --classes 200 --exact
+    zhu benchmark ramp --cfg configs/cifar10_lenet.yaml configs/cifar10_alexnet.yaml --memory-limit 4
+    zhu benchmark ramp --model resnet18 timm/convnext_tiny --size 96 --classes 200 --exact
 
 Each size runs the real training step on one resident batch, in a separate process. The batch consists of images of
 the data set (--cfg), repeated if there are too few, or of noise (--model). After the first size that does not fit,
@@ -69,7 +70,7 @@ model failed with an error other than out of memory, and 130 after an interrupti
 PROFILE = """\
 Measure the time of a training step by phase, and the share of the device's peak arithmetic rate that it reaches.
 
-    python tools/benchmark.py profile --cfg configs/cifar10_lenet.yaml --steps 20
+    zhu benchmark profile --cfg configs/cifar10_lenet.yaml --steps 20
     torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
 
 Phases: data (waiting for a batch), proxy (sample selection by train.proxy, if set), forward, backward, reduce (the part
@@ -85,7 +86,7 @@ opened in https://ui.perfetto.dev or chrome://tracing.
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
     for stage, text in STAGES.items():
         if stage in COMMANDS:
@@ -105,7 +106,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")
         command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the run to this file")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Compare several runs: plot their curves together, and tabulate their settings and results.
 
-    python tools/compare.py output/cifar10_alexnet output/cifar10_lenet output/cifar10_resnet18
-    python tools/compare.py output/cifar10_lenet-sweep --out output/learning_rates
+    zhu compare output/cifar10_alexnet output/cifar10_lenet output/cifar10_resnet18
+    zhu compare output/cifar10_lenet-sweep --out output/learning_rates
 
 A folder that contains runs selects all of them. Unfinished runs are shown up to their latest epoch. The tool prints the
 table and writes to --out: comparison.png (loss and accuracy, train and validation), comparison.csv (one row per run)
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from configs.arguments import new_parser, parse
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument(
         "runs", nargs="+", type=path_argument, metavar="RUN", help="run folders, or folders that contain them"
     )
@@ -28,7 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=path_argument, default=Path("output/comparison"), help="output folder (default: %(default)s)"
     )
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="names of the runs, in the same order")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,11 +1,11 @@
 """Convert a data set into shards that training reads at full speed, or verify a converted data set.
 
-    python tools/convert.py digits --out data/digits
-    python tools/convert.py cifar10 --download --out data/cifar10
-    python tools/convert.py hdf5 --source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96
-    python tools/convert.py imagefolder --source photos --size 224 --out data/photos
-    python tools/convert.py imagefolder --source flowers --val-fraction 0.1 --out data/flowers
-    python tools/convert.py verify data/cifar10
+    zhu convert digits --out data/digits
+    zhu convert cifar10 --download --out data/cifar10
+    zhu convert hdf5 --source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96
+    zhu convert imagefolder --source photos --size 224 --out data/photos
+    zhu convert imagefolder --source flowers --val-fraction 0.1 --out data/flowers
+    zhu convert verify data/cifar10
 
 To resume an interrupted conversion, run the same command again. The result is byte-identical.
 """
@@ -20,12 +20,12 @@ import sys
 import time
 from pathlib import Path
 
+from configs.arguments import new_parser, parse, whole_number
 from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
 from configs.utils.process import handle_signals
 from pipelines.convert.source import SUBSAMPLINGS, Encoding, Options, Source
 from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo, load_dataset
-from tools.common.cli import whole_number
 
 MIB = 2**20
 MAX_SHOWN_DEFECTS = 3
@@ -33,7 +33,7 @@ MAX_SHOWN_PROBLEMS = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = parse(build_parser(), argv)
     if args.command == "verify":
         print(verify(args.folder))
         return 0
@@ -205,7 +205,7 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help_text: str, example: str) -> argparse.ArgumentParser:
@@ -213,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=f"example:\n  python tools/convert.py {name} {example}",
+            epilog=f"example:\n  zhu convert {name} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 

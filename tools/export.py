@@ -1,6 +1,6 @@
 """Export a trained model to files for other programs. Each file is verified against the checkpoint.
 
-    python tools/export.py --checkpoint output/cifar10_lenet
+    zhu export --checkpoint output/cifar10_lenet
 
 This writes to output/cifar10_lenet/export:
 
@@ -30,15 +30,15 @@ from __future__ import annotations
 
 import argparse
 
+from configs.arguments import check_positive, new_parser, parse
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from tools.common.cli import check_positive
 
 FORMATS = ("safetensors", "torch", "onnx")  # the keys of tools.inference.export_formats.FORMATS
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=path_argument, required=True, metavar="RUN", help="run folder or .pt file")
     add("--format", nargs="+", choices=FORMATS, default=FORMATS, help="formats to write (default: all)")
@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tolerance", type=float, default=1e-4, help=tolerance)
     data = "converted data set, if it was moved since training"
     add("--data-path", type=path_text, metavar="FOLDER", help=data)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

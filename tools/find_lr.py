@@ -1,7 +1,7 @@
 """Find a learning rate: train with a growing rate, plot the loss and suggest a rate.
 
-    python tools/find_lr.py --cfg configs/cifar10_lenet.yaml --data-path data/cifar10
-    python train/ddp.py --cfg configs/cifar10_lenet.yaml --opts train.lr=…      # as printed
+    zhu find-lr configs/cifar10_lenet.yaml --data-path data/cifar10
+    zhu train configs/cifar10_lenet.yaml train.lr=…                 # as printed
 
 This is the range test of Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, with a rate
 that grows exponentially. The config's optimizer trains the config's initial weights on real batches for --steps steps,
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from configs.arguments import add_config, new_parser, parse_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 
@@ -24,15 +25,14 @@ MIN_CURVE_STEPS = 20
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser = new_parser(__doc__)
+    add_config(parser)
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--from", type=float, default=1e-6, dest="first", metavar="LR", help="(default 1e-6)")
     parser.add_argument("--to", type=float, default=10.0, dest="last", metavar="LR", help="(default 10)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: one epoch, but 100 to 300)")
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="default: OUTPUT/NAME-find-lr")
-    return parser.parse_args(argv)
+    return parse_config(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

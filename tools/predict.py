@@ -1,9 +1,9 @@
 """Predict the classes of a split or of your own pictures, with one checkpoint or the average of several.
 
-    python tools/predict.py --checkpoint output/medium_imagenet_96_resnet18 --split test
-    python tools/predict.py --checkpoint output/run output/run-2 --split val --tta flip
-    python tools/predict.py --checkpoint output/run --split photos/holiday --top-k 3
-    python tools/predict.py --checkpoint output/run --split test --sample-submission sample.csv --out result
+    zhu predict --checkpoint output/medium_imagenet_96_resnet18 --split test
+    zhu predict --checkpoint output/run output/run-2 --split val --tta flip
+    zhu predict --checkpoint output/run --split photos/holiday --top-k 3
+    zhu predict --checkpoint output/run --split test --sample-submission sample.csv --out result
 
 For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files in a
 folder, at any depth) are first converted like the checkpoint's data set. If a split and a folder have the same name,
@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import argparse
 
+from configs.arguments import check_positive, new_parser, parse
 from configs.utils.errors import run_main
 from configs.utils.files import path_argument, path_text
-from tools.common.cli import check_positive
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     runs = "run folders (best.pt, else last.pt) or .pt files; several are averaged"
     add("--checkpoint", nargs="+", required=True, type=path_argument, metavar="RUN", help=runs)
@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     category = "name of the class column (default: Category)"
     add("--category-column", metavar="NAME", help=category)
     add("--fill", type=int, metavar="CLASS", help="class number for images that cannot be read")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

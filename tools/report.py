@@ -1,7 +1,7 @@
 """Write the documents of benchmark runs: DEVICE.md and .png, and the tables in docs/benchmarks/README.md.
 
-python tools/report.py              update the documents and README.md in docs/benchmarks from its JSON files
-python tools/report.py --check      exit with code 1 if the tables in README.md differ from the JSON files
+zhu report              update the documents and README.md in docs/benchmarks from its JSON files
+zhu report --check      exit with code 1 if the tables in README.md differ from the JSON files
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from configs.arguments import new_parser, parse
 from configs.utils.errors import run_main
 from configs.utils.files import path_argument
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--folder", type=path_argument, default=ROOT / "docs" / "benchmarks", help="folder of the JSON files"
     )
@@ -24,7 +25,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="only compare the tables of docs/benchmarks/README.md with the JSON files"
     )
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

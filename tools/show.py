@@ -1,8 +1,8 @@
 """Plot a trained model's predictions, augmented training samples, or a data set.
 
-    python tools/show.py --checkpoint output/cifar10_lenet              # correct and wrong predictions on val
-    python tools/show.py --cfg configs/cifar10_lenet.yaml --epoch 0 1 2  # the same samples, augmented in three epochs
-    python tools/show.py --data-path data/cifar10                       # classes, samples per class, image sizes
+    zhu show --checkpoint output/cifar10_lenet              # correct and wrong predictions on val
+    zhu show --cfg configs/cifar10_lenet.yaml --epoch 0 1 2  # the same samples, augmented in three epochs
+    zhu show --data-path data/cifar10                       # classes, samples per class, image sizes
 
 --checkpoint writes predictions.png (random samples), mistakes.png (the most confident mistakes), confusion.png and
 classes.png (F1 of each class). It prints the same loss, top1 and top5 as `train/ddp.py --eval`, the precision, recall
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 
+from configs.arguments import check_positive, flag_name, new_parser, parse
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
-from tools.common.cli import check_positive, flag_name
 
 # Options of each kind of plot, besides --count and --out.
 ACCEPTED_OPTIONS = {
@@ -31,7 +31,7 @@ ACCEPTED_OPTIONS = {
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=path_argument, metavar="RUN", help="run folder (its best.pt) or checkpoint")
     add("--cfg", metavar="FILE", help="config file, configs/….yaml")
@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="seed for the random choice of samples (default: 0)")
     out = "output folder (default: show-SPLIT beside the checkpoint, or output/show/NAME)"
     add("--out", type=path_argument, metavar="FOLDER", help=out)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def check_arguments(arguments: argparse.Namespace) -> str:

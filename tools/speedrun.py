@@ -1,6 +1,6 @@
 """Train a config with several seeds in one process, and report accuracy and time as speedruns do.
 
-    python tools/speedrun.py --cfg configs/cifar10_speedrun_94.yaml --runs 10 --json result.json
+    zhu speedrun configs/cifar10_speedrun_94.yaml --runs 10 --json result.json
 
 The steps are compiled once, before the first run. The `time_s` of a run covers the same work as in airbench: whitening,
 the epochs, and the evaluation after the last one. `first_result_s` is the time from the start of the command to the
@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import argparse
 
+from configs.arguments import add_config, new_parser, parse_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser = new_parser(__doc__)
+    add_config(parser)
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--runs", type=int, default=10, help="number of seeds, starting at the config's (default 10)")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the result to this file")
-    return parser.parse_args(argv)
+    return parse_config(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,13 @@
 """Compare models: parameters, FLOPs and training memory side by side, and layer by layer with --layers.
 
-    python tools/summary.py lenet alexnet resnet18 --out output/summary
+    zhu summary lenet alexnet resnet18 --out output/summary
 
 This answers "how many parameters does AlexNet have, how does it compare to LeNet, and how much memory do they take up
 in training with the same batch size?". The tool prints two tables and sentences that compare the models, and writes the
 same numbers to summary.csv and a plot to summary.png in output/summary. A model is a built-in name, timm/NAME, a config
 file or a run folder:
 
-    python tools/summary.py timm/vit_tiny_patch16_224 configs/cifar10_resnet18.yaml output/digits_lenet --batch-size 64
+    zhu summary timm/vit_tiny_patch16_224 configs/cifar10_resnet18.yaml output/digits_lenet --batch-size 64
 
 FLOPs count 2 per multiply-add of convolutions, matrix products and attention. On a GPU, memory is measured over two
 uncompiled training steps. Without a GPU it is estimated: weights, gradients, optimizer state and the activations saved
@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import argparse
 
+from configs.arguments import check_positive, new_parser, parse
 from configs.utils.errors import run_main
 from configs.utils.files import path_argument, path_text
-from tools.common.cli import check_positive
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    models = "a built-in name such as resnet18, timm/NAME, path/to/file.py:NAME, a config file or a run folder"
+    models = "a built-in name (zhu list models), timm/NAME, path/to/file.py:NAME, a config file or a run folder"
     add("models", type=path_text, nargs="+", metavar="MODEL", help=models)
     size = (
         "image height and width in pixels, for all models (default: that of the given config or of this project's "
@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", action="store_true", help="also print a table of each model's layers")
     out = "write summary.csv, summary.png and, with --layers, layers-NAME.csv there (default: print only)"
     add("--out", type=path_argument, metavar="FOLDER", help=out)
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,9 @@
 """Train one run per combination of settings, in a grid or random search, and report the best run.
 
-    python tools/sweep.py --cfg configs/cifar10_alexnet.yaml train.lr=1e-4,3e-4,1e-3,3e-3
-    python tools/sweep.py --cfg configs/cifar10_lenet.yaml train.lr=1e-3,1e-2 data.batch_size=64,128 --opts seed=1
-    python tools/sweep.py --cfg configs/cifar10_lenet.yaml "train.lr=loguniform(1e-4,1e-1)" --random 10
-    python tools/sweep.py --cfg configs/cifar10_lenet.yaml \\
+    zhu sweep configs/cifar10_alexnet.yaml train.lr=1e-4,3e-4,1e-3,3e-3
+    zhu sweep configs/cifar10_lenet.yaml train.lr=1e-3,1e-2 data.batch_size=64,128 --opts seed=1
+    zhu sweep configs/cifar10_lenet.yaml "train.lr=loguniform(1e-4,1e-1)" --random 10
+    zhu sweep configs/cifar10_lenet.yaml \\
         --variant "plain: aug.crop=none aug.flip=0" --variant "crop+flip: aug.crop=pad aug.flip=0.5"
 
 Each run executes train/ddp.py separately, with one process per GPU. The visible GPUs are divided among concurrent runs.
@@ -28,6 +28,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.arguments import complete, complete_words, new_parser, take_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
@@ -39,11 +40,15 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    axes = "a setting and its values: train.lr=1e-3,3e-3; with --random also loguniform(LOW,HIGH) and uniform(LOW,HIGH)"
-    add("axes", nargs="*", metavar="KEY=VALUES", help=axes)
-    add("--cfg", required=True, type=path_argument, metavar="FILE", help="config file, configs/….yaml")
+    axes = (
+        "config file, and settings with their values: train.lr=1e-3,3e-3; with --random also loguniform(LOW,HIGH) and "
+        "uniform(LOW,HIGH)"
+    )
+    words = add("axes", nargs="*", metavar="CONFIG KEY=VALUES", help=axes)
+    words.completer = complete_words  # type: ignore[attr-defined]
+    add("--cfg", metavar="FILE", help="same as CONFIG")
     variant = "a named set of settings that change together; repeat for each variant"
     add("--variant", action="append", default=[], metavar="'NAME: KEY=VALUE …'", help=variant)
     add("--random", type=int, metavar="N", help="draw N different points instead of the full grid")
@@ -55,7 +60,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpus-per-run", type=int, default=1, metavar="N", help=processes)
     add("--parallel", type=int, metavar="N", help="concurrent runs (default: one per group of GPUs, one on a CPU)")
     add("--project", metavar="NAME", help="W&B project; the runs form one group in it")
+    complete(parser)
     parsed = parser.parse_intermixed_args(argv)
+    take_config(parser, parsed, parsed.axes)
+    parsed.cfg = path_argument(parsed.cfg)
     if not parsed.axes and not parsed.variant:  # KEY=VALUES after --opts would be taken for overrides
         raise UserError("nothing to vary; give KEY=VALUE,VALUE (train.lr=1e-3,3e-3) before --opts, or --variant")
     return parsed

@@ -1,26 +1,30 @@
-"""Train an image classifier: torchrun --nproc_per_node=N train/ddp.py --cfg configs/FILE.yaml"""
+"""Train an image classifier, or evaluate one.
+
+    zhu train configs/cifar10_lenet.yaml
+    zhu train configs/cifar10_lenet.yaml train.epochs=30 data.batch_size=256 --resume auto
+    zhu train configs/cifar10_lenet.yaml --resume output/cifar10_lenet/best.pt --eval
+    zhu train configs/cifar10_resnet18.yaml --nproc 8
+
+A run writes its config, log, metrics, curves and checkpoints to OUTPUT/NAME. `zhu train` and `python train/ddp.py` take
+the same arguments. With --nproc, or under torchrun (torchrun --nproc_per_node=8 train/ddp.py …), one process per GPU
+trains; --batch-size is that of each.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+from configs.arguments import add_config, new_parser, parse_config, whole_number
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_text
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config file, configs/….yaml")
-    parser.add_argument(
-        "--opts",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that override the file: train.epochs=5 or train.epochs 5",
-    )
+    parser = new_parser(__doc__)
+    add_config(parser)
     parser.add_argument("--batch-size", type=int, help="data.batch_size, per rank")
     parser.add_argument("--data-path", help="data.path, the converted data set")
     parser.add_argument("--output", help="folder of all runs; this one goes to OUTPUT/NAME")
@@ -39,12 +43,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--prepare", action="store_true", help="first download and convert the config's data set, if it is missing"
     )
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--nproc", type=whole_number(1), metavar="N", help="start torchrun with N processes, one per GPU"
+    )
+    return parse_config(parser, argv)
 
 
 def main() -> int:
     """Train, evaluate or measure throughput, depending on the arguments and the config, and return the exit status."""
     arguments = parse_arguments()
+    if arguments.nproc is not None and "WORLD_SIZE" not in os.environ:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.nproc}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, "--", __file__, *sys.argv[1:]])  # -- ends its own options
     from configs.load import load_config
 
     overrides = {

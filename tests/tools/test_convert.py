@@ -215,7 +215,7 @@ def test_help_of_every_command_has_an_example(command: str, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stop:
         convert.main([command, "--help"])
     assert stop.value.code == 0
-    assert f"example:\n  python tools/convert.py {command} " in capsys.readouterr().out
+    assert f"example:\n  zhu convert {command} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

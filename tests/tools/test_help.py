@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from helpers.imports import ROOT
-from tools import benchmark, export
+from tools import benchmark, export, zhu
 from tools.benchmarks.suites import cpu, gpu
 from tools.inference.export_formats import FORMATS
 
@@ -41,6 +41,13 @@ def test_help_and_wrong_arguments_import_nothing_large(command: str) -> None:
     printed, last = ends(command, "--no-such-option")
     assert last == "exit 2"
     assert "error: " in printed
+
+
+@pytest.mark.parametrize("command", zhu.COMMANDS)
+def test_help_of_zhu_imports_nothing_large(command: str) -> None:
+    printed, last = ends("tools/zhu.py", command, "--help")
+    assert last == "exit 0"
+    assert printed.startswith(f"usage: zhu {command} ")
 
 
 @pytest.mark.parametrize(("command", "part"), [("convert", "hdf5"), ("benchmark", "all"), ("benchmark", "ramp")])

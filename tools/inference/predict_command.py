@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.arguments import flag_name
 from configs.utils.errors import UserError
-from tools.common.cli import flag_name
 from tools.common.tables import make_folder, write_json, write_text
 from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
