@@ -42,6 +42,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--prepare", action="store_true", help="first download and convert the config's data set, if it is missing"
     )
+    parser.add_argument(
+        "--fast-dev-run",
+        action="store_true",
+        help="try the config out: train two steps, evaluate, save and resume, in a temporary folder",
+    )
     parser.add_argument("--throughput", action="store_true", help="print training images/s of this config and stop")
     parser.add_argument(
         "--nproc", type=whole_number(1), metavar="N", help="start torchrun with N processes, one per GPU"
@@ -70,13 +75,22 @@ def main() -> int:
         raise UserError(f"{flag_name} needs a checkpoint; give --resume PATH or --resume auto")
     if arguments.extend and resume is None:
         raise UserError("--extend needs a run to train longer; give --resume auto or --resume PATH")
+    if arguments.fast_dev_run and (evaluates_only or arguments.throughput or arguments.resume is not None):
+        raise UserError("--fast-dev-run starts a run of its own; leave out --resume, --eval and --throughput")
     if arguments.prepare:
         from train.prepare import prepare_dataset
 
         prepare_dataset(Path(config.data.path), int(os.environ.get("LOCAL_RANK", "0")))
     from train.run import run  # imports torch
 
-    return run(config, resume, extend=arguments.extend, evaluates_only=evaluates_only, throughput=arguments.throughput)
+    return run(
+        config,
+        resume,
+        extend=arguments.extend,
+        evaluates_only=evaluates_only,
+        throughput=arguments.throughput,
+        tries_out=arguments.fast_dev_run,
+    )
 
 
 def launch() -> None:

@@ -14,6 +14,7 @@ from train.checkpoint.compatibility import check_same_run, stream_info
 from train.checkpoint.progress import RunInfo, dataset_entry
 from train.checkpoint.run_dir import RunDir
 from train.checkpoint.writer import CheckpointWriter
+from train.dev_run import fast_dev_run
 from train.distributed import collectives
 from train.distributed.process_group import Ranks, process_group
 from train.distributed.signals import Preempted, catch_signals
@@ -28,7 +29,9 @@ from train.throughput import print_throughput
 from train.trainer import Trainer, restore_run
 
 
-def run(config: Config, resume: str | None, *, extend: bool, evaluates_only: bool, throughput: bool) -> int:
+def run(
+    config: Config, resume: str | None, *, extend: bool, evaluates_only: bool, throughput: bool, tries_out: bool
+) -> int:
     """Train, evaluate or measure throughput, and return the exit status.
 
     Args:
@@ -37,6 +40,7 @@ def run(config: Config, resume: str | None, *, extend: bool, evaluates_only: boo
         extend: Allow more epochs than the checkpoint's run had.
         evaluates_only: Evaluate the checkpoint, which must be given, and do not train.
         throughput: Measure images/s, and do not train.
+        tries_out: Train a few steps in a temporary folder.
     """
     job = Job.load(config, Ranks.from_environment(), trains=not evaluates_only)  # refuses what it can without a GPU
     with process_group(job.ranks) as device:
@@ -45,6 +49,8 @@ def run(config: Config, resume: str | None, *, extend: bool, evaluates_only: boo
             print_evaluation(job, resume)
         elif throughput:
             print_throughput(job)
+        elif tries_out:
+            return fast_dev_run(job, train)
         else:
             return train(job, resume, extend=extend)
     return 0
