@@ -2,15 +2,17 @@
 
     zhu predict --checkpoint output/medium_imagenet_96_resnet18 --split test
     zhu predict --checkpoint output/run output/run-2 --split val --tta flip
-    zhu predict --checkpoint output/run --split photos/holiday --top-k 3
+    zhu predict one.jpg --checkpoint output/run
+    zhu predict photos/holiday more/*.jpg --checkpoint output/run --top-k 3
     zhu predict --checkpoint output/run --split test --sample-submission sample.csv --out result
 
-For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files in a
-folder, at any depth) are first converted like the checkpoint's data set. If a split and a folder have the same name,
-NAME selects the split and ./NAME selects the folder.
+For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files, and
+folders that contain them at any depth) are first converted like the checkpoint's data set; their best classes are
+printed if they are few. A folder may also be given as --split; if a split has the same name, NAME selects the split
+and ./NAME selects the folder.
 
 These files are written to --out, with images in stored order. `row` is the row of an image in the source, counted from
-0. For pictures, it is the position in the sorted list of paths.
+0. For pictures, it is the position in the list of files, which is sorted by path in each folder.
 
     predictions.npz  logits float32 [N, C], labels int64 [N] (-1: unknown), rows int64 [N], classes, top_classes int64
                      [N, K] and top_probabilities float32 [N, K]; for several checkpoints, logits are the logarithm of
@@ -28,24 +30,28 @@ from __future__ import annotations
 import argparse
 
 from configs.arguments import check_positive, new_parser, parse
-from configs.utils.errors import run_main
+from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
+    pictures = "image files and folders of them, before the options; otherwise give --split"
+    add("pictures", nargs="*", type=path_argument, metavar="PICTURE", help=pictures)
     runs = "run folders (best.pt, else last.pt) or .pt files; several are averaged"
     add("--checkpoint", nargs="+", required=True, type=path_argument, metavar="RUN", help=runs)
     split = "split, or folder of pictures"
-    add("--split", type=path_text, required=True, metavar="test|val|train|FOLDER", help=split)
+    add("--split", type=path_text, metavar="test|val|train|FOLDER", help=split)
     add("--data-path", type=path_text, metavar="DIR", help="converted data set (default: the checkpoint's)")
     tta = "test-time augmentation (default: the checkpoint's eval.tta)"
     add("--tta", choices=["none", "flip", "flip-translate"], help=tta)
     batch_size = "images per batch (default: the checkpoint's for evaluation)"
     add("--batch-size", type=int, metavar="N", help=batch_size)
     add("--top-k", type=int, default=5, metavar="K", help="number of best classes to list (default: %(default)s)")
-    out = "output folder (default: RUN/predictions-SPLIT or RUN/pictures-NAME)"
+    links = "read symbolic links that lead out of a folder of pictures, and links to folders"
+    add("--follow-links", action="store_true", help=links)
+    out = "output folder (default: RUN/predictions-SPLIT, RUN/pictures-NAME or RUN/pictures)"
     add("--out", type=path_argument, metavar="FOLDER", help=out)
     add = parser.add_argument_group("submission").add_argument
     file = "file to write (default: OUT/submission.csv for split test, none otherwise)"
@@ -62,9 +68,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     check_positive(arguments, "top_k", "batch_size")
+    check_images(arguments)
     from tools.inference.predict_command import run
 
     run(arguments)
+
+
+def check_images(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless either pictures or a split are given."""
+    if arguments.pictures and arguments.split is not None:
+        raise UserError(f"both pictures ({arguments.pictures[0]}) and --split {arguments.split} are given; omit one")
+    if not arguments.pictures and arguments.split is None:
+        *_, last = arguments.checkpoint
+        swallowed = len(arguments.checkpoint) > 1 and last.suffix not in ("", ".pt", ".pth")
+        raise UserError(
+            f"{last} follows --checkpoint, which takes all names up to the next option; write pictures first: {last} "
+            f"--checkpoint {arguments.checkpoint[0]}"
+            if swallowed
+            else "nothing to predict: give pictures (before the options), or --split"
+        )
 
 
 if __name__ == "__main__":

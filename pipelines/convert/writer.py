@@ -199,15 +199,17 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
     """
     wanted = 1 if encoding.name == "npy" else min(PROBED_ROWS, len(rows))
     found: list[Encoded] = []
+    reason = ""
     for start in np.linspace(0, len(rows) - 1, min(len(rows), 4 * PROBED_ROWS)).astype(int).tolist():
         try:
             found += [encode(sample, encoding) for sample in rows.read(start, start + 1)]
-        except Defect:
+        except Defect as defect:
+            reason = reason or f"{rows.describe(start)}: {defect}"
             continue
         if len(found) >= wanted:
             break
     if not found:
-        raise UserError(f"no image of split {split!r} of {source} could be decoded; check the source")
+        raise UserError(f"no image of split {split!r} of {source} could be decoded ({reason}); check the source")
     return found
 
 

@@ -334,6 +334,86 @@ def test_pictures_of_any_format_are_predicted_as_if_converted(
     assert files == ["12.jpg", "13.png", "14.jpg", "16.jpg", "17.png", "18.jpg", "19.png"]
 
 
+def test_single_files_are_predicted_and_printed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more/deep").mkdir(parents=True)
+    for number, name in enumerate(("one.png", "photo", "more/2.png", "more/deep/1.png")):
+        Image.fromarray(marked_image(number)).save(tmp_path / name, "PNG")
+    (tmp_path / "link.png").symlink_to(tmp_path / "photo")
+    run("one.png", "--checkpoint", model, "--top-k", 2)
+    out = model / "pictures-one.png"
+    expected = logits_of(model, [marked_image(0)])
+    np.testing.assert_allclose(arrays(out)["logits"], expected, atol=1e-5)
+    best, second = arrays(out)["classes"][(-expected[0]).argsort()[:2]]
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"one\.png: {best} [0-9.]+%, {second} [0-9.]+%", lines[0])
+    assert lines[1] == f"{out}: predictions of 1 image in predictions.npz and .csv"
+    assert json.loads((out / "metrics.json").read_text())["split"] == "pictures"
+
+    run("photo", tmp_path / "link.png", "more", "one.png", "--checkpoint", model)
+    assert [row[1] for row in table(model / "pictures/predictions.csv")[1:]] == [
+        "photo", str(tmp_path / "link.png"), "more/2.png", "more/deep/1.png", "one.png",
+    ]  # fmt: skip
+    images = [marked_image(number) for number in (1, 1, 2, 3, 0)]
+    np.testing.assert_allclose(arrays(model / "pictures")["logits"], logits_of(model, images), atol=1e-5)
+    run("more", "--checkpoint", model)
+    assert [row[1] for row in table(model / "pictures-more/predictions.csv")[1:]] == ["2.png", "deep/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.jpg", "--checkpoint", "RUN"], r"cannot read picture none.jpg \(No such file"),
+        (["pipe", "--checkpoint", "RUN"], "picture pipe is not a regular file"),
+        (
+            ["text.txt", "--checkpoint", "RUN"],
+            r"could be decoded \(text.txt: cannot be decoded: not an image",
+        ),
+        (["one.jpg", "--checkpoint", "RUN", "--split", "val"], r"both pictures \(one.jpg\) and --split val are given"),
+        (["--checkpoint", "RUN"], "nothing to predict"),
+        (["--checkpoint", "RUN", "one.jpg"], "one.jpg follows --checkpoint, .*; write pictures first: one.jpg --check"),
+    ],
+)
+def test_pictures_that_cannot_be_read_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("text.txt").write_text("text")
+    with pytest.raises(UserError, match=message):
+        run(*[str(model) if word == "RUN" else word for word in arguments])
+
+
+@pytest.mark.parametrize("orientation", ["apply", "ignore"])
+def test_photos_are_turned_as_in_the_training_data(tmp_path: Path, orientation: str) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for number in range(count):
+            (tmp_path / f"photos/{split}/a").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"photos/{split}/a/{number}.jpg").write_bytes(jpeg_file(number))
+    data = tmp_path / "data"
+    options = ["--orientation", orientation, "--encoding", "npy", "--size", "32"]
+    convert.main(["imagefolder", "--source", str(tmp_path / "photos"), "--out", str(data), *options])
+    model = make_checkpoint(tmp_path / "run", data)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(marked_image(1)).save(tmp_path / "turned.png", exif=turned)
+    run(tmp_path / "turned.png", "--checkpoint", model, "--out", tmp_path / "out")
+    upright = np.rot90(marked_image(1), -1 if orientation == "apply" else 0)
+    np.testing.assert_allclose(arrays(tmp_path / "out")["logits"], logits_of(model, [upright.copy()]), atol=1e-5)
+
+
+def test_links_out_of_a_folder_of_pictures_need_a_flag(model: Path, tmp_path: Path) -> None:
+    Image.fromarray(marked_image(1)).save(tmp_path / "outside.png")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/1.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(UserError, match=r"leads out of the source folder.*give --follow-links"):
+        run(tmp_path / "folder", "--checkpoint", model)
+    run(tmp_path / "folder", "--checkpoint", model, "--follow-links")
+    assert len(arrays(model / "pictures-folder")["rows"]) == 1
+
+
 def test_broken_links_and_other_files_among_pictures_are_skipped(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

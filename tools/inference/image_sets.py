@@ -1,4 +1,5 @@
-"""Open the images to run models on: a split of a converted data set, or a folder of pictures.
+"""Open the images to run models on: a split of a converted data set, or pictures: image files and folders of
+them.
 
 Pictures are first converted with the settings of each model's data set, so that they are loaded like a split.
 """
@@ -37,7 +38,7 @@ class ImageSet:
     source_rows: int  # N plus the images that could not be read
     in_source_order: bool
     unreadable: tuple[QuarantinedSample, ...]
-    files: tuple[str, ...] | None  # for pictures, the path of each source row, relative to their folder
+    files: tuple[str, ...] | None  # for pictures, the path of each source row
     is_sorted_by_name: bool = False  # rows are files sorted by name; whether their numbers ascend is not recorded
     is_unordered: bool = False  # rows are numbered files whose numbers do not ascend
 
@@ -84,26 +85,33 @@ def find_picture_folder(name: str, data: Path) -> Path | None:
 
 @contextmanager
 def open_images(
-    split: str, pictures: Path | None, models: Sequence[TrainedModel], data_path: str | None, scratch: Path
+    split: str,
+    pictures: Sequence[Path],
+    models: Sequence[TrainedModel],
+    data_path: str | None,
+    scratch: Path,
+    *,
+    follow_links: bool = False,
 ) -> Iterator[ImageSet]:
-    """Open the images of a split, or of a folder of pictures.
+    """Open the images of a split, or pictures.
 
     Args:
         split: Name of the split. Ignored for pictures.
-        pictures: The folder of pictures, or None to open the split.
+        pictures: Image files and folders of them, or nothing to open the split.
         models: The models that will run on the images.
         data_path: The data set that contains the split, or None for the data set of each model. Ignored for pictures.
         scratch: Folder for the converted pictures. They are deleted when the context ends.
+        follow_links: Whether to follow links out of folders of pictures.
 
     Raises:
         UserError: The images cannot be read or converted, a data set's classes differ from its model's, or the models'
             data sets contain different images.
     """
-    if pictures is None:
+    if not pictures:
         yield load_split(split, models, [dataset_folder(model, data_path) for model in models])
         return
     with tempfile.TemporaryDirectory(prefix=".pictures-", dir=scratch) as temporary:
-        source = open_image_files(pictures, PICTURES, models[0].dataset.classes)
+        source = open_image_files(pictures, PICTURES, models[0].dataset.classes, follow_links=follow_links)
         folders: dict[Encoding, Path] = {}
         for model in models:
             encoding = picture_encoding(model)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.arguments import flag_name
-from configs.utils.errors import UserError
+from configs.utils.errors import UserError, printable
 from tools.common.tables import make_folder, write_json, write_text
 from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
@@ -27,9 +27,13 @@ def run(arguments: argparse.Namespace) -> None:
         models = [load_trained_model(path, device, compiled=True) for path in arguments.checkpoint]
         for other in models[1:]:
             check_same_classes(models[0], other.dataset.classes, f"checkpoint {other.path}")
-        pictures = find_picture_folder(arguments.split, dataset_folder(models[0], arguments.data_path))
+        pictures: list[Path] = arguments.pictures
+        if arguments.split is not None:
+            folder = find_picture_folder(arguments.split, dataset_folder(models[0], arguments.data_path))
+            pictures = [] if folder is None else [folder]
         out = make_folder(arguments.out or default_folder(models[0].path, arguments.split, pictures))
-        with open_images(arguments.split, pictures, models, arguments.data_path, out) as images:
+        links = arguments.follow_links
+        with open_images(arguments.split, pictures, models, arguments.data_path, out, follow_links=links) as images:
             write_predictions(arguments, models, images, out)
 
 
@@ -59,26 +63,33 @@ def write_predictions(
     numbers, probabilities = top_classes(logits, min(arguments.top_k, len(classes)))
     write_arrays(out / "predictions.npz", images, classes, logits, numbers, probabilities)
     write_text(out / "predictions.csv", format_table(images, numbers, probabilities, classes))
-    metrics = {"split": arguments.split, **build_metrics(models, images, arguments.tta, each, mean)}
+    metrics = {"split": arguments.split or images.split, **build_metrics(models, images, arguments.tta, each, mean)}
     write_json(out / "metrics.json", metrics)
     if mean is not None:
         for model, result in zip(models, each, strict=True):
             print(f"{model.title}: {result.sentence(images.split)}")
         if len(models) > 1:
             print(f"average of {len(models)} checkpoints: {mean.sentence(images.split)}")
+    if images.files is not None and len(images) <= MAX_SHOWN:
+        for place in range(len(images)):
+            best = zip(numbers[place].tolist(), probabilities[place].tolist(), strict=True)
+            shown = ", ".join(f"{classes[number]} {probability:.1%}" for number, probability in best)
+            print(printable(f"{images.describe(place)}: {shown}"))
     unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""
-    print(f"{out}: predictions of {len(images):,} images in predictions.npz and .csv{unreadable}")
+    count = f"{len(images):,} image{'s' * (len(images) != 1)}"
+    print(f"{out}: predictions of {count} in predictions.npz and .csv{unreadable}")
     if form is not None and file is not None:
         print(submission.write_submission(file, form, images, numbers[:, 0], len(classes)))
 
 
-def default_folder(checkpoint: Path, split: str, pictures: Path | None) -> Path:
+def default_folder(checkpoint: Path, split: str, pictures: Sequence[Path]) -> Path:
     """Return the default output folder, which is in the folder of the checkpoint.
 
-    Names for splits and for folders of pictures have different prefixes, so that they never coincide.
+    Names for splits and for pictures have different prefixes, so that they never coincide.
     """
-    name = f"predictions-{split}" if pictures is None else f"pictures-{pictures.resolve().name}"
-    return checkpoint.parent / name
+    if not pictures:
+        return checkpoint.parent / f"predictions-{split}"
+    return checkpoint.parent / (f"pictures-{pictures[0].resolve().name}" if len(pictures) == 1 else "pictures")
 
 
 def submission_file(arguments: argparse.Namespace, images: ImageSet, out: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Rows of image files in a fixed order, and folders of pictures without labels.
+"""Rows of image files in a fixed order, and pictures without labels.
 
 The paths of a split are stored in one bytes object. For 1.5 million files, it takes a third of the memory of a list of
 strings, and it is sent to worker processes more quickly.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from configs.utils.errors import UserError
 from pipelines.convert.source import Source
-from tools.sources.folder_scan import EXTENSIONS, Scan, read_regular_file
+from tools.sources.folder_scan import EXTENSIONS, MAX_FILE_BYTES, Scan, read_regular_file
 
 Files = list[tuple[str, int]]  # (path relative to the root, size in bytes)
 
@@ -56,29 +57,53 @@ class ImageFolderSplit:
         return self._paths[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])]
 
 
-def open_image_files(folder: Path, split: str, classes: tuple[str, ...], *, follow_links: bool = False) -> Source:
-    """Open all image files at any depth below a folder as one split without labels, sorted by path.
+def open_image_files(
+    paths: Sequence[Path], split: str, classes: tuple[str, ...], *, follow_links: bool = False
+) -> Source:
+    """Open image files, and all image files at any depth below folders, as one split without labels.
+
+    Files keep the order of `paths`; those of a folder are sorted by path. A single folder's files are named relative to
+    it, all others as given. Files that are given by name may have any extension.
 
     Args:
-        folder: Folder of the image files.
+        paths: Files and folders.
         split: Name of the split.
         classes: Class names of the model that predicts the images.
-        follow_links: Whether to read links that lead out of the folder, and links to folders.
+        follow_links: Whether to read links in folders that lead out of the folder, and links to folders.
 
     Raises:
-        UserError: The folder does not contain images, a folder cannot be read, a link leads out of `folder` and is not
-            followed, or a file is larger than `MAX_FILE_BYTES`.
+        UserError: A file does not exist, a folder does not contain images or cannot be read, a link leads out of a
+            folder and is not followed, or a file is larger than `MAX_FILE_BYTES`.
     """
-    scan = Scan(folder.resolve(), follow_links)
-    files = scan.images(".")
-    if not files:
-        raise UserError(
-            f"{folder} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; give a folder of image files"
-        )
-    scan.note_skipped()
-    rows = ImageFolderSplit(scan.root, files, None)
+    is_folder = len(paths) == 1 and paths[0].is_dir()
+    files: Files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append((str(path), _file_size(path)))
+            continue
+        scan = Scan(path.resolve(), follow_links)
+        found = scan.images(".")
+        if not found:
+            raise UserError(
+                f"{path} contains no images ({', '.join(EXTENSIONS)}){scan.hint()}; give other files or folders"
+            )
+        scan.note_skipped()
+        files += found if is_folder else [(str(path / name), size) for name, size in found]
+    rows = ImageFolderSplit(paths[0].resolve() if is_folder else Path(), files, None)
     digest = hashlib.sha256(b"\0".join(os.fsencode(path) for path, _ in files)).hexdigest()
-    return Source(kind="pictures", name=scan.root.name, classes=classes, fingerprint=digest, splits={split: rows})
+    name = paths[0].resolve().name if len(paths) == 1 else split
+    return Source(kind="pictures", name=name, classes=classes, fingerprint=digest, splits={split: rows})
+
+
+def _file_size(path: Path) -> int:
+    """Return the size of an image file in bytes. Raises UserError if it is no regular file, or too large."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read picture {path} ({error.strerror}); give an image file or a folder") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+        raise UserError(f"picture {path} is not a regular file of up to {MAX_FILE_BYTES:,} bytes; leave it out")
+    return status.st_size
 
 
 def is_in_numeric_order(paths: Sequence[str]) -> bool:

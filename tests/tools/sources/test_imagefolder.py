@@ -71,7 +71,7 @@ def test_extensions_of_torchvision_and_the_decoder_are_read(tmp_path: Path) -> N
     assert set(EXTENSIONS) >= TORCHVISION
     names = [f"1{suffix.upper()}" for suffix in EXTENSIONS]
     write_files(tmp_path, *(f"train/a/{name}" for name in names))
-    pictures = open_image_files(tmp_path, "pictures", ("a",)).splits["pictures"]
+    pictures = open_image_files([tmp_path], "pictures", ("a",)).splits["pictures"]
     assert len(open_imagefolder(tmp_path).splits["train"]) == len(pictures) == len(names)
 
 
@@ -170,7 +170,7 @@ def test_litter_of_archives_and_file_managers_is_ignored_quietly(
         "train/a/__MACOSX/2.jpg",
         "Desktop.ini",
     )
-    for rows in (open_imagefolder(tmp_path).splits["train"], open_image_files(tmp_path, "p", ("a",)).splits["p"]):
+    for rows in (open_imagefolder(tmp_path).splits["train"], open_image_files([tmp_path], "p", ("a",)).splits["p"]):
         assert [rows.describe(row) for row in range(len(rows))] == ["train/a/1.jpg"]
     assert capsys.readouterr().err == ""
 
@@ -201,7 +201,7 @@ def test_links_within_the_source_are_followed_and_broken_ones_skipped(
     assert capsys.readouterr().err == ""
     (root / "train/a/3.jpg").symlink_to("3.jpg")  # a circle
     (root / "train/a/4.jpg").symlink_to("nothing")
-    for open_source in (open_imagefolder, lambda root: open_image_files(root, "train", ("a",))):
+    for open_source in (open_imagefolder, lambda root: open_image_files([root], "train", ("a",))):
         assert len(open_source(root).splits["train"]) == 2
         assert "skipped 2 entries: 2 .jpg, link that leads nowhere (train/a/3.jpg …)" in capsys.readouterr().err
 
@@ -259,7 +259,7 @@ def test_fingerprint_depends_on_names_and_sizes_not_on_location(tmp_path: Path) 
 def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files(tmp_path, "b.jpg", "a/2.PNG", "a/10.jpg", "a/deep/er/1.webp", "a/notes.txt", ".hidden/3.jpg")
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # a circle
-    source = open_image_files(tmp_path, "pictures", ("x", "y"))
+    source = open_image_files([tmp_path], "pictures", ("x", "y"))
     rows = source.splits["pictures"]
     names = ["a/10.jpg", "a/2.PNG", "a/deep/er/1.webp", "b.jpg"]
     assert [rows.describe(row) for row in range(len(rows))] == names
@@ -269,11 +269,11 @@ def test_image_files_at_any_depth_are_sorted_by_path(tmp_path: Path, capsys: pyt
         "skipped 3 entries: 1 .txt, not an image (a/notes.txt); 1 folder, hidden (.hidden); 1 folder, link to a "
         in (capsys.readouterr().err)
     )
-    assert len(open_image_files(tmp_path, "pictures", ("x", "y"), follow_links=True).splits["pictures"]) == 4
+    assert len(open_image_files([tmp_path], "pictures", ("x", "y"), follow_links=True).splits["pictures"]) == 4
     assert "1 folder, link to a folder that contains it (again)" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty contains no images"):
-        open_image_files(tmp_path / "empty", "pictures", ("x",))
+        open_image_files([tmp_path / "empty"], "pictures", ("x",))
 
 
 def tiny_imagenet(root: Path, annotations: str) -> Path:
