@@ -15,7 +15,7 @@ from tools import convert
 
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^`(\w+\.py)`[^`]*?\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-COMMANDS = re.findall(r"^    python train/ddp\.py (.*(?:\\\n.*)*)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^    zhu train (.*(?:\\\n.*)*)$", PAGE, re.MULTILINE)
 
 
 @pytest.fixture

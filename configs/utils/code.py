@@ -96,7 +96,7 @@ def _append_to_path(folder: Path) -> None:
 def source_file(reference: str) -> Path | None:
     """Return the absolute path of the file that a reference names, or None if there is no such file.
 
-    For a module, its parent packages are imported.
+    For a module, its parent packages are imported; if that fails, the result is None.
     """
     target = reference.rpartition(":")[0]
     if target.endswith(".py"):
@@ -104,14 +104,17 @@ def source_file(reference: str) -> Path | None:
     try:
         _append_to_path(Path.cwd())
         spec = importlib.util.find_spec(target)
-    except (ImportError, ValueError):
+    except Exception:  # the user's code may raise anything
         return None
     return None if spec is None or spec.origin is None or not Path(spec.origin).is_file() else Path(spec.origin)
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's content as hexadecimal digits. Raises OSError if the file cannot be read."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return the sha256 of a file's content as hexadecimal digits, or an empty text if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def describe_error(error: Exception) -> str:

@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from configs.schema import DataConfig, EvalConfig
+from configs.utils.code import load_object
 from configs.utils.errors import UserError
 from helpers.config_files import Write, writer
+from helpers.own_code import write_own_code
 from helpers.training import alone, make_state
 from models import build_model
 from models.weights import copy_weights, read_weights
@@ -97,6 +99,20 @@ def test_homework_checkpoint_evaluates_like_its_network(
     assert out.startswith(f"{path}: val loss {F.cross_entropy(logits, labels):.4f}, top1 {accuracy:.4f}, top5 ")
     assert "lenet with 200 outputs, of which the data set uses the first 12" in err
     assert "by mean [0.4914, 0.4822, 0.4465] and std [0.2023, 0.1994, 0.201]" in err
+
+
+def test_weights_of_an_own_training_script_are_evaluated_in_the_own_model(
+    write: Write, call: Call, npy_data: Path, tmp_path: Path
+) -> None:
+    file = write_own_code(tmp_path)
+    network = load_object(f"{file}:Net", "model.name")(num_classes=12)
+    assert isinstance(network, nn.Module)
+    path = homework_checkpoint(tmp_path / "mine.pth", network)
+    code, out, err = call("--cfg", write(), "--data-path", npy_data, "--eval", "--resume", path, "--opts",
+                          f"model.name={file}:Net", f"train.loss={file}:missing")  # fmt: skip
+    assert code == 0, err
+    assert f"it is evaluated as {file}:Net with 12 outputs" in err
+    assert out.startswith(f"{path}: val loss ")
 
 
 def test_other_data_sets_use_imagenet_statistics_and_256(

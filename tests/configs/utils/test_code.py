@@ -71,6 +71,9 @@ def test_module_is_found_in_the_working_directory_and_in_packages(tmp_path: Path
     assert source_file("own_module_b:f") == tmp_path / "own_module_b.py"
     assert source_file("no_such_module.a:f") is None
     assert source_file("sys:exit") is None
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("raise RuntimeError\n")
+    assert source_file("broken_package.a:f") is None
 
 
 def test_file_of_the_user_does_not_hide_a_package(tmp_path: Path) -> None:

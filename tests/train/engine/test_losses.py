@@ -205,3 +205,14 @@ def test_own_loss_that_is_no_mean_is_refused(tmp_path: Path, name: str, found: s
         UserError, match=rf"train\.loss=.*own\.py:{name} returns {found}, but must return the mean loss"
     ):
         own_loss(tmp_path, name)(lenet(), random_batch(SAMPLES), 0.0)
+
+
+def test_own_loss_can_be_compiled(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_LOSS.replace("    seen.append((logits.detach(), labels))\n", ""))
+    function = build_loss(TrainConfig(loss=f"{tmp_path / 'own.py'}:loss"), True)
+    batch, model, reference = mixed_batch(), lenet(), lenet()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    loss, counts = compiled(model, batch, 0.0)
+    expected, expected_counts = function(reference, batch, 0.0)
+    torch.testing.assert_close(counts, expected_counts)
+    assert_same_loss(loss, model, expected, reference)
