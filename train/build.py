@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from models import build_from_config
 from models.pretrained import build_pretrained
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
+from pipelines.build import open_limited
 from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import DatasetInfo, ModelDataset, load_dataset
@@ -23,6 +25,7 @@ from train.checkpoint.finetune import load_finetune, without_pretrained
 from train.distributed.process_group import Ranks, get_world_size
 from train.engine.execution import build_plan
 from train.engine.hard_samples import build_proxy, check_proxy
+from train.engine.losses import with_class_weights
 from train.engine.state import TrainState, build_state
 from train.optim.averaging import build_ema, build_lookahead
 from train.optim.factory import build_optimizer, with_timm_defaults
@@ -56,12 +59,14 @@ class Job:
 
         Raises:
             UserError: The data set cannot be loaded or does not match the config, the optimizer is unknown or rejects a
-                setting, or settings of train.proxy or aug.mix are incompatible with others.
+                setting, the number of class weights is wrong, or settings of train.proxy or aug.mix are incompatible
+                with others.
         """
         dataset = load_dataset(config.data.path)
         check_classes(config, dataset)
         if trains:
             config = with_timm_defaults(config)
+            check_class_weights(config, dataset)
             check_proxy(config.train, ranks.world_size, mixing_enabled(config.aug.mix))
             check_mixing(config.data, config.aug.mix)
         return cls(config, dataset, ranks, torch.device("cpu"))
@@ -139,7 +144,12 @@ def build_all(
         model = ModelConfig(name=name, num_classes=config.model.num_classes)
         return build_network(config.model_copy(update={"model": model}), dataset, image_size, device)[0]
 
-    train = scale_learning_rates(config.train, global_batch(config, get_world_size()))
+    def labels() -> np.ndarray:
+        stored = open_limited(config.data, config.data.train_split, config.data.on_bad_sample).labels
+        return np.empty(0, np.int64) if stored is None else stored
+
+    train = with_class_weights(config.train, labels, len(dataset.classes))
+    train = scale_learning_rates(train, global_batch(config, get_world_size()))
     plan = build_plan(train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
     torch.manual_seed(config.seed)
     network, notes = build_network(config, dataset, image_size, device)
@@ -199,6 +209,16 @@ def check_classes(config: Config, dataset: DatasetInfo) -> None:
             labelled = [name for name, other in dataset.splits.items() if other.labelled]
             missing = "does not exist" if entry is None else "has no labels"
             raise UserError(f"split {split!r} of {config.data.path} {missing}; splits with labels: {labelled}")
+
+
+def check_class_weights(config: Config, dataset: DatasetInfo) -> None:
+    """Raise UserError if the length of the list train.class_weights is not the number of classes."""
+    weights, classes = config.train.class_weights, len(dataset.classes)
+    if isinstance(weights, tuple) and len(weights) != classes:
+        raise UserError(
+            f"train.class_weights has {len(weights)} weights, but the data set in {config.data.path} has {classes} "
+            "classes; give one weight per class, in the order of dataset.json, or use balanced"
+        )
 
 
 def to_device(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from configs.schema.optim import EmaConfig, LookaheadConfig, OptimizerConfig, ScheduleConfig
-from configs.schema.section import IsCode, Resumable, Section
+from configs.schema.section import IsCode, Resumable, Section, as_tuple
 from configs.utils.code import FORMS, is_reference
 
 LOSSES = ("cross-entropy", "bce")
@@ -76,6 +76,9 @@ class TrainConfig(Section):
     bce_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Threshold above which targets become 1, while all others become 0, for the bce loss with mixed labels; null: keep
     soft targets."""
+    class_weights: Annotated[Literal["balanced"] | tuple[float, ...] | None, BeforeValidator(as_tuple)] = None
+    """Weights of the classes in the training loss, for cross-entropy and bce: one number per class, in their order; or
+    balanced, samples / (classes * samples of the class); null: equal weights. The validation loss has no weights."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability spread evenly over all classes, in training only."""
     accumulation_steps: int = Field(default=1, ge=1)
@@ -155,6 +158,15 @@ class TrainConfig(Section):
         if threshold is not None and info.data.get("loss", "bce") != "bce":
             raise ValueError("applies to loss bce only; set train.loss to bce or leave it out")
         return threshold
+
+    @field_validator("class_weights")
+    @classmethod
+    def _usable_weights(cls, weights: object, info: ValidationInfo) -> object:
+        if weights is not None and info.data.get("loss", "bce") not in LOSSES:
+            raise ValueError("applies to the losses cross-entropy and bce; weight the classes in your own loss instead")
+        if isinstance(weights, tuple) and (min(weights, default=0) < 0 or max(weights, default=0) == 0):
+            raise ValueError("must be balanced, or one weight of at least 0 per class and one of them above 0")
+        return weights
 
     @field_validator("schedule_options")
     @classmethod

@@ -10,11 +10,14 @@ import torch
 
 from configs.load import load_config
 from configs.schema import Config
-from helpers.training import CPU, ROOT, alone
+from configs.utils.errors import UserError
+from helpers.training import CPU, ROOT, Run, alone, run_here
 from models import build_from_config
 from pipelines.augment.mixup import check_mixing, mixing_enabled
+from pipelines.build import open_limited
 from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
+from train.checkpoint import store
 from train.engine.hard_samples import check_proxy
 from train.optim.factory import build_optimizer
 from train.optim.freeze import freeze
@@ -80,3 +83,21 @@ def test_training_state_has_configured_parts_and_scaled_rates() -> None:
     assert (plain.ema, plain.lookahead, plain.proxy, plain.notes) == (None, None, None, ())
     for ours, theirs in zip(state.network.parameters(), plain.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)  # other parts draw random numbers after the network
+
+
+def test_balanced_weights_are_those_of_the_limited_training_split(digits_run: Run, tmp_path: Path) -> None:
+    digits, options = ROOT / "configs" / "digits_lenet.yaml", ["train.epochs=1", "data.limit=77", "data.batch_size=32"]
+    command = ["--cfg", digits, "--data-path", digits_run.data, "--output", tmp_path, "--opts", *options]
+    config = load_config(digits, options, **{"data.path": str(digits_run.data)})
+    labels = open_limited(config.data, "train").labels
+    assert labels is not None
+    weights = [len(labels) / (10 * int((labels == label).sum())) for label in range(10)]
+    assert len(set(weights)) > 1
+    results = {}
+    for name, value in (("plain", "null"), ("balanced", "balanced"), ("numbers", str(weights))):
+        run_here(*command, f"name={name}", f"train.class_weights={value}")
+        results[name] = store.load(tmp_path / name / "last.pt")["model"]["network.fc3.weight"]
+    assert torch.equal(results["balanced"], results["numbers"])
+    assert not torch.equal(results["balanced"], results["plain"])
+    with pytest.raises(UserError, match=r"train\.class_weights has 2 weights, but .* has 10 classes; give one weight"):
+        run_here(*command, "train.class_weights=[1, 2]")

@@ -36,6 +36,7 @@ def inference_config(config: Config) -> Config:
         "lookahead": LookaheadConfig(),
         "proxy": ProxyConfig(),
         "loss": "cross-entropy",
+        "class_weights": None,
         "cuda_graph": "off",
     }
     train, model = config.train.model_copy(update=bare), config.model.model_copy(update={"freeze": ()})

@@ -98,7 +98,8 @@ def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> No
     """Check that the settings allow a proxy to select samples. No-op if train.proxy.model is not set.
 
     The proxy selects from the samples of one forward pass, so that pass must cover the whole global batch. The proxy
-    ranks samples by their cross-entropy, so the loss must be cross-entropy and the samples must not be mixed.
+    ranks samples by their cross-entropy, so the loss must be cross-entropy without class weights, and the samples must
+    not be mixed.
 
     Args:
         config: Config section `train`.
@@ -106,16 +107,21 @@ def check_proxy(config: TrainConfig, world_size: int, mixes: bool = False) -> No
         mixes: Whether batches use mixup or CutMix.
 
     Raises:
-        UserError: There are several ranks, several micro-steps per optimizer step, mixed samples, or a loss other than
-            cross-entropy.
+        UserError: There are several ranks, several micro-steps per optimizer step, mixed samples, class weights, or a
+            loss other than cross-entropy.
     """
     if config.proxy.model is None:
         return
-    for what, holds in (("aug.mix mixes them", mixes), (f"train.loss={config.loss}", config.loss != "cross-entropy")):
+    obstacles = {
+        "aug.mix mixes them": mixes,
+        f"train.loss={config.loss}": config.loss != "cross-entropy",
+        "train.class_weights weights them": config.class_weights is not None,
+    }
+    for what, holds in obstacles.items():
         if holds:
             raise UserError(
                 f"train.proxy.model={config.proxy.model} chooses whole samples by their cross-entropy, but {what}; "
-                "train them with cross-entropy and without aug.mix, or set train.proxy.model to null"
+                "train them with plain cross-entropy and without aug.mix, or set train.proxy.model to null"
             )
     for what, value in (("world_size", world_size), ("train.accumulation_steps", config.accumulation_steps)):
         if value > 1:

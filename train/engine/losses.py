@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from pipelines.loader.batches import Batch, MixedBatch
 LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
 
-def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
+def build_loss(config: TrainConfig, mixes: bool, device: torch.device | None = None) -> LossAndCounts:
     """Return the loss function for train.loss. It can be compiled as a whole, unless it is the user's own.
 
     The loss function takes (model, batch, label_smoothing) and returns the mean loss and the sums (loss * samples,
@@ -30,15 +31,21 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
     counted as fractions: predicting the label of the sample counts as the share of the sample, and predicting the label
     of the partner counts as the rest.
 
+    A class weight multiplies the term of its class in the target: the logarithm of its probability, in cross-entropy as
+    in bce. The sum over the batch is divided by its number of samples, not by their weights as torch does for labels,
+    so that the gradient does not depend on how a global batch is split.
+
     Args:
-        config: Config section `train`.
+        config: Config section `train`, as returned by `with_class_weights`.
         mixes: Whether batches use mixup or CutMix.
+        device: Device of the model.
 
     Raises:
         UserError: train.loss names code that cannot be imported.
     """
     is_cross_entropy, threshold = config.loss == "cross-entropy", config.bce_threshold
-    if is_cross_entropy and not mixes:
+    weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=device)
+    if is_cross_entropy and not mixes and weights is None:
         return loss_and_counts
     if config.loss not in LOSSES:
         return custom_loss(load_object(config.loss, "train.loss"), config.loss, mixes or config.label_smoothing > 0)
@@ -46,8 +53,8 @@ def build_loss(config: TrainConfig, mixes: bool) -> LossAndCounts:
     def soft_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
         logits, targets, correct = _soft(model, batch, label_smoothing)
         if is_cross_entropy:
-            return _with_counts(F.cross_entropy(logits, targets), correct, batch)
-        return _with_counts(binary_cross_entropy(logits, targets, threshold), correct, batch)
+            return _with_counts(F.cross_entropy(logits, targets, weights), correct, batch)
+        return _with_counts(binary_cross_entropy(logits, targets, threshold, weights), correct, batch)
 
     return soft_loss_and_counts
 
@@ -88,14 +95,32 @@ def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> t
     return _with_counts(loss, correct, batch)
 
 
-def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None) -> Tensor:
+def with_class_weights(config: TrainConfig, labels: Callable[[], np.ndarray], classes: int) -> TrainConfig:
+    """Return the config section `train` with balanced class weights as numbers, like scikit-learn's.
+
+    Args:
+        config: Config section `train`.
+        labels: Returns the labels of all training samples, int [samples]. Called only for train.class_weights=balanced.
+        classes: Number of classes. Classes without samples have weight 1.
+    """
+    if config.class_weights != "balanced":
+        return config
+    counts = np.bincount(labels(), minlength=classes)
+    balanced = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return config.model_copy(update={"class_weights": tuple(np.where(counts > 0, balanced, 1.0).tolist())})
+
+
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, threshold: float | None, weights: Tensor | None = None
+) -> Tensor:
     """Return the mean binary cross-entropy over samples and classes, like timm's BinaryCrossEntropy.
 
-    `logits` and `targets` are float [B, C]. If `threshold` is given, targets above it become 1 and all others 0.
+    `logits` and `targets` are float [B, C]. If `threshold` is given, targets above it become 1 and all others 0. The
+    terms of the targets are multiplied by `weights`, float [C], if given.
     """
     if threshold is not None:
         targets = (targets > threshold).to(targets.dtype)
-    return F.binary_cross_entropy_with_logits(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
 
 
 def soft_targets(labels: Tensor, classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:

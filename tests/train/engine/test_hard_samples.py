@@ -107,3 +107,6 @@ def test_proxy_refuses_mixed_samples_and_other_losses(loss: str, mixes: bool, na
     with pytest.raises(UserError, match=rf"train\.proxy\.model=lenet .*{named}.*; train them with .* or set train"):
         check_proxy(config, 1, mixes)
     check_proxy(TrainConfig(loss=loss), 1, mixes)
+    weighted = TrainConfig(proxy=ProxyConfig(model="lenet"), class_weights="balanced")
+    with pytest.raises(UserError, match=r"but train\.class_weights weights them; train them with plain cross-entropy"):
+        check_proxy(weighted, 1)

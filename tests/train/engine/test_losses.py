@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
@@ -19,7 +20,7 @@ from configs.utils.errors import UserError
 from helpers.training import lenet, random_batch
 from pipelines.augment.mixup import mix_table
 from pipelines.loader.batches import Batch, MixedBatch
-from train.engine.losses import LossAndCounts, build_loss, mix_images, swap_pairs
+from train.engine.losses import LossAndCounts, build_loss, mix_images, swap_pairs, with_class_weights
 
 SAMPLES, CLASSES = 16, 10
 SETTINGS = pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -73,6 +74,70 @@ def test_binary_cross_entropy_of_plain_labels_equals_timm(smoothing: float, thre
     logits = reference(batch.images)
     assert_same_loss(loss, model, BinaryCrossEntropy(smoothing, threshold)(logits, batch.labels), reference)
     assert int(counts[1]) == int((logits.argmax(1) == batch.labels).sum())
+
+
+@SETTINGS
+@pytest.mark.parametrize("mixes", [False, True])
+def test_class_weights_equal_torch_with_soft_targets(mixes: bool, smoothing: float) -> None:
+    weights = torch.linspace(0, 3, CLASSES)
+    batch, model, reference = mixed_batch() if mixes else random_batch(SAMPLES), lenet(), lenet()
+    config = TrainConfig(class_weights=tuple(weights.tolist()))
+    loss, counts = build_loss(config, mixes)(model, batch, smoothing)
+    if isinstance(batch, MixedBatch):
+        logits, targets = reference(mix_images(batch.images, batch.mix)), timm_targets(batch, smoothing)
+        expected = F.cross_entropy(logits, targets, weights)
+    else:
+        logits = reference(batch.images)
+        expected = F.cross_entropy(logits, batch.labels, weights, reduction="sum", label_smoothing=smoothing) / SAMPLES
+    assert_same_loss(loss, model, expected, reference)
+    assert counts.tolist()[0] == pytest.approx(SAMPLES * expected.item(), rel=1e-6)
+    assert counts.tolist()[1:] == build_loss(TrainConfig(), mixes)(model, batch, smoothing)[1].tolist()[1:]
+
+
+@SETTINGS
+def test_class_weights_of_bce_scale_the_positive_terms(smoothing: float) -> None:
+    weights = torch.linspace(0, 3, CLASSES)
+    batch, model, reference = random_batch(SAMPLES), lenet(), lenet()
+    config = TrainConfig(loss="bce", class_weights=tuple(weights.tolist()))
+    loss, _ = build_loss(config, mixes=False)(model, batch, smoothing)
+    probability = reference(batch.images).sigmoid()
+    targets = F.one_hot(batch.labels, CLASSES) * (1 - smoothing) + smoothing / CLASSES
+    terms = -weights * targets * probability.log() - (1 - targets) * (1 - probability).log()
+    assert_same_loss(loss, model, terms.mean(), reference)
+
+
+def test_weighted_loss_of_a_batch_is_the_mean_over_its_halves() -> None:
+    """A batch-wise division by the weights, as in torch, would make results depend on the number of ranks."""
+    loss = build_loss(TrainConfig(class_weights=(0.1, *[1.0] * 8, 5.0)), mixes=False)
+    batch, model = random_batch(SAMPLES), lenet()
+    halves = [Batch(batch.images[part], batch.labels[part]) for part in (slice(8), slice(8, SAMPLES))]
+    parts = torch.stack([loss(model, half, 0.1)[0] for half in halves])
+    torch.testing.assert_close(parts.mean(), loss(model, batch, 0.1)[0])
+
+
+def test_balanced_weights_equal_scikit_learn_and_spare_missing_classes() -> None:
+    labels = np.repeat([0, 1, 3], [5, 20, 75])
+    balanced = with_class_weights(TrainConfig(class_weights="balanced"), lambda: labels, 5).class_weights
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    assert balanced == pytest.approx((expected[0], expected[1], 1.0, expected[2], 1.0))
+    for weights in (None, (1.0, 2.0)):
+        config = TrainConfig(class_weights=weights)
+        assert with_class_weights(config, lambda: pytest.fail("labels were read"), 2) is config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_weights": (1.0, -1.0)}, "one weight of at least 0 per class"),
+        ({"class_weights": (0.0, 0.0)}, "one of them above 0"),
+        ({"class_weights": ()}, "one of them above 0"),
+        ({"class_weights": "equal"}, "balanced"),
+        ({"class_weights": "balanced", "loss": "own.py:loss"}, "weight the classes in your own loss instead"),
+    ],
+)
+def test_unusable_class_weights_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
 
 
 def test_bce_threshold_is_exclusive() -> None:

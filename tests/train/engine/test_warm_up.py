@@ -359,6 +359,7 @@ GPU_KINDS: dict[str, Settings] = {
     "accumulated": {"amp": "off", "accumulation_steps": 3},
     "compiled": {"amp": "off", "compile": "default"},
     "mixed": {"amp": "off", "mixes": True},
+    "weighted": {"amp": "off", "class_weights": tuple(number / 6 for number in range(12))},
     "mixed and compiled": {"amp": "off", "mixes": True, "loss": "bce", "compile": "default"},
     "rmsprop": {"amp": "off", "optimizer": SMOOTH_RMSPROP},
 }
