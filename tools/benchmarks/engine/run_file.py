@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
+from configs.arguments import command_line
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.results import Entry, Environment
 from tools.common import tables
@@ -25,17 +25,13 @@ class Part(TypedDict):
     is_complete: bool
 
 
-def command() -> str:
-    return " ".join(["python", *sys.argv])
-
-
 @dataclass(kw_only=True)
 class Run:
     """Content of a JSON file."""
 
     format: str = results.FORMAT
     version: int = results.VERSION
-    command: str = field(default_factory=command)
+    command: str = field(default_factory=command_line)
     duration_s: float = 0.0
     environment: Environment
     missing_peers: list[str]  # peers that are not installed
@@ -72,7 +68,7 @@ class RunFile:
         start, environment = time.monotonic(), self.run.environment
         self._part = name
         self.run.parts[name] = {
-            "command": command(),
+            "command": command_line(),
             "date": environment["date"],
             "versions": environment["versions"],
             "duration_s": 0.0,
