@@ -23,8 +23,8 @@ def choose_backend(spec: LoaderSpec) -> Backend:
         from pipelines.gpu.copy_backend import CopyBackend
 
         return CopyBackend(spec)
-    if spec.pixels is not None and spec.only_crops_and_flips:
-        from pipelines.gpu.triton_crop_flip import TritonBackend
+    if spec.only_crops_flips_and_erases:
+        from pipelines.gpu.triton_ops import TritonBackend
 
         return TritonBackend(spec)
     from pipelines.gpu.dali_backend import DaliBackend

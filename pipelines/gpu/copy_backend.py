@@ -79,9 +79,14 @@ class CopyRunner:
         assert isinstance(images, torch.Tensor)
         self._copy_stream.wait_stream(self._gather_stream)
         with torch.cuda.stream(self._copy_stream):
-            on_device = images.to(self._device, non_blocking=True)  # no copy if it is already on the device
+            # no copy if they are already on the device
+            on_device = self.transform(images.to(self._device, non_blocking=True), draws)
             labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
             self._ready.append((on_device, labels_on_device, blocking_event()))
+
+    def transform(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Transform images that are on the device, on the current stream. This class leaves them as they are."""
+        return images
 
     def result(self) -> RunnerResult:
         images, labels, copied = self._ready.popleft()

@@ -37,13 +37,12 @@ class LoaderSpec:
     programs: Programs | None = None  # augmentation programs of `transforms`
 
     @property
-    def only_crops_and_flips(self) -> bool:
-        """Whether images are stored at the batch's size, and training only crops and flips them."""
+    def only_crops_flips_and_erases(self) -> bool:
+        """Whether images are stored as pixels at the batch's size, and training only crops, flips and erases them."""
         aug, side = self.transforms, self.image_size
-        if not isinstance(aug, AugConfig) or self.split.image_shape != (side, side, 3) or aug.crop == "random-resized":
+        if not isinstance(aug, AugConfig) or self.split.encoding != "npy":
             return False
-        paints = self.programs is not None or aug.erase.probability > 0 or aug.cutout > 0
-        return self.split.encoding == "npy" and not paints
+        return self.split.image_shape == (side, side, 3) and aug.crop != "random-resized" and self.programs is None
 
 
 class Backend:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import parse_args as parse_torchrun
 
-from configs.arguments import command_line
 from helpers.imports import ROOT
 from tools import find_lr, speedrun, sweep, zhu
 from train import ddp
@@ -128,12 +127,3 @@ def test_shell_completes_commands_options_files_and_settings(tmp_path: Path, lin
     asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words"), "_ARGCOMPLETE_SHELL": "bash"}
     subprocess.run([sys.executable, "-m", "tools.zhu"], env={**os.environ, **asked}, cwd=ROOT, check=True)
     assert set((tmp_path / "words").read_text().splitlines()) == completions
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [(["zhu sweep", "a.yaml", "seed=1, 2"], "zhu sweep a.yaml 'seed=1, 2'"), (["tools/x.py"], "python tools/x.py")],
-)
-def test_command_lines_can_be_repeated(monkeypatch: pytest.MonkeyPatch, words: list[str], line: str) -> None:
-    monkeypatch.setattr(sys, "argv", words)
-    assert command_line() == line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.own_code import OWN_CODE, write_own_code
-from helpers.training import DIGITS, run_here, run_script
+from helpers.training import DIGITS, run_here
 from tools import convert
 from tools.inference.trained_model import load_trained_model
 from tools.perf.model_cases import load_model_config
@@ -107,12 +107,3 @@ def test_summary_of_a_run_finds_its_code(finished: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     config, classes, _ = load_model_config(finished / "out" / "whole", argparse.Namespace(classes=None, size=None))
     assert (config.model.name, classes) == (f"{finished / 'own.py'}:Net", 10)
-
-
-@pytest.mark.slow
-def test_every_rank_imports_own_code(finished: Path, digits: Path, tmp_path: Path) -> None:
-    code = tuple(option.replace("own.py", str(finished / "own.py")) for option in OWN)
-    result = run_script(*arguments(digits, tmp_path, "train.epochs=1", "name=two", code=code), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "2 x cpu" in (tmp_path / "two" / "log.txt").read_text()
-    assert load(tmp_path / "two" / "last.pt")["code"] == load(finished / "out" / "whole" / "last.pt")["code"]

@@ -81,7 +81,7 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
             )
     if mode != "off":
         torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
-        # As in pipelines.gpu.triton_crop_flip. Compile workers inherit the variable.
+        # As in pipelines.gpu.triton_ops. Compile workers inherit the variable.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return ExecutionPlan(
         device=device,

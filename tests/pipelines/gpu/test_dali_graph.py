@@ -560,7 +560,11 @@ def test_gpu_placements_give_same_bytes(aug: AugConfig, many: Path) -> None:
 
 @pytest.mark.gpu
 @PLACEMENTS
-@pytest.mark.parametrize("aug", [AugConfig(flip=0), RANDOM_RESIZED, PAD], ids=["none", "random-resized", "pad"])
+@pytest.mark.parametrize(
+    "aug",
+    [AugConfig(flip=0), RANDOM_RESIZED, pytest.param(PAD, marks=pytest.mark.gpu_values)],
+    ids=["none", "random-resized", "pad"],
+)
 def test_gpu_batches_kept_by_user_are_not_overwritten(aug: AugConfig, placement: str, many: Path) -> None:
     expected = epoch(train(many, aug, "cuda", placement=placement))
     kept = list(train(many, aug, "cuda", placement=placement, prefetch=1))
