@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 
 from configs.utils.errors import UserError
@@ -82,12 +80,6 @@ def complete_words(prefix: str, **_: object) -> list[str]:
 
     keys = [f"{key}=" for key, field in all_settings() if not is_section(field)]
     return [*FilesCompleter(("yaml", "yml"))(prefix), *keys]
-
-
-def command_line() -> str:
-    """Return the command line of this process, as the user can repeat it."""
-    program, *arguments = sys.argv
-    return shlex.join([*(program.split() if program.startswith("zhu ") else ["python", program]), *arguments])
 
 
 def flag_name(name: str) -> str:

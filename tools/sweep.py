@@ -21,13 +21,14 @@ Exit codes: 0: all runs finished; 1: at least one run failed; 2: invalid input, 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.arguments import command_line, complete, complete_words, new_parser, take_config
+from configs.arguments import complete, complete_words, new_parser, take_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sweep_report.write_report(sweep)
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                print(f"to resume, run the same command again: {command_line()}")
+                print(f"to resume, run the same command again: {shlex.join(['python', *sys.argv])}")
     return 1 if sweep.errors else 0
 
 

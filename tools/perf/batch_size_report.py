@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
-from configs.arguments import command_line
 from tools.benchmarks.engine import process_memory, results
 from tools.common.tables import Row, write_csv, write_json
 from tools.perf import plots
@@ -124,7 +124,7 @@ def write_results(searches: list[BatchSizeSearch], limit_bytes: int | None, out:
     gpu_gib = next((trial.gpu_memory_gib for trial in trials if trial.gpu_memory_gib), None)
     rows = trial_rows(searches)
     content = {
-        "command": command_line(),
+        "command": " ".join(["python", *sys.argv]),
         "environment": environment,
         "memory_limit_gib": _rounded(limit_gib),
         "gpu_memory_gib": _rounded(gpu_gib),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
 
-from configs.arguments import command_line
 from configs.schema import Config
 from tools.benchmarks.engine import gpu_specs, roofline
 from tools.benchmarks.engine.candidate import Candidate
@@ -55,7 +55,7 @@ class StepReport:
         """Return the content of profile.json."""
         use = asdict(self.utilization) if self.utilization is not None else None
         return {
-            "command": command_line(),
+            "command": " ".join(["python", *sys.argv]),
             "environment": self.environment,
             "name": self.config.name,
             "ranks": self.ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from configs.arguments import command_line
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.results import Entry, Environment
 from tools.common import tables
@@ -25,13 +25,17 @@ class Part(TypedDict):
     is_complete: bool
 
 
+def command() -> str:
+    return " ".join(["python", *sys.argv])
+
+
 @dataclass(kw_only=True)
 class Run:
     """Content of a JSON file."""
 
     format: str = results.FORMAT
     version: int = results.VERSION
-    command: str = field(default_factory=command_line)
+    command: str = field(default_factory=command)
     duration_s: float = 0.0
     environment: Environment
     missing_peers: list[str]  # peers that are not installed
@@ -68,7 +72,7 @@ class RunFile:
         start, environment = time.monotonic(), self.run.environment
         self._part = name
         self.run.parts[name] = {
-            "command": command_line(),
+            "command": command(),
             "date": environment["date"],
             "versions": environment["versions"],
             "duration_s": 0.0,
