@@ -10,6 +10,7 @@ import pytest
 from configs.load import load_config
 from configs.schema import Config, all_settings, is_section
 from configs.schema.documentation import markdown_table
+from configs.utils.errors import UserError
 from helpers.config_files import Write, load_error, writer
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,26 @@ def test_every_setting_is_documented() -> None:
     assert [key for key, field in all_settings() if not field.description] == []
     table = markdown_table(Config)
     assert all(f"| `{key}` |" in table for key, _ in all_settings())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        ("train.ema", ["train.ema", "train.ema.decay", "train.ema.warmup", "train.ema.every_steps"]),
+        ("data.stages", ["data.stages", "data.stages[].epoch", "data.stages[].image_size", "data.stages[].batch_size"]),
+        ("seed", ["seed"]),
+        ("*.epochs", ["train.epochs", "train.schedule_options.epochs"]),
+        ("EMA.D", ["train.ema.decay"]),
+    ],
+)
+def test_settings_table_is_filtered(pattern: str, keys: list[str]) -> None:
+    _, _, *rows = markdown_table(Config, [pattern]).splitlines()
+    assert [row.split("|")[1].strip(" `") for row in rows] == keys
+
+
+def test_filter_without_match_suggests_settings() -> None:
+    with pytest.raises(UserError, match=r"no setting matches 'epohcs'; did you mean epochs.* the sections are data, "):
+        markdown_table(Config, ["lr", "epohcs"])
 
 
 def test_settings_table_has_one_row_per_setting() -> None:
