@@ -13,8 +13,8 @@ from typing import Literal, Protocol, TypeGuard
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError, readable
 from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
@@ -131,7 +131,7 @@ class PythonSplit:
             UserError: An item is invalid, or there are fewer or more than the length says.
         """
         labels, size, row = np.empty(len(self), np.int64), 0, -1
-        with tqdm(desc=f"{self._name}: check", total=len(self), unit=" images", mininterval=0.5) as bar:
+        with progress_bar(desc=f"{self._name}: check", total=len(self), unit=" images") as bar:
             for row, item in enumerate(self._read_items(0, len(self))):
                 image, label = self._pair(row, item)
                 labels[row] = _label(label, self.describe(row), classes)

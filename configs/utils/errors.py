@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from configs.utils.console import remove_bars
+
 # Control characters of terminals (also 8-bit), line ends, bidirectional marks and surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -119,5 +121,6 @@ def print_error(text: str) -> None:
     """Print text to stderr in one call, since several ranks may share stderr."""
     flush_streams()
     with suppress(OSError, ValueError):  # the terminal was closed
+        remove_bars()
         sys.stderr.write(f"{text}\n")
     flush_streams()

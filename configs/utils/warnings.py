@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 
+from configs.utils.console import above_bars, fold
 from configs.utils.errors import printable
 
 
@@ -18,4 +19,5 @@ def warn(text: str, *, on_any_rank: bool = False) -> None:
         on_any_rank: Whether to print the warning on other ranks too, for causes that rank 0 may not encounter.
     """
     if on_any_rank or os.environ.get("RANK", "0") == "0":
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        with above_bars():
+            print(fold(f"warning: {printable(text)}", sys.stderr), file=sys.stderr)

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.files import sync_folder
 from pipelines.convert.layout import SplitLayout
@@ -20,6 +21,9 @@ from pipelines.convert.spool import Table, load_table, spool_damage_hint, write_
 from pipelines.convert.worker_pool import WorkerPool, defer_signals
 from pipelines.storage.dataset import FileInfo, QuarantinedSample, ShardInfo, SplitInfo
 from pipelines.storage.index import INDEX_COLUMNS
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,7 @@ def _progress_bar(layout: SplitLayout, label: str) -> Iterator[tqdm]:
     bar: tqdm | None = None
     try:
         with defer_signals():  # tqdm prints an error when an object with an interrupted constructor is deleted
-            bar = tqdm(
-                total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True, mininterval=0.5
-            )
+            bar = progress_bar(total=layout.rows, desc=f"{layout.split}: {label}", unit=" images", unit_scale=True)
         yield bar
     finally:
         if bar is not None:

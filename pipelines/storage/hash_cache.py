@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write
 from configs.utils.process import acquire_lock
 from configs.utils.warnings import warn
 from pipelines.storage.dataset import DatasetInfo, ShardInfo
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MAX_ENTRIES = 8  # per file; nodes of a cluster may share a home folder and have local copies of the data
 CHUNK_BYTES = 2**20
@@ -98,16 +100,8 @@ def _hash_shards(
             file=sys.stderr,
         )
     files = [folder / shard.file for shard in shards]
-    with tqdm(
-        total=total,
-        desc=f"checking {split}",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        file=sys.stderr,
-        delay=1,
-        disable=None,
-        leave=False,
+    with progress_bar(
+        total=total, desc=f"checking {split}", unit="B", unit_scale=True, unit_divisor=1024, delay=1
     ) as bar:
         for place, content in hash_files(files, bar, heartbeat):
             if isinstance(content, OSError):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from pipelines.storage import hash_cache, tar_check, tar_format
 from pipelines.storage.dataset import EXTENSIONS, MAX_BYTES, RECONVERT, DatasetInfo, ShardInfo, load_dataset
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -27,7 +30,7 @@ def verify(folder: str | Path) -> list[str]:
     dataset = load_dataset(folder)
     total = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
     problems: list[str] = []
-    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
+    with progress_bar(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024) as bar:
         for name in dataset.splits:
             problems += _verify_split(folder, dataset, name, bar)
     return problems + _verify_info(folder, dataset)

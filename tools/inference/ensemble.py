@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from pipelines import build_eval_loader
 from tools.inference.image_sets import ImageSet
@@ -44,7 +44,7 @@ def predict(
     several = len(models) > 1
     logits = np.empty((len(images), len(models[0].dataset.classes)), np.float32)
     each: list[Evaluation] = []
-    with tqdm(total=len(images) * len(models), unit=" images", unit_scale=True, leave=False, disable=None) as bar:
+    with progress_bar(total=len(images) * len(models), desc="predict", unit=" images", unit_scale=True) as bar:
         for number, (model, folder) in enumerate(zip(models, images.folders, strict=True)):
             sums = torch.zeros(4, dtype=torch.float64, device=model.state.device)
             start = 0

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.process import handle_signals
 from pipelines.storage.dataset import load_dataset
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             search_all(searches, arguments, out / "ramp.csv")
     except KeyboardInterrupt:
         code = 130
-        print("\ninterrupted; results so far:", file=sys.stderr)
+        print("interrupted; results so far:", file=sys.stderr)
     searches = [search for search in searches if search.trials or search.end]
     for search in searches:
         search.end = search.end or "interrupted"
@@ -110,7 +110,7 @@ def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int 
 def search_all(searches: list[BatchSizeSearch], arguments: argparse.Namespace, csv: Path) -> None:
     """Run the searches in order. Replace the CSV file after every trial."""
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    with tqdm(total=None, unit=" sizes", leave=False, file=sys.stderr) as bar:
+    with progress_bar(unit=" trials", bar_format="{desc}: {n_fmt} trials, {elapsed}") as bar:
         for search in searches:
             trials = search.run(
                 partial(_run_trial, search, arguments, deadline, bar.set_description),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 
 import torch
@@ -13,8 +12,8 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
 )
-from tqdm import tqdm
 
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from models import build_from_config
 from tools.common.model_costs import Costs, count_costs, free_device_memory, measure_memory
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     rows: list[Row] = []
     layers: dict[str, list[Row]] = {}
     with process_group(ranks) as device:
-        for case in tqdm(cases.values(), desc="models", leave=False, disable=not sys.stderr.isatty()):
+        for case in progress_bar(cases.values(), desc="models", unit="model"):
             amp = amp_dtype(case.train.amp, device)
             costs, measured = compute_costs(case, device, amp)
             rows.append(summary_row(case, costs, measured, amp))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from configs.load import load_config
 from configs.schema import Config
 from configs.stages import config_at
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from pipelines.loader.train_loader import TrainLoader
 from tools.common.tables import csv_text, make_folder, write_json, write_text
@@ -78,7 +77,7 @@ def range_test(state: TrainState, loader: TrainLoader, rates: np.ndarray) -> Los
     sums: list[torch.Tensor] = []  # state.sums after each step, on the device
     before = state.sums.clone()
     batches = endless_batches(loader)
-    for step, lr in enumerate(tqdm(rates, unit="step", leave=False, disable=not sys.stderr.isatty())):
+    for step, lr in enumerate(progress_bar(rates, desc="range test", unit="step")):
         for part in state.parts():
             set_learning_rate(part.optimizer, float(lr))
         full_step(state, batches, step)

@@ -8,8 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
+from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write
 
@@ -47,7 +46,7 @@ def _fetch(url: str, file: BinaryIO) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=60) as response:
         total = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=url.removeprefix(SITE)) as progress:
+        with progress_bar(total=total, unit="B", unit_scale=True, desc=url.removeprefix(SITE)) as progress:
             while content := response.read(CHUNK_BYTES):
                 file.write(content)
                 digest.update(content)

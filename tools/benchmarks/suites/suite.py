@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
+from configs.utils.console import above_bars, progress_bar
 from configs.utils.errors import UserError
 from tools.benchmarks.engine import markdown, results, roofline
 from tools.benchmarks.engine.candidate import Candidate, error_text
@@ -61,7 +59,7 @@ def run_parts(parts: Sequence[Part], settings: Settings, file: RunFile) -> None:
     Each part has its own deadline. If a part fails, a row with the error is added and the next part runs.
     """
     start = time.monotonic() - RunTimer().command_s  # start-up counts towards the first part
-    for part in tqdm(parts, desc="parts", leave=False):
+    for part in progress_bar(parts, desc="parts", unit="part"):
         deadlines = [settings.deadline, settings.part_s and start + settings.part_s]
         deadline = min((time_s for time_s in deadlines if time_s is not None), default=None)
         part_settings = replace(settings, deadline=deadline)
@@ -120,8 +118,8 @@ def run_part(part: Part, limits: Limits, settings: Settings, add: Callable[[Entr
             entry = table.run(limits, settings.seconds, settings.rounds, settings.deadline, add)
             add(entry)
             is_complete &= all(map(results.is_complete, entry["rows"]))
-            tqdm.write(f"\n{markdown.table_markdown(entry)}")
-            sys.stdout.flush()
+            with above_bars():
+                print(f"\n{markdown.table_markdown(entry)}", flush=True)
     except TimeoutError:
         add(one_row_table(f"{part.name}, what remains", results.skipped_row(part.name)))
         return False
