@@ -22,6 +22,10 @@ class Position:
     epoch: int  # counted from 0
     step: int = 0  # steps of the epoch that are done
 
+    def __str__(self) -> str:
+        """Return the position as in messages, which count epochs from 1."""
+        return f"step {self.step} of epoch {self.epoch + 1}" if self.step else f"the start of epoch {self.epoch + 1}"
+
 
 class FileMonitor(Protocol):
     """Detector of changes to the files that a source reads; see `pipelines.storage.monitor`."""

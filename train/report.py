@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shlex
 from math import isnan
 from pathlib import Path
 
+from configs.utils.console import duration
 from pipelines.interfaces import Position
 from train.build import Job
 from train.distributed import collectives
@@ -17,11 +18,19 @@ from train.reporting.run_log import RunLog
 from train.reporting.sample_images import show_predictions, show_samples
 from train.trainer import Trainer
 
+BEST_NAMES = {"top1": "accuracy", "top5": "top-5 accuracy"}  # by eval.best_by
+
 
 def open_log(job: Job, folder: Path) -> RunLog:
     """Open the log of a run in its folder. Only rank 0 writes it."""
-    ranks = job.ranks
-    return RunLog(folder if ranks.is_first else None, peers_wait=ranks.world_size > 1, loss=job.config.train.loss)
+    config, ranks = job.config, job.ranks
+    return RunLog(
+        folder if ranks.is_first else None,
+        peers_wait=ranks.world_size > 1,
+        loss=config.train.loss,
+        epochs=config.train.epochs,
+        weights=config.eval.weights,
+    )
 
 
 def log_start(trainer: Trainer, position: Position, source: Path | None, resume: str | None) -> Facts:
@@ -44,7 +53,7 @@ def log_start(trainer: Trainer, position: Position, source: Path | None, resume:
         log.drop_epochs_from(position.epoch)
     if source is not None:
         trainer.checkpoints.mark_saved(source, trainer.timeline.done(position))
-        log.info(f"resumed from {source} at {asdict(position)}")
+        log.info(f"resumed from {source} at {position}")
     elif resume is not None:
         log.info(f"starting a new run, since --resume {resume} found no checkpoint")
     log.info(summary_line(job.config, facts, job.device))
@@ -66,25 +75,45 @@ def prepare(trainer: Trainer, position: Position, facts: Facts) -> None:
         show_samples(log, trainer.train_loader, trainer.job.dataset.classes)
 
 
-def log_results(trainer: Trainer, position: Position, duration_s: float) -> None:
-    """Log the best result and the times, and show predictions. All ranks must call this function."""
+def next_commands(folder: Path) -> list[str]:
+    """Return the commands that a user may want next for the finished run in `folder`."""
+    run = shlex.quote(str(folder))
+    return [
+        f"zhu show --checkpoint {run}",
+        f"zhu predict --checkpoint {run} --split PHOTOS",
+        f"zhu compare {run} OTHER",
+    ]
+
+
+def log_results(trainer: Trainer, position: Position, *, is_kept: bool = True) -> None:
+    """Log the best result, the times and the next commands, and show predictions. All ranks must call this function.
+
+    Args:
+        trainer: The trainer of the run.
+        position: Position at which the run has ended.
+        is_kept: Whether the run folder stays, so that the next commands can use it.
+    """
     config, state, log, run = trainer.config, trainer.state, trainer.log, trainer.run
     progress, clock = run.progress, run.clock
     if progress.left_out:
         log.info(f"steps skipped in total: {progress.left_out} of {trainer.timeline.total}")
+    log.live.close()
+    if not isnan(clock.training_s):
+        log.detail(f"epochs and last evaluation {clock.training_s:.2f} s")
+        log.update_summary({"training_s": clock.training_s})
+    log.detail(f"whole command {clock.command_s:.2f} s")
+    log.update_summary({"command_s": clock.command_s})
     which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
     if position.epoch < config.train.epochs:
         log.info(f"stopped early: {trainer.end_reason(position)}")
-    best_by = config.eval.best_by
+    best, best_by = progress.best(config.eval.best_by) or 0.0, config.eval.best_by
+    result = f"loss {best:.4f}" if best_by == "loss" else f"{BEST_NAMES[best_by]} {100 * best:.2f} %"
     log.info(
-        f"done in {duration_s:.1f} s: best {config.data.val_split} {best_by}{which} {progress.best(best_by) or 0:.4f}; "
+        f"best {config.data.val_split} {result}{which}, done in {duration(clock.command_s)}; "
         f"the run is in {trainer.checkpoints.folder}"
     )
-    if not isnan(clock.training_s):
-        log.info(f"epochs and last evaluation {clock.training_s:.2f} s")
-        log.update_summary({"training_s": clock.training_s})
-    log.info(f"whole command {clock.command_s:.2f} s")
-    log.update_summary({"command_s": clock.command_s})
+    for number, command in enumerate(next_commands(trainer.checkpoints.folder) if is_kept else ()):
+        log.info(f"{'next:' if number == 0 else '':<5} {command}")
     if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):
         classes, step = trainer.job.dataset.classes, trainer.timeline.total
         with eval_weights(state.ema, config.eval.weights):

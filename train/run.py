@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
+from functools import partial
 
 from configs.load import to_yaml
 from configs.schema import Config
@@ -50,13 +50,13 @@ def run(
         elif throughput:
             print_throughput(job)
         elif tries_out:
-            return fast_dev_run(job, train)
+            return fast_dev_run(job, partial(train, is_kept=False))
         else:
             return train(job, resume, extend=extend)
     return 0
 
 
-def train(job: Job, resume: str | None, *, extend: bool = False) -> int:
+def train(job: Job, resume: str | None, *, extend: bool = False, is_kept: bool = True) -> int:
     """Train a new run, or resume one from its newest checkpoint, and return the exit status."""
     config, val_loader = job.config, job.val_loader()
     before = config  # of the checkpoint
@@ -94,7 +94,6 @@ def train(job: Job, resume: str | None, *, extend: bool = False) -> int:
             if before.train.epochs != config.train.epochs:
                 trainer.extend(position, before.train)
             prepare(trainer, position, facts)  # starts the trackers; compiles and captures the step
-            start_s = time.monotonic()
             try:
                 with catch_signals() as trainer.signals:
                     while trainer.end_reason(position) is None:
@@ -103,5 +102,5 @@ def train(job: Job, resume: str | None, *, extend: bool = False) -> int:
             except Preempted as preempted:  # a checkpoint has been written
                 log.fast_shutdown = True  # the scheduler may kill the process soon
                 return preempted.exit_code
-            log_results(trainer, position, time.monotonic() - start_s)
+            log_results(trainer, position, is_kept=is_kept)
     return 0

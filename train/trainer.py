@@ -7,7 +7,6 @@ was trained on changed files.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.schema import TrainConfig
+from configs.utils.console import counted
 from configs.utils.errors import UserError
 from pipelines.interfaces import Position
 from pipelines.loader.eval_loader import EvalLoader
@@ -79,7 +78,7 @@ class Trainer:
         """Return why the run has ended at a position, or None if it continues. All ranks return the same."""
         train, progress, done = self.config.train, self.run.progress, self.timeline.done(position)
         if position.epoch >= train.epochs:
-            return f"all {train.epochs} epochs are done"
+            return "the epoch is done" if train.epochs == 1 else f"all {train.epochs} epochs are done"
         if train.patience is not None and progress.stale_epochs >= train.patience:
             what = f"{self.config.data.val_split} {self.config.eval.best_by}"
             return f"no better {what} in {progress.stale_epochs} epochs (train.patience={train.patience})"
@@ -119,26 +118,25 @@ class Trainer:
         epoch, first = position.epoch, self.timeline.first_step(position.epoch)
         try:
             self._start_epoch(position)
-            with self._progress_bar(position) as bar:
-                for step, lr in self._steps(position):
-                    done = step + 1  # optimizer steps of the run
-                    bar.update()
-                    self.checkpoints.check()  # raises the error of a save in the background
-                    # About once a second, all ranks agree on a signal that any of them received, and on a timed save.
-                    signal, is_due = self.consensus.poll(done)
-                    saves = is_due or signal != 0 or self._is_save_step(done)
-                    logs = done % self.config.log.every_steps == 0
-                    if saves:
-                        self.train_loader.check_unchanged()
-                    if saves or logs:
-                        sums = self.finite_check.sums(done)  # of the epoch's metrics; synchronizes; finds nan
-                    if logs:
-                        self._log_step(bar, done, lr, sums)
-                    if saves:
-                        self.run.clock.count(done)
-                        self.checkpoints.save((LAST,), Position(epoch, done - first), sums, done)
-                    if signal:
-                        self._stop(signal, done)  # waits for the checkpoint and raises Preempted
+            for step, lr in self._steps(position):
+                done = step + 1  # optimizer steps of the run
+                self.log.live.step()
+                self.checkpoints.check()  # raises the error of a save in the background
+                # About once a second, all ranks agree on a signal that any of them received, and on a timed save.
+                signal, is_due = self.consensus.poll(done)
+                saves = is_due or signal != 0 or self._is_save_step(done)
+                logs = done % self.config.log.every_steps == 0
+                if saves:
+                    self.train_loader.check_unchanged()
+                if saves or logs:
+                    sums = self.finite_check.sums(done)  # of the epoch's metrics; synchronizes; finds nan
+                if logs:
+                    self._log_step(done, lr, sums)
+                if saves:
+                    self.run.clock.count(done)
+                    self.checkpoints.save((LAST,), Position(epoch, done - first), sums, done)
+                if signal:
+                    self._stop(signal, done)  # waits for the checkpoint and raises Preempted
             return self._finish_epoch(epoch)  # evaluates, logs and saves
         except NonFiniteError as error:
             return self._rewind(error)  # at most MAX_REWINDS times in a run; the steps of the error are then skipped
@@ -149,28 +147,19 @@ class Trainer:
         stage, images_per_step = self.train_loader.at(epoch), self._global_batch(epoch)
         if len(self.train_loader.stages) > 1 and stage is not self.stage:
             self.log.info(
-                f"epoch {epoch}: images of {stage.image_size} x {stage.image_size} pixels, "
-                f"{self.timeline.steps[epoch]} steps at global batch {images_per_step}"
+                f"from epoch {epoch + 1}: images of {stage.image_size} x {stage.image_size} pixels, "
+                f"{counted(self.timeline.steps[epoch], 'step')} at global batch {images_per_step}"
             )
         self.stage = stage
         self.finite_check.start(done)
         self.consensus.reset(done)
         if self.config.train.on_nonfinite == "rewind" and not self.checkpoints.has_own_checkpoint:
             self.checkpoints.save((LAST,), position, self.finite_check.sums(done), done)
+        first = self.timeline.first_step(epoch)
+        self.log.live.start_epoch(epoch, position.step, self._last_step(epoch) - first, first=first, total=self.end)
         loss, _, seen = self.finite_check.sums(done).tolist() if position.step else (0.0, 0.0, 0.0)
         self.meter.start(done, loss, seen, images_per_step=images_per_step)
         self.run.clock.start_epoch(done, self.train_loader, images_per_step=images_per_step)
-
-    def _progress_bar(self, position: Position) -> tqdm:
-        return tqdm(
-            total=self.timeline.steps[position.epoch],
-            initial=position.step,
-            desc=f"epoch {position.epoch + 1}/{self.config.train.epochs}",
-            unit="step",
-            leave=False,
-            disable=self.log.is_disabled or not sys.stderr.isatty(),
-            file=sys.stderr,
-        )
 
     def _steps(self, position: Position) -> Iterator[tuple[int, float]]:
         """Run the optimizer steps that the epoch still lacks; see `training_steps`."""
@@ -203,10 +192,9 @@ class Trainer:
         batch_size = self.train_loader.at(epoch).plan.batch_size
         return batch_size * self.job.ranks.world_size * self.config.train.accumulation_steps
 
-    def _log_step(self, bar: tqdm, done: int, lr: float, sums: Tensor) -> None:
+    def _log_step(self, done: int, lr: float, sums: Tensor) -> None:
         loss, _, seen = sums.tolist()
         measured = {**self.meter.read(done, loss, seen), "lr": lr, **memory_usage(self.state.device)}
-        bar.set_postfix(loss=f"{measured['step_loss']:.3f}", lr=f"{lr:.2g}")
         self.log.log_step(measured, done)
         self._report_skipped(done)
 
@@ -260,7 +248,7 @@ class Trainer:
         ends = self.end_reason(position) is not None
         if ends and position.epoch < train.epochs:
             metrics["stopped_early"] = 1
-        self.log.log_epoch(metrics)
+        self.log.log_epoch(metrics, is_best=improved)
         if (report := report_bad_samples(self.train_loader)) is not None:
             self.log.info(report)
         names = (BEST,) * improved
@@ -301,6 +289,7 @@ class Trainer:
             The results of the weights selected by eval.weights.
         """
         state, options = self.state, self.config.eval
+        self.log.live.evaluating()
         what = self.val_loader, len(self.val_loader.split), options.tta, lambda: self.signals.number != 0
         evaluations = {"": evaluate(state, *what)}
         if state.ema is not None:
@@ -404,7 +393,7 @@ def restore_run(state: TrainState, loader: TrainLoader, timeline: Timeline, run:
     steps = (*timeline.steps, 0)
     if not (epoch < len(steps) and step <= steps[epoch]):
         raise UserError(
-            f"checkpoint {source} is at {checkpoint['position']}, outside of {len(timeline.steps)} epochs with these "
+            f"checkpoint {source} is at {position}, outside of {counted(len(timeline.steps), 'epoch')} with these "
             f"numbers of steps: {sorted(set(timeline.steps))}; use another checkpoint"
         )
     if step and step == timeline.steps[epoch]:  # only the evaluation of the epoch is left

@@ -26,6 +26,7 @@ from helpers.recorded_runs import (
     wait_until,
 )
 from helpers.training import DIGITS
+from pipelines.interfaces import Position
 from tools import convert
 from train.checkpoint import store
 
@@ -211,7 +212,7 @@ def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     last, previous = interrupted / "last.pt", interrupted / "previous.pt"
     assert f"warning: checkpoint {last} cannot be read (its checksum is wrong" in printed(notes)
     assert f"; {previous} is used instead" in printed(notes)
-    assert f"resumed from {previous} at {{'epoch': {position[0]}, 'step': {position[1]}}}" in printed(notes)
+    assert f"resumed from {previous} at {Position(*position)}\n" in printed(notes)
     assert_ends_like(interrupted, unbroken)
 
 

@@ -82,7 +82,7 @@ def test_run_stopped_by_signal_resumes_like_the_unbroken_one(
     number: signal.Signals, digits: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
-    code, where = stop_and_resume(number, digits, tmp_path, "epoch 0:", **pause)
+    code, where = stop_and_resume(number, digits, tmp_path, "epoch 1:", **pause)
     assert code == 128 + number
     assert where in {f"epoch 1 step {step}" for step in range(1, 8)}
     assert_same_run(tmp_path / "digits_lenet", unbroken)
@@ -108,7 +108,7 @@ def test_closed_terminal_ends_the_run_with_a_checkpoint(digits: Path, tmp_path: 
     )
     os.close(terminal)
     folder, end_s = tmp_path / "digits_lenet", time.monotonic() + 120
-    while not logged(folder, "epoch 0:"):
+    while not logged(folder, "epoch 1:"):
         assert time.monotonic() < end_s
         if select.select([ours], [], [], 0.02)[0]:
             os.read(ours, 65536)  # otherwise the run blocks on a full buffer
@@ -133,7 +133,7 @@ def test_two_ranks_stop_at_one_step_and_resume(number: signal.Signals, digits: P
     done = run_to_its_end(command_with({}, run_arguments(digits, tmp_path / "unbroken", "data.batch_size=32"), 2))
     assert done.returncode == 0, done.stderr
     pause = {"pause_at": [*range(STEPS + 3, STEPS + 6)]}
-    code, where = stop_and_resume(number, digits, tmp_path / "stopped", "epoch 0:", processes=2, **pause)
+    code, where = stop_and_resume(number, digits, tmp_path / "stopped", "epoch 1:", processes=2, **pause)
     assert code != 0
     assert where.startswith("epoch 1")
     assert_same_run(tmp_path / "stopped" / "digits_lenet", tmp_path / "unbroken" / "digits_lenet")
@@ -146,7 +146,7 @@ def test_ranks_of_a_killed_torchrun_stop_with_a_checkpoint(digits: Path, tmp_pat
     command = run_arguments(digits, tmp_path / "killed", "data.batch_size=32")
     folder = tmp_path / "killed" / "digits_lenet"
     process = start(command_with({"pause_at": [*range(STEPS + 3, STEPS + 6)]}, command, 2))
-    wait_for(process, lambda: logged(folder, "epoch 0:"))
+    wait_for(process, lambda: logged(folder, "epoch 1:"))
     ranks = [
         Path("/proc") / child for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ]

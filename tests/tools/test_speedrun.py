@@ -41,9 +41,10 @@ def test_speedrun_reports_training_and_command_time(percent: int, npy_data: Path
     arguments = ("--cfg", config(percent), "--data-path", npy_data, "--output", tmp_path, "--opts", *SMALL)
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
-    counted = seconds(r"epochs and last evaluation ([\d.]+) s", result.stdout)
-    command = seconds(r"whole command ([\d.]+) s", result.stdout)
     run = tmp_path / f"cifar10_speedrun_{percent}"
+    log = (run / "log.txt").read_text()
+    counted = seconds(r"epochs and last evaluation ([\d.]+) s", log)
+    command = seconds(r"whole command ([\d.]+) s", log)
     lines = strict_lines(run / "metrics.jsonl")
     assert sum(line["epoch_time_s"] for line in lines) < counted < command
     assert [line["val_top1"] is None for line in lines] == [True, False]

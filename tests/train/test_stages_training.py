@@ -69,8 +69,10 @@ def test_stage_uses_its_sizes_learning_rate_and_steps(digits_run: Run, tmp_path:
     assert [line["lr"] for line in lines] == pytest.approx([6e-3, 3e-3, 3e-3, 6e-3])
     log = (tmp_path / "digits_lenet" / "log.txt").read_text()
     for epoch, side, steps, batch in ((0, 32, 7, 48), (1, 33, 15, 24), (3, 35, 7, 48)):
-        assert f"epoch {epoch}: images of {side} x {side} pixels, {steps} steps at global batch {batch}\n" in log
-    assert "epoch 2: images" not in log
+        assert (
+            f"from epoch {epoch + 1}: images of {side} x {side} pixels, {steps} steps at global batch {batch}\n" in log
+        )
+    assert "epoch 3: images" not in log
     assert "4 epochs of 7 steps at global batch 48" in log
 
 
@@ -86,7 +88,7 @@ def test_run_interrupted_within_stage_resumes_bitwise(
         compared = ["epoch", "step", "lr", *RESULTS]
         assert {key: line[key] for key in compared} == {key: other[key] for key in compared}
     log = (output / "digits_lenet" / "log.txt").read_text()
-    assert "epoch 2: images of 33 x 33 pixels" in log.partition("resumed")[2]
+    assert "from epoch 3: images of 33 x 33 pixels" in log.partition("resumed")[2]
 
 
 @pytest.mark.slow
@@ -104,7 +106,7 @@ def test_two_processes_continue_with_the_same_global_batches(
 def test_stages_after_the_last_epoch_trigger_warning(digits_run: Run, tmp_path: Path) -> None:
     run_here(*arguments(digits_run.data, tmp_path, *PLAIN, "train.epochs=2"))
     log = (tmp_path / "digits_lenet" / "log.txt").read_text()
-    assert "data.stages from epoch 3 on are not reached with train.epochs=2\n" in log
+    assert "data.stages with epoch=3 or later (counted from 0) are not reached with train.epochs=2\n" in log
 
 
 def test_unsupported_image_size_is_refused_before_creating_a_run_folder(digits_run: Run, tmp_path: Path) -> None:

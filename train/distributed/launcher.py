@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,8 @@ def run_distributed(main: Callable[[], int | None]) -> None:
         ranks = Ranks.from_environment()
         if ranks.world_size == 1:
             return _run_alone(main)
+        if not ranks.is_first:
+            warnings.simplefilter("ignore")  # rank 0 prints them
         _exit_without_finalization(RankSupervisor(ranks).run(main))
 
     run_main(run, is_result_printed=False)

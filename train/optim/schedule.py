@@ -221,7 +221,7 @@ def config_warnings(config: TrainConfig, timeline: Timeline) -> list[str]:
     first = {"step": options.epochs, "multistep": min(options.milestones, default=0)}.get(config.schedule, 0)
     if first >= config.epochs:
         warnings.append(
-            f"schedule {config.schedule} first decays at epoch {first:g}, which train.epochs={config.epochs} "
+            f"schedule {config.schedule} first decays after {first:g} epochs, which train.epochs={config.epochs} "
             "does not reach: the learning rate stays constant"
         )
     averages = timeline.total // config.ema.every_steps

@@ -53,7 +53,7 @@ def _is_metric(value: object) -> bool:
 
 
 def best_results(metrics: Sequence[MetricsLine]) -> dict[str, float]:
-    """Return the lowest validation loss, the highest top-1 validation accuracy, and the first epoch with this accuracy.
+    """Return the lowest validation loss, the highest top-1 validation accuracy, and the first epoch with it, from 1.
 
     The best results of a moving average have separate keys. Results that were never evaluated are omitted. `metrics` is
     from `read_metrics`.
@@ -67,7 +67,7 @@ def best_results(metrics: Sequence[MetricsLine]) -> dict[str, float]:
             found[f"best_{loss}"] = min(losses)
         if top1:
             found[f"best_{accuracy}"], negative_epoch = max(top1)  # the first of equal epochs
-            found[f"best_{average}epoch"] = -negative_epoch
+            found[f"best_{average}epoch"] = 1 - negative_epoch
     return found
 
 
@@ -76,4 +76,9 @@ def counted_accuracy(line: MetricsLine, weights: str) -> float | None:
 
     `weights` is the value of eval.weights.
     """
-    return line.get("ema_val_top1" if "ema_val_top1" in line and weights != "raw" else "val_top1")
+    return line.get(f"{counted_average(line, weights)}val_top1")
+
+
+def counted_average(line: MetricsLine, weights: str) -> str:
+    """Return "ema_", the prefix of results of the moving average, if eval.weights selects them, and "" otherwise."""
+    return "ema_" if "ema_val_top1" in line and weights != "raw" else ""

