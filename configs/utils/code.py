@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 from configs.utils.errors import UserError
 
@@ -55,6 +55,8 @@ def load_object(reference: str, setting: str) -> Callable[..., object]:
     except Exception as error:  # the user's code may raise anything
         raise UserError(f"{setting}={reference}: importing {target} failed: {describe_error(error)}") from error
     found = getattr(module, name, None)
+    if _belongs_to_library(found, target):
+        raise UserError(f"{setting}={reference}: {name} belongs to Python or to an installed file; name own code")
     if callable(found):
         return found  # type: ignore[no-any-return]
     own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -62,6 +64,17 @@ def load_object(reference: str, setting: str) -> Callable[..., object]:
     guess = f"did you mean {close[0]}? " if close else ""
     what = "has nothing named" if found is None else "cannot call"
     raise UserError(f"{setting}={reference}: {target} {what} {name}; {guess}it defines {', '.join(own) or 'nothing'}")
+
+
+def _belongs_to_library(found: object, target: str) -> bool:
+    """Return True for code that an untrusted checkpoint could misuse, such as torch.hub.load, which runs downloads.
+
+    Installed packages are allowed as modules, but not as files, since a file has another module name when executed.
+    """
+    if target.endswith(".py"):
+        return "site-packages" in Path(target).resolve().parts
+    origin = found.__module__ or "" if isinstance(found, (type, FunctionType, BuiltinFunctionType)) else ""
+    return origin == "torch.hub" or origin.partition(".")[0] in sys.stdlib_module_names
 
 
 def _import_file(path: Path) -> ModuleType:

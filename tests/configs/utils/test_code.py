@@ -67,7 +67,7 @@ def test_file_is_executed_again_only_after_a_change(tmp_path: Path) -> None:
 def test_module_is_found_in_the_working_directory_and_in_packages(tmp_path: Path) -> None:
     (tmp_path / "own_module_b.py").write_text("def f(): return 3\n")
     assert load_object("own_module_b:f", "train.loss")() == 3
-    assert load_object("json.decoder:JSONDecoder", "train.loss").__name__ == "JSONDecoder"
+    assert load_object("torch.nn:Linear", "train.loss").__name__ == "Linear"
     assert source_file("own_module_b:f") == tmp_path / "own_module_b.py"
     assert source_file("no_such_module.a:f") is None
     assert source_file("sys:exit") is None
@@ -99,3 +99,17 @@ def test_bad_references_are_explained(tmp_path: Path, text: str | None, referenc
         (tmp_path / "a.py").write_text(text)
     with pytest.raises(UserError, match=message):
         load_object(reference, "train.loss")
+
+
+@pytest.mark.parametrize("reference", ["torch.hub:load", "subprocess:run", "builtins:exec", "os:system"])
+def test_code_of_python_and_downloads_are_refused(reference: str) -> None:
+    with pytest.raises(UserError, match="name own code"):
+        load_object(reference, "model.name")
+
+
+def test_installed_packages_are_named_as_modules_not_as_files(tmp_path: Path) -> None:
+    import torch.nn.functional
+
+    assert load_object("torch.nn.functional:cross_entropy", "train.loss") is torch.nn.functional.cross_entropy
+    with pytest.raises(UserError, match="name own code"):
+        load_object(f"{torch.hub.__file__}:load", "model.name")
