@@ -47,6 +47,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "averages": ("train.ema.decay=0.9", "train.lookahead.every_steps=2", "eval.weights=ema", *PLAIN),
     "skips non-finite steps": ("train.on_nonfinite=skip", *PLAIN),
     "muon": ("train.optimizer.name=muon", *RESNET, *PLAIN),
+    "weighted classes, ended within an epoch": (
+        *("data.limit=640", "train.class_weights=balanced", "train.max_steps=15", "eval.best_by=loss"),
+        *("data.placement=device", *PLAIN),
+    ),
     "plateau": ("train.schedule=plateau", *PLAIN),
     "test-time augmentation": ("eval.tta=flip-translate", "eval.crop_fraction=0.875", *PLAIN),
     "tracked": ("log.tensorboard=true", *PLAIN),
@@ -106,6 +110,17 @@ def test_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_pa
 def test_short_run_decodes_jpeg(hw_decoder_load: float, jpeg_digits: Path, tmp_path: Path, run: Any) -> None:
     options = (f"data.hw_decoder_load={hw_decoder_load}", "aug.crop=random-resized", *PLAIN)
     run(ddp.main, *arguments(jpeg_digits, tmp_path, *options))
+
+
+def test_extended_run_and_dev_run_capture_again(digits: Path, tmp_path: Path, run: Any) -> None:
+    run(ddp.main, *arguments(digits, tmp_path, *PLAIN))
+    out = run(ddp.main, *arguments(digits, tmp_path, *PLAIN, "train.epochs=3"), "--resume", "auto", "--extend")
+    assert "extended from 2 to 3 epochs: the cosine schedule " in out
+    lines = strict_lines(tmp_path / "digits_lenet" / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    out = run(ddp.main, *arguments(digits, tmp_path, *PLAIN), "--fast-dev-run")
+    assert "all worked, and nothing was kept" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["digits_lenet"]
 
 
 def test_run_resumes_and_checkpoint_is_usable(

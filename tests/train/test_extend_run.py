@@ -11,6 +11,7 @@ import torch
 
 from configs.load import parse_config
 from configs.utils.errors import UserError
+from helpers import recorded_runs
 from helpers.training import DIGITS, Run, run_here, strict_lines
 from train.checkpoint import store
 
@@ -100,6 +101,24 @@ def test_extended_run_continues_its_state_on_the_schedule_of_a_longer_one(
     assert_same_state(content_of(killed), content_of(ours))
     log = (folder_of(killed) / "log.txt").read_text()
     assert log.count(f"extended from 2 to 4 epochs: the {schedule} schedule ") == 1
+
+
+@pytest.mark.slow
+def test_extended_run_that_is_killed_ends_like_an_extended_one(digits_run: Run, tmp_path: Path) -> None:
+    outputs = [tmp_path / "unbroken", tmp_path / "killed"]
+    train(digits_run.data, outputs[0], options_of("cosine", 2))
+    shutil.copytree(*outputs)
+    command, broken = (
+        ["--cfg", DIGITS, "--data-path", digits_run.data, "--output", output, "--resume", "auto", "--opts",
+         *options_of("cosine", 4), "train.save_every_steps=1"]
+        for output in outputs
+    )  # fmt: skip
+    assert recorded_runs.run([*command, "--extend"], outputs[0] / "notes") == 0
+    process = recorded_runs.start([*broken, "--extend"], outputs[1] / "notes", step_s=0.05)
+    assert recorded_runs.kill_when(lambda: recorded_runs.saved_position(folder_of(outputs[1])) >= (3, 1), process)
+    assert recorded_runs.run(broken, outputs[1] / "notes") == 0, recorded_runs.printed(outputs[1] / "notes")
+    assert recorded_runs.differences(folder_of(outputs[1]), folder_of(outputs[0])) == []
+    assert_same_state(content_of(outputs[1]), content_of(outputs[0]))
 
 
 def test_extension_says_where_the_learning_rate_goes(digits_run: Run, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train.trainer
+from helpers import recorded_runs
 from helpers.launches import end_of_commands
 from helpers.training import DIGITS, Run, run_here, strict_lines
 from tools.runs.records import read_run
@@ -29,6 +30,10 @@ def arguments(data: Path, output: Path, *options: str) -> list[str | Path]:
 
 def folder_of(output: Path) -> Path:
     return output / "digits_lenet"
+
+
+def saved_position(output: Path) -> tuple[int, int]:
+    return recorded_runs.saved_position(folder_of(output))
 
 
 def lines_of(output: Path, *keys: str) -> list[dict[str, Any]]:
@@ -185,6 +190,28 @@ def test_kept_checkpoints_are_whole_and_continue_like_the_run(whole: Path, digit
     run_here(*arguments(digits_run.data, tmp_path, "train.epochs=3"))
     assert f"resumed from {folder / 'epoch-2.pt'}" in (folder / "log.txt").read_text()
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_killed_run_of_four_epochs_ends_like_an_unbroken_one(digits_run: Run, tmp_path: Path) -> None:
+    options = ["train.epochs=4", "train.save_every_steps=1", "data.limit=200", "data.train_split=train",
+               "train.class_weights=balanced", "train.patience=3", "train.keep_checkpoints=every:2",
+               "eval.best_by=loss"]  # fmt: skip
+    outputs = [tmp_path / name for name in ("unbroken", "killed")]
+    for output in outputs:
+        output.mkdir()
+    command, broken = (arguments(digits_run.data, output, *options) for output in outputs)
+    assert recorded_runs.run(command, outputs[0] / "notes") == 0
+    for position in ((0, 2), (2, 1)):  # of 4 steps per epoch
+        process = recorded_runs.start(broken, outputs[1] / "notes", step_s=0.1)
+        assert recorded_runs.kill_when(lambda at=position: saved_position(outputs[1]) >= at, process)
+    assert recorded_runs.run(broken, outputs[1] / "notes") == 0, recorded_runs.printed(outputs[1] / "notes")
+    assert recorded_runs.differences(folder_of(outputs[1]), folder_of(outputs[0])) == []
+    samples = [recorded_runs.samples_of(output / "notes") for output in outputs]
+    assert samples[0] == samples[1]
+    assert len({sample.split()[0] for sample in samples[0].values()}) <= 200
+    for output in outputs:
+        assert [path.name for path in store.epoch_files(folder_of(output))] == ["epoch-4.pt", "epoch-2.pt"]
 
 
 @pytest.mark.slow
