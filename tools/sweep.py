@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.arguments import complete, complete_words, new_parser, take_config
+from configs.utils.console import above_bars, counted, duration, fold, progress_bar
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     with lock_folder(folder) as lock:
         waiting = [point for point in points if not is_finished(point)]
         before = len(points) - len(waiting)
-        print(f"{len(points)} runs in {folder}, {before} of them finished before", flush=True)
+        print(f"{counted(len(points), 'run')} in {folder}, {before} of them finished before", flush=True)
         if replaced := sweep_report.runs_of_another_sweep(sweep):
             others = "; ".join(replaced[:3]) + " …" * (len(replaced) > 3)
             print(
@@ -138,7 +139,7 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: 
     tqdm.monitor_interval = 0  # disables tqdm's thread: processes must be started from a single-threaded program
     before = len(sweep.points) - len(waiting)
     with (
-        tqdm(total=len(sweep.points), initial=before, unit="run", disable=None, file=sys.stderr) as bar,
+        progress_bar(total=len(sweep.points), initial=before, unit="run", desc="sweep") as bar,
         closing(run_points(waiting, slots, lock)) as outcomes,
     ):
         for outcome in outcomes:
@@ -151,8 +152,8 @@ def run(sweep: Sweep, waiting: Sequence[Point], slots: Sequence[RunSlot], lock: 
                 what = f"failed, {outcome.error} (full log: {log_path(point)})"
             else:
                 what = "no accuracy recorded" if accuracy is None else f"best val top1 {accuracy:.4f}"
-            with bar.external_write_mode(file=sys.stdout):
-                print(f"{point.name}: {what}, {outcome.time_s:.1f} s", flush=True)
+            with above_bars():
+                print(fold(f"{point.name}: {what}, {duration(outcome.time_s)}", sys.stdout), flush=True)
             if (best := sweep_report.best_row(rows)) is not None:
                 bar.set_postfix_str(f"best {rows[best]['best_val_top1']:.4f} {sweep.points[best].name}", refresh=False)
             bar.update()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +55,49 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right
         "-" * (width + 1) + ":" if number in right else "-" * (width + 2) for number, width in enumerate(widths)
     )
     return "\n".join([line_of(lines[0]), f"|{rule}|", *map(line_of, lines[1:])])
+
+
+def runs_table(rows: Table, width: int, *, always: Container[str] = ()) -> str:
+    """Return the rows of runs as tables of at most `width` characters per line, for a console.
+
+    Columns with equal cells in all rows are listed in a sentence instead. If a row per run is too wide, there is a
+    column per run, in as many tables as necessary. Cells that are still too long are cut.
+
+    Args:
+        rows: A row per run. The first column names the runs.
+        width: Characters per line, at least 30.
+        always: Columns that are shown even if their cells are equal.
+    """
+    name, *others = column_names(rows)
+    cells = {column: [_cell(row.get(column)) for row in rows] for column in others}
+    equal = [one for one in others if one not in always and len(rows) > 1 and len(set(cells[one])) == 1]
+    differing = [column for column in others if column not in equal]
+    known = [f"{column} {cells[column][0]}" for column in equal if cells[column][0]]
+    sentence = f"the same in all runs: {', '.join(known)}"
+    text = markdown([{column: row.get(column) for column in (name, *differing)} for row in rows])
+    if max(map(len, text.splitlines())) > width:
+        lines = [[column, *cells[column]] for column in differing]
+        text = "\n\n".join(_tables_of_columns([name, *(_cell(row[name]) for row in rows)], lines, width))
+    return "\n".join([text, *([textwrap.fill(sentence, width)] if known else [])])
+
+
+def _tables_of_columns(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Yield tables that all start with the first column and contain as many of the others as `width` allows."""
+    every = [header, *lines]
+    first_width = max(len(line[0]) for line in every)
+    limit = max(8, width - first_width - 7)  # of a cell: a table has three characters per column, and one more
+    every = [
+        [line[0], *(cell if len(cell) <= limit else f"{cell[: limit - 1]}…" for cell in line[1:])] for line in every
+    ]
+    widths = [max(len(line[number]) for line in every) for number in range(len(header))]
+    chosen: list[int] = []
+    for number in range(1, len(header) + 1):
+        used = 4 + first_width + sum(widths[one] + 3 for one in chosen)
+        if number == len(header) or (chosen and used + widths[number] + 3 > width):
+            part = [[line[0], *(line[one] for one in chosen)] for line in every]
+            yield aligned_table(part[0], part[1:], right=())
+            chosen = []
+        chosen.append(number)
 
 
 def write_csv(path: Path, rows: Table) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.schema import Config, settings_by_key
+from configs.utils.console import terminal_width
 from configs.utils.files import read_small_text
 from tools.common import tables
 from tools.common.tables import Row
@@ -105,7 +106,7 @@ def write_report(sweep: Sweep) -> None:
     """
     rows = write_tables(sweep)
     plots = draw_plots(sweep, rows)
-    print(tables.markdown(rows))
+    print(tables.runs_table(rows, terminal_width(), always=("best_val_top1",)))
     if (best := best_row(rows)) is not None:
         point = sweep.points[best]
         opts = [*sweep.opts, *point.settings]
