@@ -92,10 +92,10 @@ def open_source(args: argparse.Namespace) -> Source:
 
         return open_digits()
     if args.command in ("cifar10", "cifar100"):
-        from tools.sources.cifar import EDITIONS, open_cifar
+        from tools.sources.cifar import EDITIONS, find_folder, open_cifar
 
         source = args.source
-        if args.download:
+        if args.download and find_folder(args.command, source) is None:
             from tools.sources.download import download
 
             source = download(EDITIONS[args.command].archive, EDITIONS[args.command].md5, source)
@@ -228,7 +228,11 @@ def build_parser() -> argparse.ArgumentParser:
             default=Path("data/raw"),
             help=f"{folder}, its .tar.gz, or the folder that contains one of them (default: %(default)s)",
         )
-        cifar.add_argument("--download", action="store_true", help="first download the official archive into --source")
+        cifar.add_argument(
+            "--download",
+            action="store_true",
+            help="first download the official archive into --source, if it contains neither the archive nor its files",
+        )
         _add_options(cifar)
     hdf5 = command(
         "hdf5",

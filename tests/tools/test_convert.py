@@ -210,6 +210,15 @@ def test_cifar_is_downloaded_and_converted_in_one_command(tmp_path: Path, monkey
     assert dataset["source"]["kind"] == "cifar10"
 
 
+def test_present_cifar_folder_is_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "SITE", (tmp_path / "nowhere").as_uri() + "/")
+    write_cifar10(tmp_path / "raw")
+    dataset = convert_to(tmp_path / "out", "cifar10", "--download", "--source", tmp_path / "raw")
+    assert dataset["splits"]["train"]["samples"] == 20
+    with pytest.raises(UserError, match="cannot download"):
+        convert_to(tmp_path / "other", "cifar100", "--download", "--source", tmp_path / "raw")
+
+
 @pytest.mark.parametrize("command", ["digits", "cifar10", "cifar100", "hdf5", "imagefolder", "verify"])
 def test_help_of_every_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -172,12 +172,18 @@ def open_cifar(kind: str, source: Path) -> Source:
     return Source(kind=kind, name=path.name, classes=classes, fingerprint=fingerprint, splits=splits)
 
 
+def find_folder(kind: str, source: Path) -> Path | None:
+    """Return `source` or the official folder in it, whichever contains files of this data set, otherwise None."""
+    edition = EDITIONS[kind]
+    folders = (source, source / edition.folder)
+    return next((folder for folder in folders if any((folder / file).is_file() for file in edition.files)), None)
+
+
 def _locate(edition: CifarEdition, source: Path) -> Path:
     if source.is_file():
         return source
-    for folder in (source, source / edition.folder):
-        if any((folder / file).is_file() for file in edition.files):
-            return folder
+    if (folder := find_folder(edition.kind, source)) is not None:
+        return folder
     if (source / edition.archive).is_file():
         return source / edition.archive
     raise UserError(
