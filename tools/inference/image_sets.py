@@ -78,7 +78,7 @@ def find_picture_folder(name: str, data: Path) -> Path | None:
     if not folder.is_dir():
         raise UserError(
             f"--split {name!r} is neither a split of {data} (it has {', '.join(splits) or 'none'}) nor a folder of "
-            "pictures"
+            "pictures; give image files before the options, without --split"
         )
     return folder
 

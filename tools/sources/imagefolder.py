@@ -101,7 +101,8 @@ def open_imagefolder(root: Path, options: FolderOptions = FolderOptions()) -> So
             digest.update(f"{name}/".encode() + os.fsencode(inner) + f"\0{size}\0".encode())
         splits[name] = ImageFolderSplit(scan.root, files, labels)
         if labels is not None:
-            note_missing_classes(f"{folders.get(name, name)} has no images", labels, classes)
+            title = name if folders.get(name, ".") == "." else folder
+            note_missing_classes(f"{title} has no images", labels, classes)
         if name != "train" and not is_in_numeric_order([path for path, _ in files]):
             unordered.append(name)
             if labels is None:

@@ -417,10 +417,17 @@ def test_random_split_depends_on_seed_and_names_only(tmp_path: Path, monkeypatch
     assert [file for file in held_out(root, val_fraction=0.3)["val"] if file[0] != "c"] == first["val"]
 
 
-def test_small_classes_keep_an_image_in_train(tmp_path: Path) -> None:
+def test_small_classes_keep_an_image_in_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files(tmp_path, "a/1.jpg", "b/1.jpg", "b/2.jpg", "c/1.jpg", "c/2.jpg", "c/3.jpg")
     source = open_imagefolder(tmp_path, FolderOptions(val_fraction=0.1, test_fraction=0.1))
     assert [labels_of(source, name) for name in ("train", "val", "test")] == [[0, 1, 2], [1, 2], [2]]
+    assert capsys.readouterr().err.splitlines() == [
+        "note: val has no images of 1 of 3 classes: a",
+        "note: test has no images of 2 of 3 classes: a, b",
+    ]
+    (tmp_path / "empty").mkdir()
+    open_imagefolder(tmp_path, FolderOptions(val_fraction=0))
+    assert capsys.readouterr().err == "note: train has no images of 1 of 4 classes: empty\n"
 
 
 def test_val_is_taken_from_a_train_folder_too(tmp_path: Path) -> None:
