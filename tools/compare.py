@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from configs.arguments import new_parser, parse
-from configs.utils.console import terminal_width
+from configs.utils.console import counted, terminal_width
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument
 from tools.common import tables
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = comparison_rows(records, names)
     tables.write_csv(out / "comparison.csv", rows)
     tables.write_csv(out / "curves.csv", curve_rows(records, names))
-    figures.save(plot_curves(records, names, f"{len(records)} runs"), out / "comparison.png")
+    figures.save(plot_curves(records, names, counted(len(records), "run")), out / "comparison.png")
     print(tables.runs_table(rows, terminal_width(), always=("best_val_top1",)))
     if "batch_per_rank" in rows[0]:
         print("The batch is per rank, since not every run has recorded its global batch.")

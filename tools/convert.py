@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from configs.arguments import new_parser, parse, whole_number
+from configs.utils.console import counted
 from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
 from configs.utils.process import handle_signals
@@ -163,7 +164,7 @@ def format_summary(dataset: DatasetInfo, out: Path, seconds: float) -> str:
         mib = sum(shard.bytes for shard in split.shards) / MIB
         defects, reencoded = split.quarantined, dataset.reencoded.get(name, {})
         line = (
-            f"  {name}: {split.samples:,} samples in {_count(len(split.shards), 'shard')}, {mib:,.1f} MiB, "
+            f"  {name}: {counted(split.samples, 'sample')} in {counted(len(split.shards), 'shard')}, {mib:,.1f} MiB, "
             f"{len(defects):,} quarantined"
         )
         if reencoded:
@@ -174,8 +175,8 @@ def format_summary(dataset: DatasetInfo, out: Path, seconds: float) -> str:
         if len(defects) > MAX_SHOWN_DEFECTS:
             lines.append(f"    … {len(defects) - MAX_SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
     samples = sum(split.samples for split in dataset.splits.values())
-    classes = _count(len(dataset.classes), "class", "classes")
-    head = f"{out}: {samples:,} samples of {classes} as {dataset.encoding}"
+    classes = counted(len(dataset.classes), "class", "classes")
+    head = f"{out}: {counted(samples, 'sample')} of {classes} as {dataset.encoding}"
     return "\n".join([f"{printable(head)}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
 
 
@@ -197,11 +198,7 @@ def verify(folder: Path) -> str:
         )
     splits = load_dataset(folder).splits.values()
     samples, count = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
-    return printable(f"{folder} is intact: {samples:,} samples in {_count(count, 'shard')}")
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    return printable(f"{folder} is intact: {counted(samples, 'sample')} in {counted(count, 'shard')}")
 
 
 def build_parser() -> argparse.ArgumentParser:

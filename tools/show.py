@@ -1,7 +1,7 @@
 """Plot a trained model's predictions, augmented training samples, or a data set.
 
     zhu show --checkpoint output/cifar10_lenet              # correct and wrong predictions on val
-    zhu show --cfg configs/cifar10_lenet.yaml --epoch 0 1 2  # the same samples, augmented in three epochs
+    zhu show --cfg configs/cifar10_lenet.yaml --epoch 1 2 3  # the same samples, augmented in three epochs
     zhu show --data-path data/cifar10                       # classes, samples per class, image sizes
 
 --checkpoint writes predictions.png (random samples), mistakes.png (the most confident mistakes), confusion.png and
@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg", metavar="FILE", help="config file, configs/….yaml")
     add("--data-path", type=path_text, help="converted data set; with --checkpoint or --cfg: replaces theirs")
     add("--split", help="with --checkpoint: the split to predict (default: the run's data.val_split)")
-    epochs = "with --cfg: epochs to show, one row each, counted from 0 (default: 0)"
+    epochs = "with --cfg: epochs to show, one row each, counted from 1 (default: 1)"
     add("--epoch", type=int, nargs="+", metavar="N", help=epochs)
     opts = "with --cfg: settings that override the file"
     add("--opts", nargs="+", action="extend", metavar="KEY=VALUE", help=opts)
@@ -73,8 +73,8 @@ def check_arguments(arguments: argparse.Namespace) -> str:
     check_positive(arguments, "count")
     if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed={arguments.seed} is negative; use 0 or more")
-    if any(epoch < 0 for epoch in arguments.epoch or []):
-        raise UserError(f"--epoch={min(arguments.epoch)} is negative; epochs count from 0")
+    if any(epoch < 1 for epoch in arguments.epoch or []):
+        raise UserError(f"--epoch={min(arguments.epoch)} is not an epoch; they count from 1")
     return kind
 
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         show_predictions(arguments.checkpoint, ranks, arguments.split, arguments.data_path, count, seed, out)
     elif kind == "cfg":
         config = load_config(arguments.cfg, arguments.opts or [], **{"data.path": arguments.data_path})
-        show_samples(config, ranks, arguments.epoch or [0], count, out)
+        show_samples(config, ranks, [epoch - 1 for epoch in arguments.epoch or [1]], count, out)
     else:
         show_dataset(arguments.data_path, ranks, count, seed, out)
 

@@ -81,7 +81,7 @@ class Trainer:
             return "the epoch is done" if train.epochs == 1 else f"all {train.epochs} epochs are done"
         if train.patience is not None and progress.stale_epochs >= train.patience:
             what = f"{self.config.data.val_split} {self.config.eval.best_by}"
-            return f"no better {what} in {progress.stale_epochs} epochs (train.patience={train.patience})"
+            return f"no better {what} in {counted(progress.stale_epochs, 'epoch')} (train.patience={train.patience})"
         if done >= self.end and (position.step == 0 or progress.stopped_at == done):
             return f"{done} steps are done (train.max_steps={train.max_steps})"
         return None

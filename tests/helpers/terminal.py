@@ -1,4 +1,9 @@
-"""Run code and commands in a pseudo-terminal, and render what they print with a terminal emulator."""
+"""Run code and commands in a pseudo-terminal, and render what they print with a terminal emulator.
+
+As a program, draw the last screen of a command whose last line contains a text:
+
+    python tests/helpers/terminal.py docs/images/terminal.svg "epoch 13/" python train/ddp.py --cfg FILE
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,13 @@ import os
 import pty
 import struct
 import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pyte
 
@@ -92,6 +99,17 @@ class Terminal:
         return self.lines() != self.lines(20 * self.columns)
 
 
+def svg(lines: Sequence[str], columns: int) -> str:
+    """Return a picture of the lines of a screen."""
+    width, height = 8.43 * columns + 32, 18 * len(lines) + 32
+    text = "".join(f'<text x="16" y="{18 * n + 28}">{escape(line)}</text>' for n, line in enumerate(lines))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}">'
+        '<rect width="100%" height="100%" rx="8" fill="#1e1e1e"/>'
+        f'<g fill="#d8d8d8" font-family="monospace" font-size="14" xml:space="preserve">{text}</g></svg>\n'
+    )
+
+
 def _text(screen: pyte.Screen) -> list[str]:
     lines = [line.rstrip() for line in screen.display]
     while lines and not lines[-1]:
@@ -101,3 +119,11 @@ def _text(screen: pyte.Screen) -> list[str]:
 
 def _without_size(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
+
+
+if __name__ == "__main__":
+    file, wanted, *command = sys.argv[1:]
+    terminal = Terminal(100)
+    terminal.run(command, os.environ, Path.cwd())
+    chosen = [screen for screen in terminal.screens() if screen and wanted in screen[-1]][-1]
+    Path(file).write_text(svg(chosen, terminal.columns), encoding="utf-8")

@@ -188,7 +188,7 @@ def training_config(data: Path, **settings: Any) -> Config:
 
 
 def test_samples_are_the_train_loaders_first_batch(npy_data: Path, tmp_path: Path) -> None:
-    options = ("--epoch", "3", "--count", "12", "--opts", "aug.crop=pad", "data.batch_size=64", "seed=5")
+    options = ("--epoch", "4", "--count", "12", "--opts", "aug.crop=pad", "data.batch_size=64", "seed=5")
     drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--out", tmp_path, *options)
     config = training_config(npy_data, seed=5)
     loader = build_train_loader(config.data, config.aug, seed=5, device=CPU)
@@ -199,7 +199,7 @@ def test_samples_are_the_train_loaders_first_batch(npy_data: Path, tmp_path: Pat
     assert [int(row["sample"]) for row in rows] == loader.plan.indices(3, 0)[:12].tolist()
 
     axes = [axis for axis in drawn["samples.png"].axes if axis.get_images()]
-    shown = np.stack([axis.get_images()[0].get_array() for axis in axes if axis.get_title() == "epoch 3"])
+    shown = np.stack([axis.get_images()[0].get_array() for axis in axes if axis.get_title() == "epoch 4"])
     assert np.array_equal(shown, image_grids.to_numpy(images[:12]))
     names = [axis.get_title() for axis in axes if axis.get_title().startswith("class")]
     assert names == [row["class"] for row in rows]
@@ -229,7 +229,7 @@ def test_samples_in_several_epochs_equal_training(npy_data: Path) -> None:
 @pytest.mark.slow
 def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_path: Path) -> None:
     mix = ["aug.mix.mixup=0.8", "aug.mix.cutmix=1", "aug.mix.mode=elem", "aug.mix.off_epoch=4"]
-    options = ("--epoch", "3", "4", "--count", "13", "--opts", "aug.crop=pad", "data.batch_size=64", *mix)
+    options = ("--epoch", "4", "5", "--count", "13", "--opts", "aug.crop=pad", "data.batch_size=64", *mix)
     drawn = run_tool("--cfg", DIGITS, "--data-path", npy_data, "--out", tmp_path, *options)
     config = training_config(npy_data, **{"aug.mix": {"mixup": 0.8, "cutmix": 1, "mode": "elem", "off_epoch": 4}})
     loader = build_train_loader(config.data, config.aug, seed=config.seed, device=CPU)
@@ -238,7 +238,7 @@ def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_pa
     assert isinstance(batch, MixedBatch)
     mixed = mix_images(batch.images, batch.mix).round().to(torch.uint8)[:13]
     axes = [axis for axis in drawn["samples.png"].axes if axis.get_images()]
-    ours = [axis for axis in axes if axis.get_title().startswith("epoch 3")]
+    ours = [axis for axis in axes if axis.get_title().startswith("epoch 4")]
     assert np.array_equal(np.stack([axis.get_images()[0].get_array() for axis in ours]), image_grids.to_numpy(mixed))
     rows = table(tmp_path / "samples.csv")
     classes = open_split(npy_data, "train").classes
@@ -246,9 +246,9 @@ def test_mixed_samples_show_model_input_and_mixed_classes(npy_data: Path, tmp_pa
         rows, ours, batch.labels, swap_pairs(batch.labels), batch.mix[:, 0], strict=False
     ):
         parts = f"{classes[label]} {share:.2f} + {classes[other]} {1 - share:.2f}"
-        assert row["epoch 3"] == parts
-        assert " ".join(axis.get_title().split()) == f"epoch 3 {parts}"
-        assert row["epoch 4"] == row["class"]  # no longer mixed
+        assert row["epoch 4"] == parts
+        assert " ".join(axis.get_title().split()) == f"epoch 4 {parts}"
+        assert row["epoch 5"] == row["class"]  # no longer mixed
 
 
 def test_selected_samples_keep_the_given_order(npy_data: Path) -> None:
@@ -291,7 +291,7 @@ def test_class_counts_match_the_labels(
         (["--cfg", "FILE", "--seed", "1"], "--seed goes with --checkpoint or --data-path, not with --cfg; .* seed=1"),
         (["--data-path", "DIR", "--count", "0"], "--count=0 is not a positive whole number"),
         (["--data-path", "DIR", "--seed", "-1"], "--seed=-1 is negative"),
-        (["--cfg", "FILE", "--epoch", "2", "-3"], "--epoch=-3 is negative"),
+        (["--cfg", "FILE", "--epoch", "2", "-3"], "--epoch=-3 is not an epoch"),
         (["--cfg", "missing.yaml"], "missing.yaml cannot be read"),
         (["--checkpoint", "missing"], "missing"),
         (["--data-path", "missing"], "data set folder 'missing' does not exist"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from configs.schema import Config
+from configs.utils.console import counted
 from pipelines import build_train_loader
 from pipelines.augment.mixup import mixing_enabled
 from pipelines.build import open_limited
@@ -57,14 +58,15 @@ def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int
         mixtures = [image_grids.mix_captions(row, split.classes) for row in rows]
         for epoch, mixture in zip(epochs, mixtures, strict=True):
             for line, name in zip(table, mixture, strict=True):
-                line[f"epoch {epoch}"] = name
+                line[f"epoch {epoch + 1}"] = name
     shown = [original, *(row.images for row in rows)]
     largest = max(images.shape[2] for images in shown)  # sizes differ between stages and evaluation
     original, *images = (one if one.shape[2] == largest else enlarge(one, largest) for one in shown)
     figures.save(sample_figure(original, images, epochs, names, str(config.name), mixtures), folder / "samples.png")
     write_csv(folder / "samples.csv", table)
+    listed = ", ".join(str(epoch + 1) for epoch in epochs)
     print(
-        f"{len(samples)} samples of {config.data.train_split}, epoch {', '.join(map(str, epochs))}: "
+        f"{counted(len(samples), 'sample')} of {config.data.train_split}, epoch {listed}: "
         f"{folder / 'samples.png'} and .csv"
     )
 
@@ -118,10 +120,10 @@ def sample_figure(
     columns = min(COLUMNS, len(names))
     lines = [(image_grids.to_numpy(original), [image_grids.wrap_caption(name) for name in names])]
     for number, (images, epoch) in enumerate(zip(rows, epochs, strict=True)):
-        captions = [f"epoch {epoch}"] * len(names)
+        captions = [f"epoch {epoch + 1}"] * len(names)
         if mixtures:
             mixed = [image_grids.wrap_caption(name, lines=image_grids.MIXED_LINES) for name in mixtures[number]]
-            captions = [f"epoch {epoch}\n{name}" for name in mixed]
+            captions = [f"epoch {epoch + 1}\n{name}" for name in mixed]
         lines.append((image_grids.to_numpy(images), captions))
     blank = np.full_like(lines[0][0][0], 255)
     shown: list[np.ndarray] = []

@@ -16,7 +16,7 @@ from train.reporting.metrics_file import MetricsLine, counted_average
 WIDE = "{what} {bar} step {n_fmt}/{total_fmt}  {values}{remaining} left, run {run_left}"
 NARROW = "{what} {n_fmt}/{total_fmt} {values}{remaining} left, run {run_left} {bar}"  # the bar is cut off first
 WIDE_VALUES, NARROW_VALUES = "loss {}  lr {}  {} images/s  ", "loss {} lr {} {} img/s "
-WIDE_COLUMNS = 100  # of a terminal
+WIDE_COLUMNS = 99  # of a terminal of 100, of which tqdm leaves one free
 
 COLUMN_WIDTHS = {
     "epoch": 5,

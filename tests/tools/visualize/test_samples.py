@@ -17,4 +17,4 @@ def test_images_of_one_sample_share_a_column() -> None:
     assert shown[:30] == [*range(10), *range(20, 30), *range(40, 50)]
     assert shown[30:] == [10, 11, 12, *blank, 30, 31, 32, *blank, 50, 51, 52, *blank]
     assert [axis.get_title() for axis in figure.axes][30:34] == ["name 10", "name 11", "name 12", ""]
-    assert figure.axes[50].get_title() == "epoch 9"
+    assert figure.axes[50].get_title() == "epoch 10"

@@ -87,6 +87,7 @@ def test_live_line_is_one_line_below_everything_else(
     assert max(map(len, live)) == 1
     shown = {line[0] for line in live if line}
     assert any("epoch 2/3" in line and "3/5" in line and "loss 1.5000" in line for line in shown)
+    assert any("1,000 images/s" in line for line in shown) == (columns >= 100)
     assert any(line.startswith("eval 3/3") for line in shown)
     assert all(not line or screen[-1] == line[0] for screen, line in zip(screens, live, strict=True))
     assert not live[-1]
