@@ -59,8 +59,8 @@ def build_in(faults: dict[str, Any]) -> None:
             Path(faults["evaluates"]).touch()
         return evaluate(*parts)
 
-    def counted(log: RunLog, metrics: dict[str, Any]) -> None:
-        epoch(log, metrics)
+    def counted(log: RunLog, metrics: dict[str, Any], **options: bool) -> None:
+        epoch(log, metrics, **options)
         if "census" in faults:
             savings[-1].wait()  # otherwise its open files would be counted
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
