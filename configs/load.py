@@ -42,11 +42,11 @@ class _Layer:
     warnings: list[str]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements: object) -> Config:
+def load_config(path: str | Path | Config, overrides: Sequence[str] = (), **replacements: object) -> Config:
     """Load a config file with its bases, apply overrides and then replacements, and validate the result.
 
     Args:
-        path: YAML file. Its name without suffix is the default of `name`.
+        path: YAML file, whose name without suffix is the default of `name`, or a config.
         overrides: Items after `--opts`, e.g. `train.epochs=5`, or `train.epochs` followed by `5`. Homework keys are
             also allowed.
         replacements: Values by top-level key or, with `**{...}`, by dotted key. A mapping is merged into its section.
@@ -55,8 +55,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     Raises:
         UserError: The file, a base or a value is missing or invalid.
     """
-    path = path_argument(str(path))
-    layers = [_read_file(path, (), [])]
+    if isinstance(path, Config):
+        source, layers = "config", [_layer(path.model_dump(mode="json"), "config")]
+    else:
+        path = path_argument(str(path))
+        source, layers = str(path), [_read_file(path, (), [])]
     for key, text in split_overrides(overrides):
         layers.append(_layer(_nested(key, yaml.parse_value(text, f"--opts: {key}={text}")), "--opts"))
     layers += [_layer(_nested(key, value), "argument") for key, value in replacements.items() if value is not None]
@@ -64,7 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     values, origins, warnings = layer.settings, dict(layer.origins), layer.warnings
     labels: dict[KeyPath, str] = {}
     if layer.homework_values or layer.is_homework:
-        translation = translate(layer.homework_values, values, layer.is_homework, str(path))
+        translation = translate(layer.homework_values, values, layer.is_homework, source)
         values = reduce(_merge, [_nested(key, value) for key, value in translation.values.items()] + [values])
         for key, (label, origin) in translation.sources.items():
             key_path = tuple(key.split("."))
@@ -73,8 +76,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **replacements:
     for section in ("data", "model"):
         values.setdefault(section, {})  # so that errors name the missing field instead of the section
     if values.get("name") is None:
-        values["name"] = path.stem
-    config = _validate(values, origins, labels, str(path))
+        values["name"] = Path(source).stem
+    config = _validate(values, origins, labels, source)
     for text in [*warnings, *_cut_warm_up(config, values, origins, labels)]:
         warn(text)
     return config

@@ -172,6 +172,22 @@ class PythonSplit:
         return item[0], item[1]
 
 
+class PythonImages(PythonSplit):
+    """Images from Python without labels, as a `SplitSource`. They need no `check`."""
+
+    def __init__(self, images: Sequence[object]) -> None:
+        super().__init__("images", images)
+        self._images = images
+
+    def describe(self, row: int) -> str:
+        image = self._images[row]
+        return str(image) if isinstance(image, str | Path) else f"images[{row}]"
+
+    def _pair(self, row: int, item: object) -> tuple[object, object]:
+        del row
+        return item, None
+
+
 def _is_indexed(items: Items) -> TypeGuard[Indexed]:
     return hasattr(items, "__getitem__")
 

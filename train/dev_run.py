@@ -14,11 +14,12 @@ from configs.stages import data_at, stage_starts
 from configs.utils.errors import UserError
 from train.build import Job
 from train.distributed import collectives
+from train.report import RunEnd
 
 STEPS = 2  # before and after the resume
 
 
-def fast_dev_run(job: Job, train: Callable[[Job, str | None], int]) -> int:
+def fast_dev_run(job: Job, train: Callable[[Job, str | None], RunEnd]) -> int:
     """Train a new run for STEPS steps, resume it for STEPS more, remove its folder, and return the exit status.
 
     All ranks must call this function.
@@ -32,8 +33,9 @@ def fast_dev_run(job: Job, train: Callable[[Job, str | None], int]) -> int:
     """
     with temporary_output(job) as output:
         for steps, resume in ((STEPS, None), (2 * STEPS, "auto")):
-            if status := train(replace(job, config=dev_config(job.config, output, job.passes, steps)), resume):
-                return status
+            ended = train(replace(job, config=dev_config(job.config, output, job.passes, steps)), resume)
+            if ended.exit_code:
+                return ended.exit_code
     if job.ranks.is_first:
         print(
             f"fast dev run: trained {STEPS} steps, evaluated, saved, resumed, trained {STEPS} more steps and evaluated "

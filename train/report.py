@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from math import isnan
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.utils.console import duration
 from pipelines.interfaces import Position
@@ -19,6 +20,13 @@ from train.reporting.sample_images import show_predictions, show_samples
 from train.trainer import Trainer
 
 BEST_NAMES = {"top1": "accuracy", "top5": "top-5 accuracy"}  # by eval.best_by
+
+
+class RunEnd(NamedTuple):
+    """Where and how training ended."""
+
+    folder: Path
+    exit_code: int = 0  # 128 plus the number of the signal that stopped the run
 
 
 def open_log(job: Job, folder: Path) -> RunLog:

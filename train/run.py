@@ -20,11 +20,12 @@ from train.distributed.process_group import Ranks, process_group
 from train.distributed.signals import Preempted, catch_signals
 from train.engine.cpu_settings import limit_threads
 from train.engine.epoch import build_timeline
+from train.engine.metrics import RunTimer
 from train.engine.warm_up import check_image_sizes
 from train.engine.whitening import whiten, whitening_images
 from train.evaluation import print_evaluation
 from train.optim.averaging import uses_ema
-from train.report import log_results, log_start, open_log, prepare
+from train.report import RunEnd, log_results, log_start, open_log, prepare
 from train.throughput import print_throughput
 from train.trainer import Trainer, restore_run
 
@@ -52,12 +53,22 @@ def run(
         elif tries_out:
             return fast_dev_run(job, partial(train, is_kept=False))
         else:
-            return train(job, resume, extend=extend)
+            return train(job, resume, extend=extend).exit_code
     return 0
 
 
-def train(job: Job, resume: str | None, *, extend: bool = False, is_kept: bool = True) -> int:
-    """Train a new run, or resume one from its newest checkpoint, and return the exit status."""
+def train(
+    job: Job, resume: str | None, *, extend: bool = False, is_kept: bool = True, start_s: float | None = None
+) -> RunEnd:
+    """Train a new run, or resume one from its newest checkpoint.
+
+    Args:
+        job: The job, on its device.
+        resume: Checkpoint, run folder or "auto", or None for a new run.
+        extend: Allow more epochs than the checkpoint's run had.
+        is_kept: Whether the run folder stays.
+        start_s: When the command started, see `RunTimer`.
+    """
     config, val_loader = job.config, job.val_loader()
     before = config  # of the checkpoint
     with RunDir(config, resume) as run_dir:  # found and locked, with an interrupted save completed
@@ -74,7 +85,9 @@ def train(job: Job, resume: str | None, *, extend: bool = False, is_kept: bool =
         check_image_sizes(state, train_loader, val_loader.image_size)
         uses_ema(state.ema, config.eval.weights)  # refuses eval.weights=ema without an average
         timeline = build_timeline(state.config, train_loader)
-        run = RunInfo(stream, to_yaml(config), dataset_entry(job.dataset, val_loader.image_size))
+        run = RunInfo(
+            stream, to_yaml(config), dataset_entry(job.dataset, val_loader.image_size), clock=RunTimer(start_s)
+        )
         run.code = code_entries(job.config)
         if newest is None:
             position = train_loader.position = Position(config.train.first_epoch)
@@ -90,7 +103,7 @@ def train(job: Job, resume: str | None, *, extend: bool = False, is_kept: bool =
             facts = log_start(trainer, position, source, run_dir.resume)
             if (reason := trainer.end_reason(position)) is not None:
                 log.info(f"nothing to do: the run in {folder} has ended: {reason}")
-                return 0
+                return RunEnd(folder)
             if before.train.epochs != config.train.epochs:
                 trainer.extend(position, before.train)
             prepare(trainer, position, facts)  # starts the trackers; compiles and captures the step
@@ -101,6 +114,6 @@ def train(job: Job, resume: str | None, *, extend: bool = False, is_kept: bool =
                     collectives.from_first_rank(checkpoints.wait)
             except Preempted as preempted:  # a checkpoint has been written
                 log.fast_shutdown = True  # the scheduler may kill the process soon
-                return preempted.exit_code
+                return RunEnd(folder, preempted.exit_code)
             log_results(trainer, position, is_kept=is_kept)
-    return 0
+    return RunEnd(folder)

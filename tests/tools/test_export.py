@@ -23,10 +23,10 @@ from pipelines.storage.dataset import load_dataset
 from tools import export
 from tools.inference import export_check
 from tools.inference.export_formats import FORMATS
-from tools.inference.trained_model import load_trained_model
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.finetune import without_pretrained
+from train.trained_model import load_trained_model
 
 NAMES = ("safetensors", "torch", "onnx")
 FILES = {"model.safetensors", "config.json", "model.pt2", "model.onnx", "export.json"}

@@ -29,13 +29,12 @@ from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
 from tools import convert, predict
 from tools.inference import ensemble, predict_command
-from tools.inference.image_sets import picture_encoding
-from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.progress import dataset_entry
-from train.engine.evaluate import evaluate, predictions
+from train.engine.evaluate import evaluate
+from train.trained_model import load_trained_model, picture_encoding, predicted_batches
 
 TEST_ROWS = 41  # of npy_data
 
@@ -480,13 +479,13 @@ def test_averaging_over_different_images_is_refused(npy_data: Path, tmp_path: Pa
 
 def test_non_finite_logits_are_refused_naming_the_image(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverged(*arguments: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for number, (logits, labels) in enumerate(predictions(*arguments)):
+        for number, (logits, labels) in enumerate(predicted_batches(*arguments)):
             changed = logits.clone()
             if number == 1:
                 changed[6, 3] = float("inf")
             yield changed, labels
 
-    monkeypatch.setattr(ensemble, "predictions", diverged)
+    monkeypatch.setattr(ensemble, "predicted_batches", diverged)
     with pytest.raises(UserError, match="not finite for row 70 of split 'val': its weights"):
         run("--checkpoint", model, "--split", "val", "--batch-size", 64)
     assert not (model / "predictions-val/predictions.npz").exists()

@@ -24,12 +24,12 @@ from pipelines.interfaces import Position
 from pipelines.loader.batches import MixedBatch
 from pipelines.storage.open import open_split
 from tools import show
-from tools.inference.trained_model import load_trained_model
 from tools.visualize.samples import augmented_samples
 from tools.visualize.subset import load_images
 from train.engine.evaluate import evaluate, predictions
 from train.engine.losses import mix_images, swap_pairs
 from train.reporting import figures, image_grids
+from train.trained_model import load_trained_model
 
 
 def run_tool(*arguments: str | Path) -> dict[str, Figure]:

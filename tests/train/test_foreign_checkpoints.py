@@ -29,9 +29,9 @@ from models import build_model
 from models.weights import copy_weights, read_weights
 from pipelines import build_eval_loader
 from pipelines.storage.dataset import SourceInfo, load_dataset
-from tools.inference.trained_model import load_trained_model
 from train.checkpoint.finetune import load_finetune
 from train.checkpoint.store import is_foreign, load, load_newest, save
+from train.trained_model import load_trained_model
 
 Call = Callable[..., tuple[int, str, str]]
 OUTPUTS = 200  # of the homework's LeNet, for any data set

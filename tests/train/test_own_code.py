@@ -12,10 +12,10 @@ import torch
 from helpers.own_code import OWN_CODE, write_own_code
 from helpers.training import DIGITS, run_here
 from tools import convert
-from tools.inference.trained_model import load_trained_model
 from tools.perf.model_cases import load_model_config
 from train.checkpoint.store import load
 from train.distributed.process_group import Ranks, process_group
+from train.trained_model import load_trained_model
 
 OWN = ("model.name=own.py:Net", "train.loss=own.py:smooth", "aug.custom=own.py:noise")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
-from pipelines import build_eval_loader
 from tools.inference.image_sets import ImageSet
-from tools.inference.trained_model import TrainedModel
-from train.engine.evaluate import Evaluation, check_full_coverage, loss_and_hits, predictions
+from train.engine.evaluate import Evaluation, loss_and_hits
+from train.trained_model import TrainedModel, predicted_batches
 
 CHUNK_SIZE = 4096  # images per operation, to avoid a copy of all logits
 
@@ -64,21 +62,6 @@ def predict(
     if images.labels is None:
         return logits, [], None
     return logits, each, evaluate_logits(logits, images.labels) if several else each[0]
-
-
-def predicted_batches(
-    model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the logits and labels of each batch of a split, computed as in evaluation.
-
-    Raises:
-        UserError: The data set cannot be read, or one of its files has changed.
-        RuntimeError: Some samples were missed or counted twice. Raised after the last batch.
-    """
-    settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
-    loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
-    yield from predictions(model.state, loader, tta or model.config.eval.tta)
-    check_full_coverage(loader)
 
 
 def check_finite(logits: np.ndarray, model: TrainedModel, images: ImageSet, start: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.utils.errors import UserError
 from pipelines import build_eval_loader
 from tools.inference.export_formats import PredictFunction
-from tools.inference.trained_model import TrainedModel
+from train.trained_model import TrainedModel
 
 BATCH_SIZES = (1, 7, 64)  # reveals a batch size that was traced as a constant
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from tools.common.tables import Row, make_folder, markdown, write_json
 from tools.inference.export_check import CPU, ExpectedLogits, expected_logits
 from tools.inference.export_formats import Exportable, usage_snippet
 from tools.inference.exporter import export_format
-from tools.inference.trained_model import TrainedModel, load_trained_model
 from train.distributed.process_group import Ranks, process_group
+from train.trained_model import TrainedModel, load_trained_model
 
 PACKAGES = ("torch", "safetensors", "timm", "onnx", "onnxscript", "onnxruntime")
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
 from pipelines.storage.dataset import QuarantinedSample, load_dataset
 from pipelines.storage.open import open_split
-from tools.inference.trained_model import TrainedModel, check_same_classes
 from tools.sources.image_files import open_image_files
+from train.trained_model import TrainedModel, check_same_classes, picture_encoding
 
 PICTURES = "pictures"  # name of the split that pictures are converted to
 MAX_WORKERS = 8  # each imports torch
@@ -130,21 +130,6 @@ def _convert(source: Source, out: Path, options: Options) -> None:
         raise UserError(
             f"cannot convert the pictures in {out.parent.parent}: {error.strerror or error}; give another --out"
         ) from None
-
-
-def picture_encoding(model: TrainedModel) -> Encoding:
-    """Return the encoding in which to store pictures for a model.
-
-    This is the encoding of the model's data set, or JPEG if that was not recorded. A data set of raw pixels that were
-    not resized has a single image size. If this size is square, pictures are resized to it. Otherwise, they are stored
-    as JPEG.
-    """
-    encoding = model.dataset.conversion or Encoding("jpeg")
-    if encoding.name == "jpeg" or encoding.size is not None:
-        return encoding
-    assert model.dataset.image_shape is not None  # npy images have one shape
-    height, width, _ = model.dataset.image_shape
-    return replace(encoding, size=height) if height == width else Encoding("jpeg", orientation=encoding.orientation)
 
 
 def load_split(

@@ -14,8 +14,8 @@ from tools.inference import submission
 from tools.inference.ensemble import predict, top_classes
 from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
 from tools.inference.prediction_files import build_metrics, format_table, write_arrays
-from tools.inference.trained_model import TrainedModel, check_same_classes, load_trained_model
 from train.distributed.process_group import Ranks, process_group
+from train.trained_model import TrainedModel, check_same_classes, load_trained_model
 
 MAX_SHOWN = 5
 

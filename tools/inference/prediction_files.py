@@ -12,8 +12,8 @@ import numpy as np
 
 from tools.common.tables import csv_text, write_file
 from tools.inference.image_sets import ImageSet
-from tools.inference.trained_model import TrainedModel
 from train.engine.evaluate import Evaluation
+from train.trained_model import TrainedModel
 
 
 def write_arrays(

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.load import parse_config
 from configs.schema import Config, Effect, settings_by_key
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from tools.common.tables import Row
+from train.checkpoint.resume import read_config
 from train.reporting.metrics_file import MetricsLine, counted_accuracy, read_metrics
 
 BASE_COLUMNS = {
@@ -75,13 +75,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UserError: The config or the metrics cannot be read or are invalid.
     """
-    try:
-        text = read_small_text(folder / "config.yaml")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
-    return RunRecord(
-        folder, parse_config(text, f"{folder}/config.yaml"), read_metrics(folder), read_global_batch(folder)
-    )
+    return RunRecord(folder, read_config(folder), read_metrics(folder), read_global_batch(folder))
 
 
 def read_global_batch(folder: Path) -> int | None:

@@ -15,10 +15,10 @@ from pipelines.storage.dataset import load_dataset
 from tools.common.tables import Row, csv_text, make_folder, markdown, write_csv, write_text
 from tools.inference.ensemble import predict
 from tools.inference.image_sets import dataset_folder, load_split
-from tools.inference.trained_model import load_trained_model
 from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
+from train.trained_model import load_trained_model
 
 MAX_PRINTED_CLASSES = 20  # if there are more, only the best and the worst are printed
 BEST_AND_WORST = 5

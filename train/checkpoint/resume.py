@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from configs import yaml
+from configs.load import parse_config
 from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
@@ -55,6 +56,15 @@ def _run_name(folder: Path) -> str | None:
         return None
     name = values.get("name") if isinstance(values, dict) else None
     return name if isinstance(name, str) else None
+
+
+def read_config(folder: Path) -> Config:
+    """Read the config of the run in a folder. Raises UserError if it cannot be read or is invalid."""
+    try:
+        text = read_small_text(folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
+    return parse_config(text, f"{folder}/config.yaml")
 
 
 def run_path(config: Config, number: int) -> Path:

@@ -76,8 +76,14 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
     """Initialize the process group for the lifetime of the context, and yield the device of this rank.
 
     Raises:
-        UserError: This machine has GPUs, but fewer than `local_world_size`, or the shared store cannot be reached.
+        UserError: This machine has GPUs, but fewer than `local_world_size`, the shared store cannot be reached, or this
+            process already has a group.
     """
+    if dist.is_initialized():
+        raise UserError(
+            "this process already has a torch.distributed process group, of another run or of your own code; wait for "
+            "that run, or call torch.distributed.destroy_process_group()"
+        )
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if ranks.local_world_size > gpus:

@@ -67,6 +67,9 @@ class RunTimer:
     and compilation are not counted either. If a checkpoint has no `times`, training_s is nan, and so are the epoch
     entries if the checkpoint was saved partway through an epoch.
 
+    Args:
+        start_s: When the command started, by CLOCK_BOOTTIME, or None for the start of this process.
+
     Attributes:
         times: Dict with four entries.
 
@@ -77,8 +80,8 @@ class RunTimer:
             - epoch_images: Number of images in the current epoch so far, over all ranks and including skipped steps.
     """
 
-    def __init__(self) -> None:
-        self._command_start_s = command_start_s()
+    def __init__(self, start_s: float | None = None) -> None:
+        self._command_start_s = command_start_s() if start_s is None else start_s
         self.times = {"training_s": 0.0, "epoch_time_s": 0.0, "epoch_wait_s": 0.0, "epoch_images": 0.0}
 
     @property

@@ -23,11 +23,11 @@ from helpers.training import DIGITS, ROOT, alone, broken_after
 from models import build_model
 from pipelines.convert.source import Source
 from pipelines.storage.dataset import ModelDataset
-from tools.inference.trained_model import load_trained_model
 from train import ddp
 from train.build import build_all
 from train.checkpoint import format, store
 from train.checkpoint.finetune import load_finetune, without_pretrained
+from train.trained_model import load_trained_model
 
 OPTS = [
     "data.batch_size=16",

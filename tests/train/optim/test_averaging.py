@@ -16,7 +16,6 @@ from configs.utils.errors import UserError
 from helpers.training import CPU, DIGITS, alone, make_state, on_ranks, random_batch, run_here, small_net, strict_lines
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.interfaces import Position
-from tools.inference.trained_model import load_trained_model
 from tools.runs.records import comparison_rows, curve_rows, read_run
 from train.checkpoint import store
 from train.distributed.process_group import Ranks
@@ -27,6 +26,7 @@ from train.engine.step import train_step
 from train.engine.warm_up import blank_batch, warm_up_training
 from train.optim.averaging import Ema, Lookahead, build_ema, build_lookahead, eval_weights, kept_share, uses_ema
 from train.reporting.metrics_file import best_results, read_metrics
+from train.trained_model import load_trained_model
 
 VAL_SAMPLES = 107
 State = dict[str, Tensor]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from torch import Tensor
 
 from configs.load import parse_config
 from configs.schema import Config, DataConfig
 from configs.utils.errors import UserError
+from pipelines import build_eval_loader
 from pipelines.convert.source import Encoding
 from pipelines.storage.dataset import ModelDataset
 from train.build import build_all
@@ -21,6 +24,7 @@ from train.checkpoint.finetune import inference_config, without_pretrained
 from train.checkpoint.restore import restore_weights
 from train.checkpoint.resume import find_checkpoints
 from train.checkpoint.state import require_keys
+from train.engine.evaluate import check_full_coverage, predictions
 from train.engine.state import TrainState
 
 
@@ -111,3 +115,33 @@ def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: st
         f"{trained.path} and {what} differ in their classes ({len(ours)} and {len(classes)} of them; {where}); use a "
         "checkpoint that was trained on these classes"
     )
+
+
+def picture_encoding(model: TrainedModel) -> Encoding:
+    """Return the encoding in which to store pictures for a model.
+
+    This is the encoding of the model's data set, or JPEG if that was not recorded. A data set of raw pixels that were
+    not resized has a single image size. If this size is square, pictures are resized to it. Otherwise, they are stored
+    as JPEG.
+    """
+    encoding = model.dataset.conversion or Encoding("jpeg")
+    if encoding.name == "jpeg" or encoding.size is not None:
+        return encoding
+    assert model.dataset.image_shape is not None  # npy images have one shape
+    height, width, _ = model.dataset.image_shape
+    return replace(encoding, size=height) if height == width else Encoding("jpeg", orientation=encoding.orientation)
+
+
+def predicted_batches(
+    model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits and labels of each batch of a split, computed as in evaluation.
+
+    Raises:
+        UserError: The data set cannot be read, or one of its files has changed.
+        RuntimeError: Some samples were missed or counted twice. Raised after the last batch.
+    """
+    settings = model.config.eval.model_copy(update={"batch_size": batch_size or model.config.eval.batch_size})
+    loader = build_eval_loader(model.eval_data_config(folder), settings, split=split, device=model.state.device)
+    yield from predictions(model.state, loader, tta or model.config.eval.tta)
+    check_full_coverage(loader)

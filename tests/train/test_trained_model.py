@@ -13,10 +13,10 @@ import torch
 from configs.utils.errors import UserError
 from helpers.training import Run, alone
 from pipelines import build_eval_loader
-from tools.inference.trained_model import check_same_classes, load_trained_model
 from train.checkpoint import store
 from train.checkpoint.resume import find_checkpoints
 from train.engine.evaluate import evaluate
+from train.trained_model import check_same_classes, load_trained_model
 
 
 def test_loaded_model_evaluates_like_the_run(digits_run: Run) -> None:
