@@ -20,7 +20,7 @@ from tools import zhu
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAM = r"(?:python|torchrun [^`]*?)\s(?:tools|train)/\w+\.py|zhu (?=[a-z])"
 COMMAND = re.compile(rf"(?:^    |`)((?:{PROGRAM})[^`\n]*)", re.MULTILINE)
-FOLDERS = ("configs", "models", "pipelines", "train", "tools", "tests", "docs")
+FOLDERS = ("configs", "models", "pipelines", "train", "tools", "tests", "docs", "notebooks")
 CITED_FILE = re.compile(rf"(?<![\w/.}}-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w/?)(?![\w*{{<…])")
 CITED_TEST = re.compile(r"`(?:[\w/.]+::)?(test_\w+)`")
 CITED_TARGET = re.compile(r"(?:^    |`)make ([a-z][\w-]*)", re.MULTILINE)

@@ -70,6 +70,7 @@ def fit(
     start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     warn.cache_clear()  # each run gives its warnings
     nulls = [f"{key}=null" for key, value in settings.items() if value is None]
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     loaded = load_config(config, [*overrides, *nulls], **settings)
     if loaded.eval.only:
         raise UserError("eval.only=true evaluates a checkpoint, but fit trains; set eval.only=false or use zhu train")
@@ -77,6 +78,7 @@ def fit(
     job = Job.load(loaded, Ranks.alone("fit()"))
     with _process_group("fit()") as device:
         ended = train(job.on(device), resume, extend=extend, start_s=start_s)
+    gc.collect()  # frees the memory of the run, which is in reference cycles
     if ended.exit_code:
         signal.raise_signal(ended.exit_code - 128)  # for the handler that was replaced during training
     return Run(ended.folder)
@@ -129,8 +131,8 @@ class Run:
 
         Args:
             images: Image, or sequence of images. An image is a PIL image, a NumPy array uint8 [H, W], [H, W, 1] or
-                [H, W, 3], a torch tensor uint8 [H, W], [1, H, W] or [3, H, W], or the path of an image file. An array
-                or a tensor with four dimensions is a batch.
+                [H, W, 3], a torch tensor uint8 [H, W], [1, H, W] or [3, H, W], or the path of an image file. Other
+                arrays and tensors are batches, such as [N, H, W] and [N, H, W, 3].
 
         Raises:
             UserError: An image cannot be read, there is no intact checkpoint, or its weights have diverged.
@@ -178,8 +180,13 @@ class Predictions:
 
 
 def _as_list(images: Picture | Sequence[Picture]) -> list[Picture]:
-    if isinstance(images, str | Path | Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim != 4):
+    """Return the images of `Run.predict` as a list. Raises UserError if there are none."""
+    if isinstance(images, str | Path | Image):
         return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        channels = images.shape[-1 if isinstance(images, np.ndarray) else 0] if images.ndim == 3 else 0
+        if images.ndim < 3 or channels in (1, 3):
+            return [images]
     if not len(images):
         raise UserError("there are no images to predict; pass at least one")
     return list(images)
@@ -203,7 +210,6 @@ def _process_group(tool: str) -> Iterator[torch.device]:
     ranks, threads = Ranks.alone(tool), torch.get_num_threads()
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     with ExitStack() as stack:
-        stack.callback(gc.collect)  # the run's memory is in reference cycles
         stack.callback(torch.set_num_threads, threads)
         stack.callback(torch.set_float32_matmul_precision, precision)
         stack.callback(setattr, torch.backends.cudnn, "benchmark", benchmark)
