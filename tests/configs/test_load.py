@@ -390,6 +390,14 @@ def test_replacements_win_and_none_is_ignored(write: Write) -> None:
     assert (config.data.batch_size, config.output, config.train.epochs, config.train.lr) == (8, "runs", 3, 0.5)
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_loaded_config_takes_overrides_like_its_file(path: Path) -> None:
+    overrides = ["seed=7", "train.lr=0.5"]
+    assert load_config(load_config(path), overrides) == load_config(path, overrides)
+    with pytest.raises(UserError, match=r"did you mean train\.lr"):
+        load_config(load_config(path), ["train.lrr=1"])
+
+
 # YAML out
 
 
