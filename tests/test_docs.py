@@ -144,5 +144,5 @@ def test_commands_are_found() -> None:
     assert len(found["docs/homework.md"]) >= 20
     assert len(COMMANDS) >= 60
     assert (
-        "python tools/convert.py verify data/medium-imagenet-96" in found["docs/data-format.md"]
+        "zhu convert verify data/medium-imagenet-96" in found["docs/data-format.md"]
     )  # without its comment

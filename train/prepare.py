@@ -52,7 +52,7 @@ def prepare_dataset(folder: Path, local_rank: int) -> None:
 
 def _convert(words: list[str]) -> None:
     """Run tools/convert.py. Raises UserError if it fails; it has then printed why."""
-    shown = shlex.join(["python", "tools/convert.py", *words])
+    shown = shlex.join(["zhu", "convert", *words])
     print(f"preparing the data set: {shown}", flush=True)
     end_with_parent = partial(die_with_parent, signal.SIGTERM, os.getpid())
     status = subprocess.run([sys.executable, CONVERT, *words], check=False, preexec_fn=end_with_parent).returncode

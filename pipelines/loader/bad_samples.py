@@ -17,7 +17,7 @@ from configs.utils.warnings import warn
 from pipelines.storage.split import Split
 
 MAX_NAMED = 3  # samples named in an error message
-REPAIR = "run `tools/convert.py verify` on the data set and convert the source again"
+REPAIR = "run `zhu convert verify` on the data set and convert the source again"
 FindDefect = Callable[[int], str | None]  # returns the reason why a sample cannot be decoded, or None if it can
 
 

@@ -16,7 +16,7 @@ from configs.utils.errors import UserError, printable, readable
 
 FORMAT, VERSION = "model-zhu-shards", 1
 EXTENSIONS = {"npy": "npy", "jpeg": "jpg"}
-RECONVERT = "the data set is damaged: run `tools/convert.py verify` on it and convert the source again"
+RECONVERT = "the data set is damaged: run `zhu convert verify` on it and convert the source again"
 MAX_BYTES = 2**25  # maximum size of dataset.json, for about 200,000 shards; parsed JSON takes up to 20 times as much
 MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples; half of the address space of a process
@@ -136,7 +136,7 @@ def load_dataset(folder: str | Path) -> DatasetInfo:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged or from another program ({type(error).__name__}: {error}); "
-            "convert the source with tools/convert.py first"
+            "convert the source with zhu convert first"
         ) from None
     raise UserError(
         f"{path} has format version {_format_value(version)}, this program reads {VERSION}; convert the source again"
@@ -298,8 +298,8 @@ def convert_hint(folder: str | Path) -> str:
     path = Path(folder)
     command, source, out = _command(path)
     if not command:
-        return "convert the source with tools/convert.py first"
-    words = ["python", "tools/convert.py", command, *source, "--out", str(out)]
+        return "convert the source with zhu convert first"
+    words = ["zhu", "convert", command, *source, "--out", str(out)]
     use = "" if out == path else f", and give {out} as the data set"
     if known_conversion(path) and not path.exists():
         use = ", or start training with --prepare, which does this first"

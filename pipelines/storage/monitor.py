@@ -119,7 +119,7 @@ class ShardMonitor:
     def _message(self, number: int, what: str) -> str:
         return (
             f"{self._files[number]} {what} while it was in use, so the run ends before it saves anything trained on "
-            "changed bytes; restore the file (check the data set with `tools/convert.py verify`) and resume the run"
+            "changed bytes; restore the file (check the data set with `zhu convert verify`) and resume the run"
         )
 
 

@@ -581,7 +581,7 @@ def test_run_uses_batch_size_warm_up_and_jitter(
     assert [line.split(":")[0] for line in err.splitlines()] == ["warning"] * 3
     folder = tmp_path / "out" / "lenet"
     log = (folder / "log.txt").read_text()
-    assert "lenet (83,296 parameters) on tiny (700 train samples), 1 epochs of 10 steps at global batch 64" in log
+    assert "lenet (83,296 parameters) on tiny (700 train samples), 1 epoch of 10 steps at global batch 64" in log
     assert lrs_of(log) == pytest.approx([2e-5 + (3e-4 - 2e-5) * step / 10 for step in range(1, 11)], rel=1e-3)
     (metrics,) = strict_lines(folder / "metrics.jsonl")
     assert (metrics["step"], metrics["lr"]) == (10, pytest.approx(3e-4))
@@ -609,7 +609,7 @@ PRINT_FREQ: 1
     assert code == 0, err
     folder = tmp_path / "out" / "lenet"
     log = (folder / "log.txt").read_text()
-    assert "1 epochs of 7 steps at global batch 100" in log
+    assert "1 epoch of 7 steps at global batch 100" in log
     assert lrs_of(log) == pytest.approx([0.1 - 0.08 * step / 7 for step in range(7)], rel=1e-3)
     resolved = load_config(folder / "config.yaml")
     assert (resolved.aug.auto.policy, resolved.aug.color_jitter.brightness) == ("none", 0.4)
@@ -642,10 +642,10 @@ def test_evaluation_needs_checkpoint_and_flag_overrides_config(
 @pytest.mark.parametrize(
     ("section", "expected"),
     [
-        ("DATASET: cifar10", "python tools/convert.py cifar10 --download --out data/cifar10"),
-        ("DATASET: medium_imagenet", "tools/convert.py hdf5 --source FILE.hdf5 --out data/medium-imagenet-224"),
-        ("DATA_PATH: raw", "tools/convert.py hdf5 --source raw/pixels.hdf5 --out data/pixels, and give data/pixels"),
-        ("DATA_PATH: raw/pixels.hdf5", "tools/convert.py hdf5 --source raw/pixels.hdf5 --out data/pixels, and give"),
+        ("DATASET: cifar10", "zhu convert cifar10 --download --out data/cifar10"),
+        ("DATASET: medium_imagenet", "zhu convert hdf5 --source FILE.hdf5 --out data/medium-imagenet-224"),
+        ("DATA_PATH: raw", "zhu convert hdf5 --source raw/pixels.hdf5 --out data/pixels, and give data/pixels"),
+        ("DATA_PATH: raw/pixels.hdf5", "zhu convert hdf5 --source raw/pixels.hdf5 --out data/pixels, and give"),
     ],
 )
 def test_unconverted_data_set_error_names_convert_command(

@@ -436,7 +436,7 @@ def assert_refused(code: int, err: str, *fragments: str) -> None:
         (["--opts", "train.epoch=5"], ["train.epoch=5 is unknown", "train.epochs"]),
         (["--opts", "train.epochs=many"], ['train.epochs="many"', "integer"]),
         (["--opts", "model.num_classes=7"], ["model.num_classes=7", "has 10 classes", "set it to 10"]),
-        (["--data-path", "/nowhere/digits"], ["'/nowhere/digits' does not exist", "tools/convert.py"]),
+        (["--data-path", "/nowhere/digits"], ["'/nowhere/digits' does not exist", "zhu convert"]),
         (["--opts", "data.val_split=test"], ["split 'test'", "does not exist", "['train', 'val']"]),
         (["--batch-size", "2000"], ["data.batch_size=2000", "1437 samples", "use at most 1437"]),
         (["--opts", "train.accumulation_steps=30", "data.batch_size=64"], ["accumulation_steps 30", "at most 47"]),

@@ -71,7 +71,7 @@ def test_present_data_set_is_left_alone(fake: Path, monkeypatch: pytest.MonkeyPa
 def test_failed_conversion_is_an_error_that_names_the_command(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "CONVERT", fake)
     fake.write_text("raise SystemExit(2)")
-    with pytest.raises(UserError, match=r"`python tools/convert.py digits --out data/digits` exited with status 2"):
+    with pytest.raises(UserError, match=r"`zhu convert digits --out data/digits` exited with status 2"):
         prepare_dataset(Path("data/digits"), 0)
 
 
@@ -104,7 +104,7 @@ def test_training_prepares_the_digits_first(tmp_path: Path, processes: int) -> N
     command = command_line(*arguments, "--opts", "train.epochs=1", processes=processes)
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=CLEAN)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("preparing the data set: python tools/convert.py digits --out") == 1
+    assert result.stdout.count("preparing the data set: zhu convert digits --out") == 1
     assert (tmp_path / "digits_lenet/best.pt").is_file()
 
 
@@ -118,4 +118,4 @@ def test_download_error_without_a_network_is_clear(tmp_path: Path) -> None:
     first, last = result.stderr.splitlines()
     assert first.startswith("error: cannot download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz")
     assert "check the network, or fetch it by other means and pass it as --source data/raw/cifar-10-python" in first
-    assert last.startswith("error: --prepare failed: `python tools/convert.py cifar10 --download --out data/cifar10`")
+    assert last.startswith("error: --prepare failed: `zhu convert cifar10 --download --out data/cifar10`")

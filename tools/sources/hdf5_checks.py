@@ -132,7 +132,7 @@ def row_layout(path: Path, images: h5py.Dataset, max_pixels: int) -> Layout:
 
 ENCODED_HINT = (
     "store encoded images (JPEG, PNG …) as variable-length bytes (N,), dtype h5py.vlen_dtype('uint8'), or as files "
-    "ROOT/train/CLASS/NAME.jpg for `tools/convert.py imagefolder`"
+    "ROOT/train/CLASS/NAME.jpg for `zhu convert imagefolder`"
 )
 
 

@@ -40,7 +40,7 @@ def test_suggested_command_is_accepted_by_convert(
         Path(file).touch()
     sentence = convert_hint(folder)
     sentence, _, prepare = sentence.partition(", or start training with --prepare, which does this first")
-    command, _, use = sentence.removeprefix("convert it first: python tools/convert.py ").partition(", and give ")
+    command, _, use = sentence.removeprefix("convert it first: zhu convert ").partition(", and give ")
     assert prepare == ""
     parsed = vars(convert.build_parser().parse_args(shlex.split(command)))
     assert {key: parsed[key] for key in options} == options
@@ -66,4 +66,4 @@ def test_configs_have_a_known_data_set() -> None:
 def test_unknown_path_gets_the_general_hint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing"):
-        assert convert_hint(path) == "convert the source with tools/convert.py first"
+        assert convert_hint(path) == "convert the source with zhu convert first"
