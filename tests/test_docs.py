@@ -143,6 +143,4 @@ def test_commands_are_found() -> None:
     assert len(found["README.md"]) >= 14
     assert len(found["docs/homework.md"]) >= 20
     assert len(COMMANDS) >= 60
-    assert (
-        "zhu convert verify data/medium-imagenet-96" in found["docs/data-format.md"]
-    )  # without its comment
+    assert "zhu convert verify data/medium-imagenet-96" in found["docs/data-format.md"]  # without its comment
