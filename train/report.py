@@ -88,7 +88,7 @@ def next_commands(folder: Path) -> list[str]:
     run = shlex.quote(str(folder))
     return [
         f"zhu show --checkpoint {run}",
-        f"zhu predict --checkpoint {run} --split PHOTOS",
+        f"zhu predict PHOTO.jpg --checkpoint {run}",
         f"zhu compare {run} OTHER",
     ]
 
