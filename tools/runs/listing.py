@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -21,6 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from configs.arguments import new_parser, parse
+from configs.utils.console import terminal_width
 from configs.utils.errors import UserError
 from configs.utils.files import path_argument, read_small_text
 
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         where = f" in {arguments.output}" if arguments.kind == "runs" else ""
         raise UserError(f"there are no {arguments.kind}{where} that match {arguments.pattern or '*'}")
     with suppress(BrokenPipeError):  # | head
-        print(aligned(lines, shutil.get_terminal_size((10_000, 24)).columns))
+        print(aligned(lines, terminal_width() if sys.stdout.isatty() else sys.maxsize))
 
 
 def matches(line: Line, pattern: str) -> bool:

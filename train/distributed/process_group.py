@@ -79,11 +79,6 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         UserError: This machine has GPUs, but fewer than `local_world_size`, the shared store cannot be reached, or this
             process already has a group.
     """
-    if dist.is_initialized():
-        raise UserError(
-            "this process already has a torch.distributed process group, of another run or of your own code; wait for "
-            "that run, or call torch.distributed.destroy_process_group()"
-        )
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if ranks.local_world_size > gpus:
@@ -96,6 +91,11 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    if dist.is_initialized():
+        raise UserError(
+            "this process already has a torch.distributed process group, of another run or of your own code; wait for "
+            "that run, or call torch.distributed.destroy_process_group()"
+        )
     store = dist.HashStore() if ranks.world_size == 1 else _launch_store(open_store(ranks))
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT)
     is_broken = False
