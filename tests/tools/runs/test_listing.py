@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,9 @@ def test_runs_have_epochs_accuracy_and_date(
 
 def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "60")
+    listing.main(["augmentations"])
+    assert "…" not in capsys.readouterr().out  # redirected
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     listing.main(["augmentations"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) == 60
