@@ -103,7 +103,7 @@ def test_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_pa
     folder = tmp_path / "digits_lenet"
     assert {"last.pt", "best.pt", "curves.png", "config.yaml"} <= {path.name for path in folder.iterdir()}
     assert [line["epoch"] for line in strict_lines(folder / "metrics.jsonl")] == [0, 1]
-    assert " %, done in " in out
+    assert ", done in " in out
 
 
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
@@ -131,7 +131,7 @@ def test_run_resumes_and_checkpoint_is_usable(
     monkeypatch.setattr(sys, "argv", ["train/ddp.py", *map(str, command)])
     with broken_after(lambda _, position: position == middle):
         ddp.main()
-    assert f"resumed from {folder / 'last.pt'} at {middle}" in run(ddp.main, *command, "--resume", "auto")
+    assert f"resumed from {folder / 'last.pt'} at the start of epoch 2" in run(ddp.main, *command, "--resume", "auto")
     assert "over 360 samples" in run(ddp.main, *command, "--resume", folder / "best.pt", "--eval")
     if not IS_STAND_IN:  # on which steps take no time
         run(ddp.main, *command, "--throughput")
