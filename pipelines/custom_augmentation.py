@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from configs.utils.code import load_object
+from configs.utils.code import describe_error, load_object
 from configs.utils.errors import UserError
 from pipelines.interfaces import Position
 from pipelines.rng import hash64, stream
@@ -26,12 +26,18 @@ class CustomAugmentation:
         device: Device of the batches.
 
     Raises:
-        UserError: The code cannot be imported.
+        UserError: The code cannot be imported, or is a class.
     """
 
     def __init__(self, reference: str, seed: int, rank: int, device: torch.device) -> None:
         self._reference, self._seed, self._rank = reference, seed, rank
         self._function: Callable[..., object] = load_object(reference, "aug.custom")
+        if isinstance(self._function, type):
+            raise UserError(
+                f"aug.custom={reference} is a class, but must be a function (images, generator) -> images; call an "
+                "object of the class in a function of your own and name that function, as path/to/file.py:NAME"
+            )
+        self._is_range_checked = False
         self._generator = torch.Generator(device)
 
     def __call__(self, images: torch.Tensor, position: Position) -> torch.Tensor:
@@ -42,14 +48,27 @@ class CustomAugmentation:
             position: Epoch, and number of the batch in the epoch on this rank.
 
         Raises:
-            UserError: The function returns something else than images of the same shape on the same device.
+            UserError: The function fails, or returns something else than images of the same shape on the same device.
         """
         key = stream(self._seed, position.epoch, f"custom-{self._rank}")
         self._generator.manual_seed(int(hash64(np.array([position.step], np.uint64) ^ key)[0] >> np.uint64(1)))
         with torch.no_grad():
-            result = self._function(images, self._generator)
+            brightest = None if self._is_range_checked else images.amax()  # the function may change the images
+            try:
+                result = self._function(images, self._generator)
+            except (UserError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the user's code may raise anything
+                raise UserError(f"aug.custom={self._reference} failed: {describe_error(error)}") from error
             if not isinstance(result, torch.Tensor) or result.shape != images.shape or result.device != images.device:
                 raise self._refused(result, images)
+            if brightest is not None and brightest > 1:  # synchronizes, so only until a batch is not black
+                self._is_range_checked = True
+                if result.is_floating_point() and result.amax() <= 1:
+                    raise UserError(
+                        f"aug.custom={self._reference} returns floats from 0 to 1, but must return 0 to 255; multiply "
+                        "the result by 255"
+                    )
             if result.is_floating_point():
                 result = result.round().clamp(0, 255).to(torch.uint8)
             elif result.dtype != torch.uint8:

@@ -37,6 +37,15 @@ def integers(images, generator):
 
 def nothing(images, generator):
     images += 1
+
+def scaled(images, generator):
+    return images.float() / 255
+
+def fails(images, generator):
+    return images @ images[:, :, :3]
+
+class Flip:
+    pass
 """
 
 
@@ -107,6 +116,22 @@ def test_mixing_follows_own_augmentation(npy_data: Path, own: str) -> None:
 def test_results_that_are_no_images_are_refused(npy_data: Path, own: str, name: str, found: str) -> None:
     with pytest.raises(UserError, match=rf"aug\.custom=.*own\.py:{name} returns {found}, but must return images"):
         next(iter(loader(npy_data, f"{own}:{name}")))
+
+
+def test_floats_from_0_to_1_are_refused(npy_data: Path, own: str) -> None:
+    with pytest.raises(UserError, match=r"own\.py:scaled returns floats from 0 to 1, but must return 0 to 255"):
+        next(iter(loader(npy_data, f"{own}:scaled")))
+
+
+def test_failing_function_is_named_with_its_line(npy_data: Path, own: str) -> None:
+    line = 1 + OWN[: OWN.index("    return images @")].count("\n")
+    with pytest.raises(UserError, match=rf"own\.py:fails failed: RuntimeError: .* \(.*own\.py, line {line}\)$"):
+        next(iter(loader(npy_data, f"{own}:fails")))
+
+
+def test_class_is_refused(npy_data: Path, own: str) -> None:
+    with pytest.raises(UserError, match=r"own\.py:Flip is a class, but must be a function \(images, generator\)"):
+        loader(npy_data, f"{own}:Flip")
 
 
 def test_missing_function_is_refused_before_an_epoch(npy_data: Path, own: str) -> None:

@@ -6,16 +6,17 @@ Mixing is one expression without branches on tensor values, so it can be compile
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import TrainConfig
 from configs.schema.train import LOSSES
-from configs.utils.code import load_object
+from configs.utils.code import describe_error, load_object
 from configs.utils.errors import UserError
 from pipelines.augment.mixup import identity_table
 from pipelines.loader.batches import Batch, MixedBatch
@@ -23,7 +24,12 @@ from pipelines.loader.batches import Batch, MixedBatch
 LossAndCounts = Callable[[nn.Module, Batch, float], tuple[Tensor, Tensor]]
 
 
-def build_loss(config: TrainConfig, mixes: bool, device: torch.device | None = None) -> LossAndCounts:
+def build_loss(
+    config: TrainConfig,
+    mixes: bool,
+    device: torch.device | None = None,
+    compiled: Callable[[LossAndCounts], LossAndCounts] = lambda function: function,
+) -> LossAndCounts:
     """Return the loss function for train.loss. It can be compiled as a whole, unless it is the user's own.
 
     The loss function takes (model, batch, label_smoothing) and returns the mean loss and the sums (loss * samples,
@@ -39,16 +45,17 @@ def build_loss(config: TrainConfig, mixes: bool, device: torch.device | None = N
         config: Config section `train`, as returned by `with_class_weights`.
         mixes: Whether batches use mixup or CutMix.
         device: Device of the model.
+        compiled: Compiles the loss function, such as `ExecutionPlan.compiled`. Default: it is not compiled.
 
     Raises:
-        UserError: train.loss names code that cannot be imported.
+        UserError: train.loss names code that cannot be imported, or a class that needs arguments.
     """
     is_cross_entropy, threshold = config.loss == "cross-entropy", config.bce_threshold
     weights = None if config.class_weights is None else torch.tensor(config.class_weights, device=device)
     if is_cross_entropy and not mixes and weights is None:
-        return loss_and_counts
+        return compiled(loss_and_counts)
     if config.loss not in LOSSES:
-        return custom_loss(load_object(config.loss, "train.loss"), config.loss, mixes or config.label_smoothing > 0)
+        return custom_loss(config.loss, mixes or config.label_smoothing > 0, device, compiled)
 
     def soft_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
         logits, targets, correct = _soft(model, batch, label_smoothing)
@@ -56,19 +63,25 @@ def build_loss(config: TrainConfig, mixes: bool, device: torch.device | None = N
             return _with_counts(F.cross_entropy(logits, targets, weights), correct, batch)
         return _with_counts(binary_cross_entropy(logits, targets, threshold, weights), correct, batch)
 
-    return soft_loss_and_counts
+    return compiled(soft_loss_and_counts)
 
 
-def custom_loss(function: Callable[..., object], name: str, is_soft: bool) -> LossAndCounts:
+def custom_loss(
+    name: str, is_soft: bool, device: torch.device | None, compiled: Callable[[LossAndCounts], LossAndCounts]
+) -> LossAndCounts:
     """Return the user's function (logits, labels) -> loss as a loss function, see `build_loss`.
 
+    The function is called with logits of at least float32 [B, C] on the device, with autocast as in the forward pass,
+    and with the labels. It returns the loss as a tensor []. A class is called without arguments to get the function.
+
     Args:
-        function: Called with logits of at least float32 [B, C] on the device, with autocast as in the forward pass, and
-            with the labels. Returns the loss as a tensor [].
-        name: The value of train.loss, for error messages.
+        name: The value of train.loss.
         is_soft: Whether labels are the target probabilities [B, C], with the dtype of the logits. Otherwise they are
             int64 [B].
+        device: Device to which a loss that is a module is moved.
+        compiled: Compiles the loss function.
     """
+    function = _load_loss(name, device)
 
     def custom_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
         logits, targets, correct = _soft(model, batch, label_smoothing)
@@ -81,7 +94,50 @@ def custom_loss(function: Callable[..., object], name: str, is_soft: bool) -> Lo
             )
         return _with_counts(loss, correct, batch)
 
-    return custom_loss_and_counts
+    run = compiled(custom_loss_and_counts)
+
+    def explained_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        try:
+            return run(model, batch, label_smoothing)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # the user's code may raise anything, and torch.compile wraps it
+            if batch.images.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise  # as an error of the capture
+            # Run uncompiled to find out whether the function or the model fails, and where.
+            network = model.module if isinstance(model, DistributedDataParallel) else model
+            logits, targets, _ = _soft(network, batch, label_smoothing)
+            try:
+                function(logits, targets if is_soft else batch.labels)
+            except Exception as error:
+                _raise_failed(name, error, is_soft)
+            raise
+
+    return explained_loss_and_counts
+
+
+def _load_loss(name: str, device: torch.device | None) -> Callable[..., object]:
+    """Import the function that train.loss names. Call a class without arguments, and return the object."""
+    found = load_object(name, "train.loss")
+    if not isinstance(found, type):
+        return found
+    try:
+        loss = found()
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(
+            f"train.loss={name} is a class, and calling it without arguments failed: {describe_error(error)}; give its "
+            "arguments defaults, or name a function (logits, labels) -> loss"
+        ) from error
+    if not callable(loss):
+        raise UserError(f"train.loss={name} is a class without __call__; name a function (logits, labels) -> loss")
+    return loss.to(device) if isinstance(loss, nn.Module) else loss
+
+
+def _raise_failed(name: str, error: Exception, is_soft: bool) -> NoReturn:
+    hint = ""
+    if is_soft:
+        hint = "; labels are probabilities [B, C] here because of train.label_smoothing, mixup or CutMix"
+    raise UserError(f"train.loss={name} failed: {describe_error(error)}{hint}") from error
 
 
 def loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def build_state(
         plan=plan,
         forward=data_parallel(network, device, config.accumulation_steps),
         infer=plan.compiled(network),
-        loss_and_counts=plan.compiled(build_loss(config, plan.mixes, device)),
+        loss_and_counts=build_loss(config, plan.mixes, device, plan.compiled),
         guard=SkipNonFinite(network, optimizer) if config.on_nonfinite == "skip" else None,
         notes=() if note is None else (note,),
     )

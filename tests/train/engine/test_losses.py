@@ -212,6 +212,7 @@ def test_neighbours_of_each_pair_are_swapped() -> None:
 
 
 OWN_LOSS = """
+import torch
 import torch.nn.functional as F
 
 seen = []
@@ -225,6 +226,23 @@ def vector(logits, labels):
 
 def number(logits, labels):
     return 1.0
+
+def wrong(logits, labels):
+    return F.cross_entropy(logits + torch.zeros(3), labels)
+
+def labels_only(logits, labels):
+    return F.nll_loss(logits.log_softmax(1), labels)
+
+class Doubled(torch.nn.Module):
+    def forward(self, logits, labels):
+        return 2 * F.cross_entropy(logits, labels)
+
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale
+
+class Silent:
+    pass
 """
 
 
@@ -272,11 +290,59 @@ def test_own_loss_that_is_no_mean_is_refused(tmp_path: Path, name: str, found: s
         own_loss(tmp_path, name)(lenet(), random_batch(SAMPLES), 0.0)
 
 
+def compiled_eagerly(function: LossAndCounts) -> LossAndCounts:
+    compiled: LossAndCounts = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    return compiled
+
+
+def test_own_loss_may_be_a_module_class(tmp_path: Path) -> None:
+    model, batch = lenet(), random_batch(SAMPLES)
+    loss, _ = own_loss(tmp_path, "Doubled")(model, batch, 0.0)
+    expected, _ = build_loss(TrainConfig(), False)(model, batch, 0.0)
+    torch.testing.assert_close(loss, 2 * expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Scaled", "is a class, and calling it without arguments failed: TypeError: .*'scale'.*; give its arguments"),
+        ("Silent", "is a class without __call__"),
+    ],
+)
+def test_loss_class_that_cannot_be_called_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"train\.loss=.*own\.py:{name} {message}"):
+        own_loss(tmp_path, name)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_failing_own_loss_is_named_with_its_line(tmp_path: Path, is_compiled: bool) -> None:
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    line = 1 + OWN_LOSS[: OWN_LOSS.index("    return F.cross_entropy(logits + torch")].count("\n")
+    options = {"compiled": compiled_eagerly} if is_compiled else {}
+    loss = build_loss(TrainConfig(loss=f"{tmp_path / 'own.py'}:wrong"), False, **options)
+    with pytest.raises(
+        UserError, match=rf"own\.py:wrong failed: RuntimeError: The size .* \(.*own\.py, line {line}\)$"
+    ):
+        loss(lenet(), random_batch(SAMPLES), 0.0)
+
+
+def test_own_loss_that_fails_on_probabilities_is_told_so(tmp_path: Path) -> None:
+    loss = own_loss(tmp_path, "labels_only", label_smoothing=0.1)
+    with pytest.raises(UserError, match=r"labels_only failed: .*; labels are probabilities \[B, C\] here because"):
+        loss(lenet(), random_batch(SAMPLES), 0.1)
+
+
+def test_failing_model_is_not_blamed_on_the_own_loss(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        own_loss(tmp_path, "loss")(nn.Linear(3, 10), random_batch(SAMPLES), 0.0)
+
+
 def test_own_loss_can_be_compiled(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN_LOSS.replace("    seen.append((logits.detach(), labels))\n", ""))
-    function = build_loss(TrainConfig(loss=f"{tmp_path / 'own.py'}:loss"), True)
+    config = TrainConfig(loss=f"{tmp_path / 'own.py'}:loss")
+    function = build_loss(config, True)
     batch, model, reference = mixed_batch(), lenet(), lenet()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+    compiled = build_loss(config, True, compiled=compiled_eagerly)
     loss, counts = compiled(model, batch, 0.0)
     expected, expected_counts = function(reference, batch, 0.0)
     torch.testing.assert_close(counts, expected_counts)
