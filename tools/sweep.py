@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in {point.config.data.path for point in points}:
         load_dataset(path)  # fails once here instead of in every run
     slots = make_slots(visible_gpus(), arguments.gpus_per_run, arguments.parallel)
-    command = ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus_per_run}", "train/ddp.py"]
-    command += ["--cfg", str(arguments.cfg)]
+    processes = ["--nproc", str(arguments.gpus_per_run)] if arguments.gpus_per_run > 1 else []
+    command = ["zhu", "train", *processes, str(arguments.cfg)]
     sweep = Sweep(tables.make_folder(folder), points, arguments.gpus_per_run, command, arguments.opts)
     with lock_folder(folder) as lock:
         waiting = [point for point in points if not is_finished(point)]
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sweep_report.write_report(sweep)
             if isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                print(f"to resume, run the same command again: {shlex.join(['python', *sys.argv])}")
+                print(f"to resume, run the same command again: {shlex.join(['zhu', 'sweep', *sys.argv[1:]])}")
     return 1 if sweep.errors else 0
 
 

@@ -182,12 +182,13 @@ def test_suggestion_for_digits_is_near_the_configs_rate(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "found"
-    find_lr.main(["--cfg", str(DIGITS), "--data-path", str(digits_run.data), "--out", str(out)])
+    find_lr.main([str(DIGITS), "--data-path", str(digits_run.data), "--out", str(out), "--opts", "seed", "1"])
     facts = json.loads((out / "find_lr.json").read_text())
     assert 6e-4 <= facts["suggestion"]["lr"] <= 6e-2
     assert facts["diverged"]
     assert facts["updates"] < find_lr_command.MIN_STEPS
-    assert f"--opts train.lr={facts['suggestion']['lr']:.2g}" in capsys.readouterr().out
+    command = f"zhu train {DIGITS} --data-path {digits_run.data} seed=1 train.lr={facts['suggestion']['lr']:.2g}"
+    assert f"suggestion (steepest descent): {command}\n" in capsys.readouterr().out
     with (out / "find_lr.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == facts["updates"]

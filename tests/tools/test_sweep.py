@@ -101,8 +101,8 @@ def test_sweep_writes_tables_and_plots_and_prints_best_setting(finished: tuple[P
     line = next(line for line in printed.splitlines() if line.startswith("best: "))
     shown, command = line.split("): ", 1)
     assert shown == f"best: {content['best']['settings'][0]} (val top1 {float(best['best_val_top1']):.4f}"
-    start = command.index("--cfg")  # the printed command repeats the best run
-    pasted = parse_arguments(shlex.split(command[start:]))
+    assert command.startswith("zhu train ")  # the printed command repeats the best run
+    pasted = parse_arguments(shlex.split(command)[2:])
     config = load_config(pasted.cfg, pasted.opts)
     recorded = settings_by_key(load_config(out / best["run"] / "config.yaml"))
     assert settings_by_key(config) | {"name": "", "output": ""} == recorded | {"name": "", "output": ""}
@@ -164,7 +164,7 @@ def test_interrupted_sweep_ends_runs_and_prints_resume_command(
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert f"run the same command again: python {shlex.join(command[1:])}" in printed
+    assert f"run the same command again: zhu sweep {shlex.join(command[2:])}" in printed
     assert "best: train.lr=1e-3" in printed
     assert [row["status"] for row in rows(out)] == ["finished", "not started"]
     assert processes_of(out) == []

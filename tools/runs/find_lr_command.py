@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from configs.load import load_config
+from configs.load import load_config, split_overrides
 from configs.schema import Config
 from configs.stages import config_at
 from configs.utils.console import progress_bar
@@ -61,7 +62,10 @@ def run(options: argparse.Namespace) -> None:
         curve = range_test(state, loader, np.geomspace(options.first, options.last, steps))
     suggestion = suggest_lr(curve)
     write_results(out, config, curve, suggestion)
-    print(summary(config, curve, suggestion))
+    given = [f"{key}={value}" for key, value in split_overrides(options.opts)]
+    path = [] if options.data_path is None else ["--data-path", options.data_path]
+    command = shlex.join(["zhu", "train", options.cfg, *path, *given])
+    print(summary(config, curve, suggestion, command))
     print(f"curve and figures are in {out}")
 
 
@@ -94,7 +98,7 @@ def range_test(state: TrainState, loader: TrainLoader, rates: np.ndarray) -> Los
 
 
 def options_for(config: Config, lr: float) -> str:
-    """Return the --opts values that set the learning rate `lr` and scale the config's other rates by the same factor.
+    """Return the settings that set the learning rate `lr` and scale the config's other rates by the same factor.
 
     Args:
         config: The config of the range test.
@@ -110,8 +114,8 @@ def options_for(config: Config, lr: float) -> str:
     return " ".join([f"train.lr={lr:.2g}", *others])
 
 
-def summary(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
-    """Return the text to print: the suggested learning rate, or the reason why there is none."""
+def summary(config: Config, curve: LossCurve, suggestion: Suggestion, command: str) -> str:
+    """Return the text to print: `command` with the suggested learning rate, or the reason why there is none."""
     ended = "; the loss diverged there" if divergence_index(curve.smoothed) is not None else ""
     lines = [f"{title(config)}: {len(curve.lr)} steps from {curve.lr[0]:.2g} to {curve.lr[-1]:.2g}{ended}"]
     if suggestion.lr is None:
@@ -119,7 +123,7 @@ def summary(config: Config, curve: LossCurve, suggestion: Suggestion) -> str:
     else:
         minimum, tenth = suggestion.lr_at_minimum, suggestion.tenth_of_minimum
         lines.append(f"second opinion: a tenth of {minimum:.2g}, where the smoothed loss is lowest, is {tenth:.2g}")
-        lines.append(f"suggestion (steepest descent): --opts {options_for(config, suggestion.lr)}")
+        lines.append(f"suggestion (steepest descent): {command} {options_for(config, suggestion.lr)}")
         lines.append(f"the config sets train.lr={config.train.lr:.2g}")
         if config.train.lr_batch_size is not None:
             lines.append(f"train.lr is for train.lr_batch_size={config.train.lr_batch_size}, the curve for this batch")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from configs.load import split_overrides
 from configs.schema import Config, settings_by_key
 from configs.utils.console import terminal_width
 from configs.utils.files import read_small_text
@@ -36,7 +37,7 @@ class Sweep:
     folder: Path
     points: list[Point]
     processes: int  # processes per run
-    command: list[str]  # the command that trains one point, without --opts
+    command: list[str]  # the command that trains one point, without settings
     opts: list[str]  # overrides for all points
     errors: dict[str, str] = field(default_factory=dict)  # one-line error of each failed run, by run name
 
@@ -109,8 +110,8 @@ def write_report(sweep: Sweep) -> None:
     print(tables.runs_table(rows, terminal_width(), always=("best_val_top1",)))
     if (best := best_row(rows)) is not None:
         point = sweep.points[best]
-        opts = [*sweep.opts, *point.settings]
-        command = shlex.join([*sweep.command, *(["--opts", *opts] if opts else [])])
+        opts = [f"{key}={value}" for key, value in split_overrides([*sweep.opts, *point.settings])]
+        command = shlex.join([*sweep.command, *opts])
         print(f"best: {' '.join(point.settings) or point.name} (val top1 {rows[best]['best_val_top1']:.4f}): {command}")
         for hint in edge_hints([one.config for one in sweep.points], best):
             print(hint)
