@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ Picture = str | Path | Image | np.ndarray | Tensor
 
 def fit(
     config: str | Path | Config,
-    *overrides: str,
+    *overrides: str | Mapping[str, object],
     resume: str | Path | None = None,
     extend: bool = False,
     **settings: object,
@@ -57,7 +57,7 @@ def fit(
 
     Args:
         config: YAML file, or a config.
-        overrides: Settings as KEY=VALUE, e.g. "train.epochs=3".
+        overrides: Settings as KEY=VALUE, e.g. "train.epochs=3", or as mappings, e.g. {"train.epochs": 3}.
         resume: "auto" for the latest run of this name, a run folder or a checkpoint; None for a new run.
         extend: Whether more train.epochs than the resumed run was started with are allowed.
         settings: Settings by name, e.g. output="runs", or by dotted key, e.g. **{"train.epochs": 3}.
@@ -69,9 +69,10 @@ def fit(
     """
     start_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     warn.cache_clear()  # each run gives its warnings
+    texts, settings = _split_overrides(overrides, settings)
     nulls = [f"{key}=null" for key, value in settings.items() if value is None]
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    loaded = load_config(config, [*overrides, *nulls], **settings)
+    loaded = load_config(config, [*texts, *nulls], **settings)
     if loaded.eval.only:
         raise UserError("eval.only=true evaluates a checkpoint, but fit trains; set eval.only=false or use zhu train")
     resume = loaded.resume if resume is None else str(resume)
@@ -120,8 +121,13 @@ class Run:
         return max(results, key=lambda result: sign * result[0], default=(None, None))[1]
 
     def plot(self) -> Figure:
-        """Plot the loss and the accuracy over epochs, as in curves.png."""
-        return figures.curves(self.metrics, self.folder.name, self.config.train.loss)
+        """Plot the loss and the accuracy over epochs, as in curves.png. Raises UserError if no epoch has ended."""
+        metrics = self.metrics
+        if not metrics:
+            raise UserError(
+                f"{self.folder} has no epoch to plot: its metrics.jsonl is empty or missing; train it first"
+            )
+        return figures.curves(metrics, self.folder.name, self.config.train.loss)
 
     def predict(self, images: Picture | Sequence[Picture]) -> Predictions:
         """Predict images with the best checkpoint, or the newest if there is no best.pt.
@@ -179,9 +185,43 @@ class Predictions:
         return [self.classes[number] for number in self.probabilities.argmax(1)]
 
 
+def _split_overrides(
+    overrides: Sequence[str | Mapping[str, object]], settings: Mapping[str, object]
+) -> tuple[list[str], dict[str, object]]:
+    """Return the overrides of `fit` that are texts, and all settings by name, where `settings` override mappings.
+
+    Raises:
+        UserError: An override is neither, or a setting is a class or a function.
+    """
+    texts: list[str] = []
+    merged: dict[str, object] = {}
+    for override in overrides:
+        if isinstance(override, Mapping):
+            merged.update(override)
+        elif isinstance(override, str):
+            texts.append(override)
+        else:
+            raise UserError(f'override {override!r:.60} must be KEY=VALUE or a mapping, such as {{"train.epochs": 3}}')
+    merged.update(settings)
+    for key, value in merged.items():
+        for part in value.values() if isinstance(value, Mapping) else [value]:
+            if callable(part):
+                name = getattr(part, "__name__", "NAME")
+                raise UserError(
+                    f"{key} contains {name}, a {type(part).__name__}, but settings are texts and numbers; write it to "
+                    f"a file, e.g. with %%writefile own.py, and give own.py:{name}"
+                )
+    return texts, merged
+
+
 def _as_list(images: Picture | Sequence[Picture]) -> list[Picture]:
-    """Return the images of `Run.predict` as a list. Raises UserError if there are none."""
-    if isinstance(images, str | Path | Image):
+    """Return the images of `Run.predict` as a list. Raises UserError if there are none, or for a folder."""
+    if isinstance(images, str | Path):
+        if Path(images).is_dir():
+            files = f"sorted(Path({str(images)!r}).rglob('*.jpg'))"
+            raise UserError(f"{images} is a folder; give its image files, e.g. {files}, or use zhu predict {images}")
+        return [images]
+    if isinstance(images, Image):
         return [images]
     if isinstance(images, np.ndarray | Tensor):
         channels = images.shape[-1 if isinstance(images, np.ndarray) else 0] if images.ndim == 3 else 0

@@ -64,6 +64,25 @@ def test_fit_trains_like_the_command(digits_run: DigitsRun, tmp_path: Path) -> N
         assert [line[key] for line in ours.metrics] == [line[key] for line in theirs]
 
 
+def test_settings_may_be_mappings(digits_run: DigitsRun, run: Run, tmp_path: Path) -> None:
+    ours = fit_digits(digits_run, tmp_path, {"train.epochs": 9, "train.patience": None}, **{"train.epochs": 1})
+    assert ours.config.train.epochs == 1
+    with pytest.raises(UserError, match="override 3 must be KEY=VALUE or a mapping"):
+        fit(DIGITS, 3)  # type: ignore[arg-type]
+    for setting in ({"model.name": torch.nn.Linear}, {"model": {"name": torch.nn.Linear}}):
+        with pytest.raises(UserError, match=r"model.* contains Linear, a type, .*%%writefile .*give own.py:Linear"):
+            fit(DIGITS, setting)
+
+
+def test_run_without_epochs_and_folders_of_images_are_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no epoch to plot"):
+        Run(run_dirs.make(tmp_path / "digits_lenet", config=load_config(DIGITS))).plot()
+    with pytest.raises(UserError, match=r"is a folder; give its image files, e.g. sorted\(Path"):
+        run.predict(tmp_path)
+    with pytest.raises(UserError, match=r"^nope/config.yaml cannot be read \(No such file or directory\); give"):
+        Run("nope")
+
+
 def test_run_gives_config_metrics_best_and_curves(run: Run) -> None:
     assert run.metrics == strict_lines(run.folder / "metrics.jsonl")
     assert (run.config.train.epochs, run.config.data.train_split) == (2, "val")

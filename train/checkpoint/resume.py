@@ -63,7 +63,9 @@ def read_config(folder: Path) -> Config:
     try:
         text = read_small_text(folder / "config.yaml")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.yaml cannot be read ({error}); give the folder of a run") from None
+        raise UserError(
+            f"{folder}/config.yaml cannot be read ({getattr(error, 'strerror', error)}); give the folder of a run"
+        ) from None
     return parse_config(text, f"{folder}/config.yaml")
 
 
