@@ -7,9 +7,9 @@
     zhu predict --checkpoint output/run --split test --sample-submission sample.csv --out result
 
 For one checkpoint, a split's loss, top1 and top5 equal those of `train/ddp.py --eval`. Pictures (image files, and
-folders that contain them at any depth) are first converted like the checkpoint's data set; their best classes are
-printed if they are few. A folder may also be given as --split; if a split has the same name, NAME selects the split
-and ./NAME selects the folder.
+folders that contain them at any depth) are first converted like the checkpoint's data set; the best classes of up to 5
+pictures are printed, or the best class of the first 20. A folder may also be given as --split; if a split has the same
+name, NAME selects the split and ./NAME selects the folder.
 
 These files are written to --out, with images in stored order. `row` is the row of an image in the source, counted from
 0. For pictures, it is the position in the list of files, which is sorted by path in each folder.
@@ -28,6 +28,8 @@ their class, since leaving them out would shift all later ids.
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 
 from configs.arguments import check_positive, new_parser, parse
 from configs.utils.errors import UserError, run_main
@@ -79,14 +81,25 @@ def check_images(arguments: argparse.Namespace) -> None:
     if arguments.pictures and arguments.split is not None:
         raise UserError(f"both pictures ({arguments.pictures[0]}) and --split {arguments.split} are given; omit one")
     if not arguments.pictures and arguments.split is None:
-        *_, last = arguments.checkpoint
-        swallowed = len(arguments.checkpoint) > 1 and last.suffix not in ("", ".pt", ".pth")
+        swallowed = [path for path in arguments.checkpoint if _is_picture(path)]
+        if not swallowed:
+            raise UserError("nothing to predict: give pictures (before the options), or --split")
+        names = shlex.join(map(str, swallowed))
+        runs = shlex.join(str(path) for path in arguments.checkpoint if path not in swallowed) or "RUN"
         raise UserError(
-            f"{last} follows --checkpoint, which takes all names up to the next option; write pictures first: {last} "
-            f"--checkpoint {arguments.checkpoint[0]}"
-            if swallowed
-            else "nothing to predict: give pictures (before the options), or --split"
+            f"{names} follows --checkpoint, which takes all names up to the next option; write pictures first: "
+            f"zhu predict {names} --checkpoint {runs}"
         )
+
+
+def _is_picture(path: Path) -> bool:
+    """Return True if a path is no checkpoint by its name, or is a folder that contains images but no checkpoint."""
+    if not path.is_dir():
+        return path.suffix not in ("", ".pt", ".pth")
+    from tools.sources.folder_scan import EXTENSIONS
+
+    is_run = any(path.glob("*.pt"))
+    return not is_run and any(file.suffix.lower() in EXTENSIONS for file in path.rglob("*"))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
     labelled = rows.labels is not None
     if rows.labels is not None:
         checks.check_labels(rows.labels, len(rows), len(source.classes), split)
-    probed = _probe(rows, encoding, source.name, split)
+    probed = _probe(rows, encoding, source, split)
     shape = None
     if encoding.name == "npy":
         shape = (probed[0].height, probed[0].width, 3)
@@ -189,7 +189,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
     )
 
 
-def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> list[Encoded]:
+def _probe(rows: SplitSource, encoding: Encoding, source: Source, split: str) -> list[Encoded]:
     """Encode a few samples to determine the image shape (npy) or the average size in bytes (jpeg).
 
     Evenly spaced rows are tried until one sample (npy) or PROBED_ROWS samples (jpeg) have been encoded.
@@ -208,8 +208,10 @@ def _probe(rows: SplitSource, encoding: Encoding, source: str, split: str) -> li
             continue
         if len(found) >= wanted:
             break
+    if not found and source.kind == "pictures":
+        raise UserError(f"no picture could be decoded ({reason}); give image files")
     if not found:
-        raise UserError(f"no image of split {split!r} of {source} could be decoded ({reason}); check the source")
+        raise UserError(f"no image of split {split!r} of {source.name} could be decoded ({reason}); check the source")
     return found
 
 

@@ -368,11 +368,15 @@ def test_single_files_are_predicted_and_printed(
         (["pipe", "--checkpoint", "RUN"], "picture pipe is not a regular file"),
         (
             ["text.txt", "--checkpoint", "RUN"],
-            r"could be decoded \(text.txt: cannot be decoded: not an image",
+            r"^no picture could be decoded \(text.txt: cannot be decoded: not an image",
         ),
         (["one.jpg", "--checkpoint", "RUN", "--split", "val"], r"both pictures \(one.jpg\) and --split val are given"),
         (["--checkpoint", "RUN"], "nothing to predict"),
-        (["--checkpoint", "RUN", "one.jpg"], "one.jpg follows --checkpoint, .*; write pictures first: one.jpg --check"),
+        (
+            ["--checkpoint", "RUN", "one.jpg"],
+            "one.jpg follows --checkpoint, .*; write pictures first: zhu predict one.jpg --check",
+        ),
+        (["--checkpoint", "RUN", "photos"], r"photos follows --checkpoint, .*: zhu predict photos --checkpoint .*run"),
     ],
 )
 def test_pictures_that_cannot_be_read_are_refused(
@@ -381,8 +385,26 @@ def test_pictures_that_cannot_be_read_are_refused(
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     Path("text.txt").write_text("text")
+    Path("photos/deep").mkdir(parents=True)
+    Path("photos/deep/1.JPG").touch()
+    before = set(model.iterdir())
     with pytest.raises(UserError, match=message):
         run(*[str(model) if word == "RUN" else word for word in arguments])
+    assert set(model.iterdir()) == before
+
+
+def test_best_class_of_many_pictures_is_printed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(22):
+        Image.fromarray(marked_image(number)).save(tmp_path / f"{number:02}.png")
+    run(tmp_path, "--checkpoint", model, "--out", tmp_path / "out")
+    rows = table(tmp_path / "out/predictions.csv")[1:]
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20
+    for line, row in zip(lines, rows, strict=False):
+        assert re.fullmatch(rf"{row[1]}: {row[4]} [0-9.]+%", line)
+    assert "predictions of 22 images" in last
 
 
 @pytest.mark.parametrize("orientation", ["apply", "ignore"])

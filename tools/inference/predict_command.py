@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from configs.arguments import flag_name
 from configs.utils.errors import UserError, printable
@@ -17,7 +20,8 @@ from tools.inference.prediction_files import build_metrics, format_table, write_
 from train.distributed.process_group import Ranks, process_group
 from train.trained_model import TrainedModel, check_same_classes, load_trained_model
 
-MAX_SHOWN = 5
+MAX_SHOWN = 5  # unreadable images, and images whose best classes are printed
+MAX_SHOWN_BEST = 20  # images whose best class is printed, if there are more than MAX_SHOWN
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,10 +35,28 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.split is not None:
             folder = find_picture_folder(arguments.split, dataset_folder(models[0], arguments.data_path))
             pictures = [] if folder is None else [folder]
-        out = make_folder(arguments.out or default_folder(models[0].path, arguments.split, pictures))
         links = arguments.follow_links
-        with open_images(arguments.split, pictures, models, arguments.data_path, out, follow_links=links) as images:
+        with (
+            output_folder(arguments.out or default_folder(models[0].path, arguments.split, pictures)) as out,
+            open_images(arguments.split, pictures, models, arguments.data_path, out, follow_links=links) as images,
+        ):
             write_predictions(arguments, models, images, out)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Create the output folder if needed, and remove it on exit if it is new and nothing was written into it.
+
+    Raises:
+        UserError: The folder cannot be created or written to.
+    """
+    is_new = not path.exists()
+    try:
+        yield make_folder(path)
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def write_predictions(
@@ -70,16 +92,29 @@ def write_predictions(
             print(f"{model.title}: {result.sentence(images.split)}")
         if len(models) > 1:
             print(f"average of {len(models)} checkpoints: {mean.sentence(images.split)}")
-    if images.files is not None and len(images) <= MAX_SHOWN:
-        for place in range(len(images)):
-            best = zip(numbers[place].tolist(), probabilities[place].tolist(), strict=True)
-            shown = ", ".join(f"{classes[number]} {probability:.1%}" for number, probability in best)
-            print(printable(f"{images.describe(place)}: {shown}"))
+    if images.files is not None:
+        print_best(images, classes, numbers, probabilities)
     unreadable = f"; {len(images.unreadable):,} more cannot be read" if images.unreadable else ""
     count = f"{len(images):,} image{'s' * (len(images) != 1)}"
     print(f"{out}: predictions of {count} in predictions.npz and .csv{unreadable}")
     if form is not None and file is not None:
         print(submission.write_submission(file, form, images, numbers[:, 0], len(classes)))
+
+
+def print_best(images: ImageSet, classes: Sequence[str], numbers: np.ndarray, probabilities: np.ndarray) -> None:
+    """Print the best classes of each image, or only the best class of the first images if there are many.
+
+    Args:
+        images: N images.
+        classes: Names of the classes.
+        numbers: Class numbers int64 [N, K], from the best.
+        probabilities: Their probabilities float32 [N, K].
+    """
+    count = numbers.shape[1] if len(images) <= MAX_SHOWN else 1
+    for place in range(min(len(images), MAX_SHOWN_BEST)):
+        best = zip(numbers[place, :count].tolist(), probabilities[place, :count].tolist(), strict=True)
+        shown = ", ".join(f"{classes[number]} {probability:.1%}" for number, probability in best)
+        print(printable(f"{images.describe(place)}: {shown}"))
 
 
 def default_folder(checkpoint: Path, split: str, pictures: Sequence[Path]) -> Path:
