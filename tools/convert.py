@@ -58,6 +58,7 @@ def convert(args: argparse.Namespace) -> int:
             f"cannot read the source: {error.strerror or error} ({error.filename}); fix this and start again"
         ) from None
     options = build_options(args, source)
+    is_new = not (args.out / "dataset.json").exists()
     try:
         dataset = convert_source(source, args.out, options, args.workers, name)
     except OSError as error:
@@ -66,7 +67,7 @@ def convert(args: argparse.Namespace) -> int:
             f"cannot convert into {args.out}: {reason} ({error.filename or 'while writing'}); fix this and "
             "run the same command again to resume"
         ) from None
-    print(format_summary(dataset, args.out, time.perf_counter() - started))
+    print(format_summary(dataset, args.out, time.perf_counter() - started if is_new else None))
     return 0
 
 
@@ -154,10 +155,11 @@ def dataset_name(args: argparse.Namespace) -> str:
     return name
 
 
-def format_summary(dataset: DatasetInfo, out: Path, seconds: float) -> str:
+def format_summary(dataset: DatasetInfo, out: Path, seconds: float | None) -> str:
     """Return a summary of a conversion, with a line about the data set and a line about each split.
 
-    The first few quarantined samples of a split are listed below its line.
+    The first few quarantined samples of a split are listed below its line. `seconds` is the time that the conversion
+    took, or None if the data set existed already.
     """
     lines = []
     for name, split in dataset.splits.items():
@@ -177,7 +179,8 @@ def format_summary(dataset: DatasetInfo, out: Path, seconds: float) -> str:
     samples = sum(split.samples for split in dataset.splits.values())
     classes = counted(len(dataset.classes), "class", "classes")
     head = f"{out}: {counted(samples, 'sample')} of {classes} as {dataset.encoding}"
-    return "\n".join([f"{printable(head)}, {seconds:.1f} s, {samples / seconds:,.0f} images/s", *lines])
+    rate = "" if seconds is None else f", {seconds:.1f} s, {samples / seconds:,.0f} images/s"
+    return "\n".join([f"{printable(head)}{rate}", *lines])
 
 
 def verify(folder: Path) -> str:

@@ -78,6 +78,10 @@ def test_digits_convert_to_a_verified_data_set(tmp_path: Path) -> None:
     assert "train: 1,437 samples in 1 shard" in result.stdout
     assert "val: 360 samples in 1 shard" in result.stdout
     assert "0 quarantined" in result.stdout
+    again = run_script("digits", "--out", out, "--workers", "2")
+    assert "already contains this data set: nothing to do" in again.stderr
+    assert again.stdout.splitlines()[0] == f"{out}: 1,797 samples of 10 classes as npy"
+    assert again.stdout.splitlines()[1:] == result.stdout.splitlines()[1:]
     checked = run_script("verify", out)
     assert (checked.returncode, checked.stdout) == (0, f"{out} is intact: 1,797 samples in 2 shards\n")
 
