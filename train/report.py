@@ -99,7 +99,7 @@ def log_results(trainer: Trainer, position: Position, *, is_kept: bool = True) -
     Args:
         trainer: The trainer of the run.
         position: Position at which the run has ended.
-        is_kept: Whether the run folder stays, so that the next commands can use it.
+        is_kept: Whether the run folder stays, so that it is named with the next commands.
     """
     config, state, log, run = trainer.config, trainer.state, trainer.log, trainer.run
     progress, clock = run.progress, run.clock
@@ -116,10 +116,11 @@ def log_results(trainer: Trainer, position: Position, *, is_kept: bool = True) -
         log.info(f"stopped early: {trainer.end_reason(position)}")
     best, best_by = progress.best(config.eval.best_by) or 0.0, config.eval.best_by
     result = f"loss {best:.4f}" if best_by == "loss" else f"{BEST_NAMES[best_by]} {100 * best:.2f} %"
-    log.info(
-        f"best {config.data.val_split} {result}{which}, done in {duration(clock.command_s)}; "
-        f"the run is in {trainer.checkpoints.folder}"
-    )
+    if is_kept:
+        log.info(
+            f"best {config.data.val_split} {result}{which}, done in {duration(clock.command_s)}; "
+            f"the run is in {trainer.checkpoints.folder}"
+        )
     for number, command in enumerate(next_commands(trainer.checkpoints.folder) if is_kept else ()):
         log.info(f"{'next:' if number == 0 else '':<5} {command}")
     if config.log.images and collectives.from_first_rank(lambda: log.has_trackers):

@@ -65,6 +65,7 @@ def test_dev_run_trains_evaluates_saves_and_resumes_without_a_trace(
     assert out.endswith(WORKED)
     assert out.count("resumed from") == 1
     assert "zhu show" not in out
+    assert "the run is in" not in out
     assert steps == [1, 2, 3, 4]
     assert len(saved) == 2
     assert len(evaluated) in (2, 4)  # four with a moving average

@@ -106,7 +106,8 @@ def test_two_processes_continue_with_the_same_global_batches(
 def test_stages_after_the_last_epoch_trigger_warning(digits_run: Run, tmp_path: Path) -> None:
     run_here(*arguments(digits_run.data, tmp_path, *PLAIN, "train.epochs=2"))
     log = (tmp_path / "digits_lenet" / "log.txt").read_text()
-    assert "data.stages with epoch=3 or later (counted from 0) are not reached with train.epochs=2\n" in log
+    assert "data.stages with epoch=3 or later are not reached with train.epochs=2, since" in log
+    assert "count from 0: the last epoch is 1\n" in log
 
 
 def test_unsupported_image_size_is_refused_before_creating_a_run_folder(digits_run: Run, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def stage_warnings(config: Config) -> list[str]:
     late = [stage.epoch for stage in config.data.stages if stage.epoch >= config.train.epochs]
     first = min(late, default=0)
     text = (
-        f"data.stages with epoch={first} or later (counted from 0) are not reached with "
-        f"train.epochs={config.train.epochs}"
+        f"data.stages with epoch={first} or later are not reached with train.epochs={config.train.epochs}, since these "
+        f"settings count from 0: the last epoch is {config.train.epochs - 1}"
     )
     return [text] if late else []
 
