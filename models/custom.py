@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from configs.utils.code import describe_error, load_object
 from configs.utils.errors import UserError
+from configs.utils.warnings import warn
 from models.timm_models import CANDIDATE_SIZES, Options, caught_error, run_one_image
 
 
@@ -78,10 +79,14 @@ def _check_run(reference: str, network: nn.Module, num_classes: int, image_size:
     except Exception as error:
         sizes = _supported_sizes(network, num_classes)
         if sizes and image_size not in sizes:
-            largest = "" if sizes[-1] == CANDIDATE_SIZES[-1] else f", and the largest is {sizes[-1]}"
+            nearest = min(sizes, key=lambda size: abs(size - image_size))
+            repair, works = "", f"at least {sizes[0]}"
+            if sizes[-1] < CANDIDATE_SIZES[-1]:  # as with a linear layer of a fixed size after a flatten
+                repair = "fix the layer in that line, or "
+                works = f"only {sizes[0]}" if len(sizes) == 1 else f"from {sizes[0]} to {sizes[-1]}"
             raise UserError(
                 f"image_size {image_size}x{image_size} is not supported by model {reference!r} "
-                f"({describe_error(error)}): the smallest that works is {sizes[0]}{largest}; set data.image_size"
+                f"({describe_error(error)}); {repair}set data.image_size={nearest} (sizes that work: {works})"
             ) from error
         raise UserError(
             f"model {reference!r} fails on images [2, 3, {image_size}, {image_size}]: {describe_error(error)}"
@@ -94,6 +99,16 @@ def _check_run(reference: str, network: nn.Module, num_classes: int, image_size:
             f"model {reference!r} returns {found} for 2 images, but must return logits, float [2, {num_classes}]: one "
             "number per class, with as many classes as its argument num_classes says, and without a softmax"
         )
+    if num_classes > 1 and not logits.is_meta and _are_probabilities(logits):
+        warn(
+            f"model {reference!r} returns probabilities; return logits without softmax, since the loss applies it, and "
+            "training learns slowly otherwise"
+        )
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    sums = logits.float().sum(1)
+    return bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
 
 
 def _supported_sizes(network: nn.Module, num_classes: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from configs.schema import ModelConfig
-from configs.utils.code import FORMS, is_reference
+from configs.utils.code import FORMS, is_reference, source_file
 from configs.utils.errors import UserError
 from models.alexnet import AlexNet
 from models.custom import build_custom_model
@@ -190,6 +190,9 @@ def unknown_model(name: str) -> UserError:
     close = [plain] if plain in MODELS else difflib.get_close_matches(plain, list_models(), n=2, cutoff=0.7)
     if timm.is_model(name.lower()) and plain not in close:
         close.insert(0, f"timm/{name.lower()}")
+    module, _, attribute = name.rpartition(".")
+    if not timm.is_model(name.lower()) and module and not name.endswith(".py") and source_file(f"{module}:{attribute}"):
+        close = [f"{module}:{attribute}"]
     if name.endswith(".py"):
         close = [f"{name}:NAME, with the name of the class or function"]
     guess = f"did you mean {' or '.join(close)}? " if close else ""

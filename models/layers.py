@@ -58,7 +58,7 @@ def check_image_size(model: str, height: int, width: int, min_size: int, max_siz
     allowed = f"at least {min_size}" if max_size is None else f"from {min_size} to {max_size}"
     raise UserError(
         f"image_size {height}x{width} (height x width) is not supported by {model}: the smallest is {min_size}, so "
-        f"make both sides {allowed} or choose another model"
+        f"make both sides {allowed} (set data.image_size={min_size}) or choose another model"
     )
 
 

@@ -185,7 +185,7 @@ class AugConfig(Section):
     @classmethod
     def _names_code(cls, custom: str | None) -> str | None:
         if custom is not None and not is_reference(custom):
-            raise ValueError(f"must be {FORMS}")
+            raise ValueError(f"must be your own function as {FORMS}, e.g. my_augment.py:cutout")
         return custom
 
     @field_validator("color_jitter", "auto", mode="before")

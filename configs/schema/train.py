@@ -149,7 +149,7 @@ class TrainConfig(Section):
     @classmethod
     def _known_loss(cls, loss: str) -> str:
         if loss not in LOSSES and not is_reference(loss):
-            raise ValueError(f"must be {', '.join(LOSSES)}, or your own function as {FORMS}")
+            raise ValueError(f"must be {', '.join(LOSSES)}, or your own function as {FORMS}, e.g. my_losses.py:focal")
         return loss
 
     @field_validator("bce_threshold")

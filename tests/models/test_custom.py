@@ -9,6 +9,7 @@ import torch
 
 from configs.schema import ModelConfig
 from configs.utils.errors import UserError
+from configs.utils.warnings import warn
 from helpers.own_code import write_own_code
 from models import build_from_config, build_model
 
@@ -35,6 +36,15 @@ def broken(num_classes):
 
 def unlucky(num_classes):
     return nn.Linear(3, num_classes)
+
+def flat(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
+def pooled(num_classes):
+    return nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def softmax(num_classes):
+    return nn.Sequential(fixed(0), nn.Softmax(1))
 
 class NoClasses(nn.Module):
     def __init__(self):
@@ -74,6 +84,14 @@ def test_lazy_layers_are_initialized() -> None:
     assert build_model("more.py:lazy", 5, image_size=16)[1].weight.shape == (5, 3 * 16 * 16)
 
 
+def test_probabilities_instead_of_logits_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    build_model("more.py:fixed", 7, image_size=32)
+    assert "probabilities" not in capsys.readouterr().err
+    warn.cache_clear()  # a warning is printed only once
+    build_model("more.py:softmax", 7, image_size=32)
+    assert "returns probabilities; return logits without softmax" in " ".join(capsys.readouterr().err.split())
+
+
 def test_drop_rate_is_passed_to_a_model_that_takes_it() -> None:
     assert build_model("more.py:dropout", 5, drop_rate=0.25)[1].p == 0.25
     assert build_model("more.py:dropout", 5)[1].p == 0.5
@@ -83,7 +101,9 @@ def test_drop_rate_is_passed_to_a_model_that_takes_it() -> None:
     ("name", "arguments", "message"),
     [
         ("own.py:Net", {"image_size": 64}, r"64x64 is not supported by model 'own\.py:Net' \(RuntimeError: .*own\.py, "
-         r"line 16\)\): the smallest that works is 32, and the largest is 35; set data\.image_size"),
+         r"line 16\)\); fix the layer in that line, or set data\.image_size=35 \(sizes that work: from 32 to 35\)"),
+        ("more.py:flat", {"image_size": 32}, r"; fix the layer in that line, or set data\.image_size=8 \(.*: only 8\)"),
+        ("more.py:pooled", {"image_size": 2}, r"\); set data\.image_size=3 \(sizes that work: at least 3\)"),
         ("own.py:Net", {"wdth": 3}, r"has no argument 'wdth', only num_classes, width; leave out model\.options"),
         ("own.py:Net", {"drop_rate": 0.1}, r"no argument 'drop_rate', .*; leave out model\.drop_rate or add"),
         ("own.py:Ned", {}, r"own\.py has nothing named Ned; did you mean Net\?"),
@@ -108,6 +128,7 @@ def test_unsuitable_models_are_explained(name: str, arguments: dict[str, object]
         ("resnet19", "did you mean resnet18 or "),
         ("vit_tiny_patch16_224", "did you mean timm/vit_tiny_patch16_224? "),
         ("own.py", "did you mean own.py:NAME, "),
+        ("own.AlexNet", "did you mean own:AlexNet? "),
         ("xyz", "unknown; use one of alexnet, "),
     ],
 )

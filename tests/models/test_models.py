@@ -193,7 +193,9 @@ def test_image_below_smallest_size_is_an_error(name: str, smallest: int) -> None
 
 def test_lenet_accepts_35_pixels_but_not_36() -> None:
     assert build_model("lenet", 10, image_size=35)(torch.zeros(1, 3, 35, 35)).shape == (1, 10)
-    with pytest.raises(UserError, match="smallest is 32, so make both sides from 32 to 35"):
+    with pytest.raises(
+        UserError, match=r"smallest is 32, so make both sides from 32 to 35 \(set data\.image_size=32\)"
+    ):
         build_model("lenet", 10, image_size=36)
 
 
