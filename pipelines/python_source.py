@@ -16,7 +16,8 @@ from PIL import Image
 
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError, readable
-from pipelines.convert.source import Encoding, Options, Source
+from configs.utils.warnings import warn
+from pipelines.convert.source import SPLIT_NAMES, Encoding, Options, Source
 from pipelines.convert.writer import convert_source
 from pipelines.storage.dataset import DatasetInfo
 
@@ -78,6 +79,7 @@ def write_dataset(
         OSError: A file cannot be read or written.
     """
     out = Path(out)
+    _check_splits(splits)
     rows = {name: PythonSplit(name, items) for name, items in splits.items()}
     if workers > 1 and not all(_is_indexed(items) for items in splits.values()):
         raise UserError(f"workers={workers} needs items that can be indexed, items[0]; use workers=1")
@@ -92,6 +94,23 @@ def write_dataset(
         splits=dict(rows),
     )
     return convert_source(source, out, Options(Encoding(encoding, size=size)), workers, name)
+
+
+def _check_splits(splits: object) -> None:
+    """Raise UserError unless `splits` is a dict with usual names. Warn if a split that training needs is missing."""
+    if not isinstance(splits, Mapping):
+        raise UserError(
+            f"splits is a {type(splits).__name__}, but must be a dict of the items of each split, e.g. "
+            '{"train": train_items, "val": val_items}'
+        )
+    for name in splits:
+        if not isinstance(name, str):
+            raise UserError(f"splits has the key {name!r}, but its keys must be names such as 'train' and 'val'")
+        usual = SPLIT_NAMES.get(name.lower(), name)
+        if usual != name:
+            raise UserError(f"splits has {name!r}; name this split {usual!r}")
+    if missing := [repr(name) for name in ("train", "val") if name not in splits]:
+        warn(f"splits has no {' and no '.join(missing)}; training needs train and val")
 
 
 class PythonSplit:

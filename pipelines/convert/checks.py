@@ -47,8 +47,8 @@ def check_shapes(layouts: dict[str, SplitLayout]) -> None:
     }
     if len({layout.image_shape for layout in layouts.values()}) > 1:
         raise UserError(
-            f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; give --size N or "
-            "--encoding jpeg"
+            f"npy stores one shape, but the splits are {', '.join(shapes.values())} pixels; resize them to one "
+            "size (option size) or use encoding jpeg"
         )
 
 

@@ -73,7 +73,7 @@ def encode(source: np.ndarray | bytes, encoding: Encoding) -> Encoded:
         payload = source
     else:
         if max(height, width) > JPEG_SIDE:
-            raise Defect(f"{width} x {height} pixels, but a JPEG has at most {JPEG_SIDE:,} per side (--size)")
+            raise Defect(f"{width} x {height} pixels, but a JPEG has at most {JPEG_SIDE:,} per side (option size)")
         buffer = io.BytesIO()
         subsampling = SUBSAMPLINGS[encoding.subsampling]
         Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.quality, subsampling=subsampling)

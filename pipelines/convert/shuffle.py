@@ -111,7 +111,7 @@ def _check_shape(layout: SplitLayout, rows: SplitSource, row: int, encoded: Enco
         raise UserError(
             f"{rows.describe(row)} has {encoded.height} x {encoded.width} pixels and others "
             f"{layout.image_shape[0]} x {layout.image_shape[1]}, but npy stores one shape; "
-            f"delete {layout.out}, then give --size N or --encoding jpeg"
+            f"delete {layout.out}, then resize to one size (option size) or use encoding jpeg"
         )
 
 

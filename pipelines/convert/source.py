@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}  # Pillow's numbers
+SPLIT_NAMES = {  # usual names of splits
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 class SplitSource(Protocol):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from configs.schema import DataConfig
 from configs.utils.errors import UserError
+from configs.utils.warnings import warn
 from pipelines import build_eval_loader, write_dataset
 from pipelines.storage.dataset import load_dataset
 from pipelines.storage.verify import verify
@@ -174,6 +175,24 @@ def test_wrong_collections_are_explained(tmp_path: Path) -> None:
         write_dataset(tmp_path / "out", {"val": Stream(3)}, workers=2)
     with pytest.raises(UserError, match=r"split 'val' of out has no rows; remove the split or fill it"):
         write_dataset(tmp_path / "out", {"train": Stream(3), "val": []})
+
+
+def test_splits_that_training_does_not_find_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = [(pixels(0), 0)]
+    with pytest.raises(UserError, match=r"splits is a list, but must be a dict .*\"train\": train_items"):
+        write_dataset(tmp_path / "out", items)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"splits has 'Training'; name this split 'train'"):
+        write_dataset(tmp_path / "out", {"Training": items, "val": items})
+    assert not (tmp_path / "out").exists()
+    warn.cache_clear()  # a warning is printed only once
+    write_dataset(tmp_path / "out", {"train": items, "held-out": items})
+    assert "splits has no 'val'; training needs train and val" in " ".join(capsys.readouterr().err.split())
+
+
+def test_images_of_several_sizes_in_npy_name_the_argument(tmp_path: Path) -> None:
+    items = [(pixels(0), 0), (pixels(1, 12), 0)]
+    with pytest.raises(UserError, match=r"npy stores one shape; .*\(option size\) or use encoding jpeg$"):
+        write_dataset(tmp_path / "out", {"train": items, "val": items}, encoding="npy")
 
 
 def test_items_are_iterated_over_a_few_times_only(tmp_path: Path) -> None:

@@ -16,16 +16,6 @@ from configs.utils.errors import UserError, printable
 # Extensions of the formats that pipelines.convert.encode decodes, except .pfm, whose values have no declared range.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".ppm", ".pgm",
               ".pbm", ".pnm", ".gif", ".tif", ".tiff")  # fmt: skip
-SPLIT_NAMES = {  # usual names of splits
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 MAX_FILE_BYTES = 1 << 30  # over five times the raw RGB pixels of the largest image allowed by default
 LITTER = ("__macosx", ".ds_store", "thumbs.db", "desktop.ini")  # left by archives and file managers; case-insensitive
 MAX_SUFFIX = 10  # characters of an extension in a note

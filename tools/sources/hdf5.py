@@ -21,8 +21,8 @@ import numpy as np
 
 from configs.utils.errors import UserError
 from pipelines.convert import memory_limit
-from pipelines.convert.source import Source, SplitSource
-from tools.sources.folder_scan import SPLIT_NAMES, note_missing_classes
+from pipelines.convert.source import SPLIT_NAMES, Source, SplitSource
+from tools.sources.folder_scan import note_missing_classes
 from tools.sources.hdf5_checks import (
     MAX_CHUNK_BYTES,
     Layout,
