@@ -34,6 +34,9 @@ def test_run_folder_prefers_best_over_last_checkpoints(digits_run: Run, tmp_path
     assert find_checkpoints(digits_run.folder)[0].name == "best.pt"
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoints(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="the run ended before its first one"):
+        find_checkpoints(tmp_path)
     for name in ("previous.pt", "last.pt", "best.pt"):
         shutil.copy(digits_run.folder / "last.pt", tmp_path / name)
         assert find_checkpoints(tmp_path)[0] == tmp_path / name

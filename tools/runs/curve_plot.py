@@ -40,7 +40,8 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
     figure, axes = figures.new_figure(2, 2, size=(11, 7.5 + 0.22 * rows), title=title)
     handles: dict[str, Line2D] = {}
     dotted: list[Line2D] = []
-    losses = " or ".join(dict.fromkeys(figures.loss_name(record.config.train.loss) for record in records))
+    losses = {figures.loss_name(record.config.train.loss) for record in records}
+    train_loss = f"train loss ({losses.pop()})" if len(losses) == 1 else "train loss"
     for axis, (quantity, label) in zip(axes, PANELS, strict=True):
         curves = [_curve_points(record, quantity) for record in records]
         averages = [_curve_points(record, f"ema_{quantity}") for record in records]
@@ -61,7 +62,7 @@ def plot_curves(records: Sequence[RunRecord], names: Sequence[str], title: str) 
             handles.setdefault(name + so_far * (not record.is_finished) if is_colored else OTHERS_LABEL, line)
         if quantity.endswith("loss"):
             _set_loss_axis(axis, curves, names, averages)
-        figures.style_axes(axis, "epochs trained", f"{label} ({losses})" if quantity == "train_loss" else label)
+        figures.style_axes(axis, "epochs trained", train_loss if quantity == "train_loss" else label)
         axis.locator_params(axis="x", integer=True)
     if OTHERS_LABEL in handles:
         handles[OTHERS_LABEL] = handles.pop(OTHERS_LABEL)  # move to the end

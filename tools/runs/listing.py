@@ -50,8 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     lines = [line for line in KINDS[arguments.kind](arguments) if matches(line, arguments.pattern)]
     if not lines:
-        where = f" in {arguments.output}" if arguments.kind == "runs" else ""
-        raise UserError(f"there are no {arguments.kind}{where} that match {arguments.pattern or '*'}")
+        which = f" that match {arguments.pattern}" if arguments.pattern else ""
+        if arguments.kind == "runs":
+            which = f" in {arguments.output}{which}; name another folder with --output"
+        raise UserError(f"there are no {arguments.kind}{which}")
     with suppress(BrokenPipeError):  # | head
         print(aligned(lines, terminal_width() if sys.stdout.isatty() else sys.maxsize))
 
@@ -115,7 +117,7 @@ def configs(arguments: argparse.Namespace) -> Iterator[Line]:
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[Line]:
-    from tools.runs.records import read_run, summarize_metrics
+    from tools.runs.records import read_run, status, summarize_metrics
 
     found = []
     for file in [*arguments.output.glob("*/config.yaml"), *arguments.output.glob("*/*/config.yaml")]:
@@ -131,7 +133,8 @@ def runs(arguments: argparse.Namespace) -> Iterator[Line]:
         best = summarize_metrics(run.metrics, run.config.eval.weights)["best_val_top1"]
         accuracy = "no accuracy" if best is None else f"best {100 * best:.2f} %"
         epochs = f"{run.epochs_trained} of {run.config.train.epochs} epochs"
-        yield str(folder), epochs, accuracy, date, run.config.name or ""
+        name = run.config.name or ""
+        yield str(folder), epochs, accuracy, date, name if run.metrics else f"{name}, {status(run)}"
 
 
 KINDS = {"models": models, "optimizers": optimizers, "augmentations": augmentations, "configs": configs, "runs": runs}

@@ -18,6 +18,7 @@ from configs.utils.errors import UserError
 from configs.utils.files import read_small_text
 from tools.common.tables import Row
 from train.checkpoint.resume import read_config
+from train.checkpoint.run_dir import is_locked
 from train.reporting.metrics_file import MetricsLine, counted_accuracy, read_metrics
 
 BASE_COLUMNS = {
@@ -144,7 +145,7 @@ def comparison_rows(records: Sequence[RunRecord], names: Sequence[str]) -> list[
         rows.append(
             {
                 "run": name,
-                "status": "finished" if record.is_finished else _progress(record),
+                "status": status(record),
                 **{column: settings[key] for key, column in BASE_COLUMNS.items()},
                 "global_batch" if has_batch else "batch_per_rank": batch,
                 **{key: _cell(settings[key]) for key in columns},
@@ -218,7 +219,12 @@ def _over_epochs(reduce: Callable[[list[float]], float], metrics: Sequence[Metri
     return reduce(values) if values else None
 
 
-def _progress(record: RunRecord) -> str:
+def status(record: RunRecord) -> str:
+    """Return whether a run has finished, or how far it got."""
+    if record.is_finished:
+        return "finished"
+    if not record.metrics and not is_locked(record.folder):
+        return "failed or stopped before its first epoch"
     return f"running or stopped at epoch {record.epochs_trained} of {record.config.train.epochs}"
 
 

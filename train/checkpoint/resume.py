@@ -145,4 +145,6 @@ def find_checkpoints(path: Path) -> tuple[Path, ...]:
     named = (path / name for name in (BEST, LAST, PREVIOUS))
     if found := (*(file for file in named if file.is_file()), *epoch_files(path)):
         return found
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{path} holds no checkpoint: the run ended before its first one, or has not saved it yet")
     raise UserError(f"{path} holds no checkpoint ({BEST} or {LAST}); give a run folder or a .pt file")

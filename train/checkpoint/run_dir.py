@@ -26,6 +26,8 @@ from train.checkpoint.resume import (
 from train.distributed import collectives
 
 WRITTEN_IN_PLACE = (LOCK_FILE, "log.txt", "metrics.jsonl", "wandb_id.txt", "wandb", "tensorboard")
+# Files of a run without a checkpoint. A new run replaces them.
+WRITTEN_AT_START = {LOCK_FILE, relaunch.LAUNCH_FILE, "config.yaml", "facts.json", "log.txt", "metrics.jsonl"}
 # The lock may still be held by a run that is writing its last checkpoint, by ranks whose torchrun was killed, or, on a
 # network file system, by a failed machine, whose locks expire after 90 s.
 LOCK_TIMEOUT_S = 100.0
@@ -78,7 +80,7 @@ class RunDir:
         return store.load_newest_on_all_ranks(self.candidates) if self.candidates else None
 
     def create(self) -> Path:
-        """Create and lock the folder of a new run, record this launch in the folder, and return the folder.
+        """Create or take over and lock the folder of a new run, record this launch in it, and return the folder.
 
         Raises:
             UserError: The folder cannot be created or written.
@@ -86,6 +88,8 @@ class RunDir:
 
         def create() -> Path:
             folder = self.path
+            if folder is None:
+                folder = take_over_run_dir(self._config, self._lock)
             if folder is None:
                 folder = create_run_dir(self._config)
                 self._lock.enter_context(lock_run_dir(folder))
@@ -119,12 +123,42 @@ def create_run_dir(config: Config) -> Path:
     raise AssertionError("the numbers are endless")
 
 
+def take_over_run_dir(config: Config, lock: ExitStack) -> Path | None:
+    """Lock and return the folder of the latest run of this name if it failed before its first epoch and checkpoint.
+
+    Its log is removed, and a new run replaces its other files. The lock is added to `lock`. If the folder contains
+    anything else or another process trains there, the result is None and the folder is unchanged.
+    """
+    number = latest_number(config)
+    folder = run_path(config, number)
+    if number == 0 or not _ended_early(folder):
+        return None
+    with suppress(UserError, OSError), ExitStack() as stack:
+        if stack.enter_context(lock_run_dir(folder, timeout_s=0.0)) and _ended_early(folder):
+            for name in ("log.txt", relaunch.LAUNCH_FILE):
+                (folder / name).unlink(missing_ok=True)
+            lock.push(stack.pop_all())
+            return folder
+    return None
+
+
+def _ended_early(folder: Path) -> bool:
+    """Return True if a run wrote its config to the folder, and nothing that is worth keeping."""
+    try:
+        names = set(os.listdir(folder))
+        has_metrics = "metrics.jsonl" in names and (folder / "metrics.jsonl").stat().st_size > 0
+    except OSError:
+        return False
+    return {"config.yaml", "log.txt"} <= names <= WRITTEN_AT_START and not has_metrics
+
+
 @contextmanager
-def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[bool]:
     """Lock the run folder, so that no other process overwrites its checkpoints and metrics.
 
     Entering the context waits for the process that holds the lock, and completes an interrupted save. If the lock file
     cannot be opened or locked, e.g. because the file system does not support locks, the folder is used without a lock.
+    The context yields whether the folder is locked.
     Child processes do not inherit the lock. Other code in this process must not open the lock file, since closing it
     would release the lock.
 
@@ -136,7 +170,7 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
     try:
         lock = (folder / LOCK_FILE).open("a+b", buffering=0)  # closing a buffer writes it, and fails on a full disk
     except OSError:
-        yield
+        yield False
         return
 
     def holder() -> str:
@@ -148,11 +182,11 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
 
     with lock:
         try:
-            is_locked = acquire_lock(lock, timeout_s, is_inherited=False, on_wait=warn_waiting)
+            has_lock = acquire_lock(lock, timeout_s, is_inherited=False, on_wait=warn_waiting)
         except OSError:
-            yield
+            yield False
             return
-        if not is_locked:
+        if not has_lock:
             raise UserError(
                 f"{holder()} is still training in {folder}; end it or wait for it, or give this run another name "
                 "(--opts name=NAME) without --resume"
@@ -161,7 +195,18 @@ def lock_run_dir(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[No
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         store.recover_interrupted_save(folder)  # not without a lock: another process may be saving
-        yield
+        yield True
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if another process trains in the folder, or if that is unknown, e.g. without locks."""
+    try:
+        with (folder / LOCK_FILE).open("r+b") as lock:
+            return not acquire_lock(lock, is_inherited=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _refuse_links(folder: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
 from configs.schema.optim import BUILT_IN_OPTIMIZERS
 from configs.utils.errors import UserError
 from helpers.imports import ROOT
-from helpers.training import Run
+from helpers.run_dirs import make
+from helpers.training import DIGITS, Run
 from models import list_models
 from tools.runs import listing
 
@@ -48,17 +50,26 @@ def test_patterns_select_names_or_descriptions(capsys: pytest.CaptureFixture[str
         listing.main(["configs", "*.yml"])
 
 
+def test_folder_without_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        listing.main(["runs", "--output", str(tmp_path)])
+    assert str(error.value) == f"there are no runs in {tmp_path}; name another folder with --output"
+
+
 def test_runs_have_epochs_accuracy_and_date(
     digits_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(digits_run.folder, tmp_path / "sweep" / "lr=1")
+    early = make(tmp_path / "early", "lock", config=load_config(DIGITS))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("model: 3")
     runs = listed(capsys, "runs", "--output", str(tmp_path))
     best = max(json.loads(line)["val_top1"] for line in (run / "metrics.jsonl").read_text().splitlines())
-    assert runs[str(run)].startswith(f"2 of 2 epochs  best {100 * best:.2f} %  20")
+    assert runs[str(run)].startswith(f"2 of 2 epochs   best {100 * best:.2f} %  20")
     assert runs[str(run)].endswith("  digits_lenet")
     assert "config.yaml" in runs[str(tmp_path / "broken")]
+    assert runs[str(early)].startswith("0 of 30 epochs  no accuracy")
+    assert runs[str(early)].endswith("digits_lenet, failed or stopped before its first epoch")
 
 
 def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from helpers.run_dirs import make
 from helpers.training import alone
 from train.checkpoint import run_dir, store
 from train.checkpoint.resume import resolve_resume
-from train.checkpoint.run_dir import RunDir, lock_run_dir
+from train.checkpoint.run_dir import RunDir, is_locked, lock_run_dir
 
 
 def test_folder_with_links_is_refused_and_targets_are_unchanged(tmp_path: Path) -> None:
@@ -126,6 +126,30 @@ def test_new_run_gets_a_folder_only_when_created(config: Config, tmp_path: Path)
         assert opened.create() == opened.path == tmp_path / "net"
         assert not is_free(tmp_path / "net")
     assert is_free(tmp_path / "net")
+
+
+def test_new_run_takes_over_a_run_that_ended_early(config: Config, tmp_path: Path) -> None:
+    folder = make(tmp_path / "net", "lock", "facts.json", "metrics.jsonl", config=config)
+    with another_run(folder), alone(), RunDir(config, None) as opened:
+        assert is_locked(folder)
+        assert opened.create() == tmp_path / "net-2"
+    (tmp_path / "net-2" / "lock").unlink()
+    (tmp_path / "net-2").rmdir()
+    with alone(), RunDir(config, None) as opened:
+        assert not is_locked(folder)
+        assert opened.create() == folder
+        assert not is_free(folder)
+    assert is_free(folder)
+    assert {file.name for file in folder.iterdir()} == {"lock", "config.yaml", "facts.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["last.pt", "last.pt.tmp", "epoch-1.pt", "wandb_id.txt", "notes", "metrics.jsonl"])
+def test_run_with_results_is_not_taken_over(name: str, config: Config, tmp_path: Path) -> None:
+    folder = make(tmp_path / "net", "lock", config=config)
+    (folder / name).write_text('{"epoch": 0}\n')
+    with alone(), RunDir(config, None) as opened:
+        assert opened.create() == tmp_path / "net-2"
+    assert (folder / "log.txt").exists()
 
 
 def test_refused_resume_leaves_no_lock_file(config: Config, tmp_path: Path) -> None:
