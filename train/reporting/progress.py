@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from math import isnan
 from typing import Any
@@ -17,6 +18,7 @@ WIDE = "{what} {bar} step {n_fmt}/{total_fmt}  {values}{remaining} left, run {ru
 NARROW = "{what} {n_fmt}/{total_fmt} {values}{remaining} left, run {run_left} {bar}"  # the bar is cut off first
 WIDE_VALUES, NARROW_VALUES = "loss {}  lr {}  {} images/s  ", "loss {} lr {} {} img/s "
 WIDE_COLUMNS = 99  # of a terminal of 100, of which tqdm leaves one free
+ECHO_COLUMNS = 2  # left free for the ^C that the terminal shows, so that it does not wrap the line
 
 COLUMN_WIDTHS = {
     "epoch": 5,
@@ -48,11 +50,22 @@ class _LiveBar(tqdm):
         step_s = (time.monotonic() - self.start_s) / max(done - self.start_step, 1)  # with evaluation and saving
         left = tqdm.format_interval((self.total_of_run - done) * step_s) if done > self.start_step else "?"
         return base | {
+            "ncols": base["ncols"] and max(base["ncols"] - ECHO_COLUMNS, 1),
             "bar_format": WIDE if is_wide else NARROW,
             "what": self.what,
             "values": (WIDE_VALUES if is_wide else NARROW_VALUES).format(*self.values) if self.values else "",
             "run_left": left,
         }
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """Return the function that draws the line. Unlike tqdm's, it also removes what the terminal showed after it."""
+
+        def draw(text: str) -> None:
+            file.write(f"\r{text}\x1b[K")  # erase to the end of the line
+            file.flush()
+
+        return draw
 
 
 class LiveLine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from configs.utils import console
 from helpers.terminal import Terminal
 from train.reporting.metrics_file import MetricsLine
-from train.reporting.progress import EpochTable
+from train.reporting.progress import EpochTable, LiveLine
 from train.reporting.run_log import RunLog
 
 
@@ -91,6 +92,23 @@ def test_live_line_is_one_line_below_everything_else(
     assert any(line.startswith("eval 3/3") for line in shown)
     assert all(not line or screen[-1] == line[0] for screen, line in zip(screens, live, strict=True))
     assert not live[-1]
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_live_line_leaves_room_for_the_echo_of_ctrl_c_and_removes_it(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "REFRESH_S", 0)
+    terminal = Terminal(columns)
+    with terminal.opened():
+        live = LiveLine(3, is_shown=True)
+        live.start_epoch(0, 0, 5, first=0, total=15)
+        live.show(1.5, 0.01, 1000.0)
+        live.step()
+        os.write(sys.stderr.fileno(), b"^C")
+        live.close()
+    assert not terminal.wraps()
+    assert not "".join(terminal.lines()).strip()
 
 
 def test_redirected_progress_has_no_control_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
