@@ -86,13 +86,7 @@ def custom_loss(
     def custom_loss_and_counts(model: nn.Module, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
         logits, targets, correct = _soft(model, batch, label_smoothing)
         loss = function(logits, targets if is_soft else batch.labels)
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-            found = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UserError(
-                f"train.loss={name} returns {found}, but must return the mean loss of the batch as a tensor of one "
-                "float (shape []), e.g. loss.mean()"
-            )
-        return _with_counts(loss, correct, batch)
+        return _with_counts(_checked_loss(loss, logits, name), correct, batch)
 
     run = compiled(custom_loss_and_counts)
 
@@ -108,9 +102,10 @@ def custom_loss(
             network = model.module if isinstance(model, DistributedDataParallel) else model
             logits, targets, _ = _soft(network, batch, label_smoothing)
             try:
-                function(logits, targets if is_soft else batch.labels)
+                loss = function(logits, targets if is_soft else batch.labels)
             except Exception as error:
                 _raise_failed(name, error, is_soft)
+            _checked_loss(loss, logits, name)
             raise
 
     return explained_loss_and_counts
@@ -131,6 +126,22 @@ def _load_loss(name: str, device: torch.device | None) -> Callable[..., object]:
     if not callable(loss):
         raise UserError(f"train.loss={name} is a class without __call__; name a function (logits, labels) -> loss")
     return loss.to(device) if isinstance(loss, nn.Module) else loss
+
+
+def _checked_loss(loss: object, logits: Tensor, name: str) -> Tensor:
+    """Return the user's loss if it is a tensor of one float that depends on the logits. Raise UserError otherwise."""
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        found = f"{list(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(
+            f"train.loss={name} returns {found}, but must return the mean loss of the batch as a tensor of one "
+            "float (shape []), e.g. loss.mean()"
+        )
+    if logits.requires_grad and not loss.requires_grad:
+        raise UserError(
+            f"train.loss={name} returns a loss without a gradient; compute it from the logits with differentiable "
+            "operations (not argmax, detach or item)"
+        )
+    return loss
 
 
 def _raise_failed(name: str, error: Exception, is_soft: bool) -> NoReturn:

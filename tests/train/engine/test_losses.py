@@ -227,6 +227,9 @@ def vector(logits, labels):
 def number(logits, labels):
     return 1.0
 
+def hits(logits, labels):
+    return (logits.argmax(1) != labels).float().mean()
+
 def wrong(logits, labels):
     return F.cross_entropy(logits + torch.zeros(3), labels)
 
@@ -288,6 +291,15 @@ def test_own_loss_that_is_no_mean_is_refused(tmp_path: Path, name: str, found: s
         UserError, match=rf"train\.loss=.*own\.py:{name} returns {found}, but must return the mean loss"
     ):
         own_loss(tmp_path, name)(lenet(), random_batch(SAMPLES), 0.0)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_own_loss_without_a_gradient_is_refused(tmp_path: Path, is_compiled: bool) -> None:
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    options = {"compiled": compiled_eagerly} if is_compiled else {}
+    loss = build_loss(TrainConfig(loss=f"{tmp_path / 'own.py'}:hits"), False, **options)
+    with pytest.raises(UserError, match=r"own\.py:hits returns a loss without a gradient"):
+        loss(lenet(), random_batch(SAMPLES), 0.0)
 
 
 def compiled_eagerly(function: LossAndCounts) -> LossAndCounts:
