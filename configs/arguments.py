@@ -49,14 +49,23 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     opts.completer = complete_words  # type: ignore[attr-defined]
 
 
-def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, is_required: bool = True
+) -> argparse.Namespace:
     """Parse the command line of a parser with `add_config`. The result has the config file in `cfg` and all KEY=VALUE,
-    in ascending precedence, in `opts`.
+    in ascending precedence, in `opts`. Without `is_required`, a missing config file is None.
     """
     complete(parser)
-    parsed = parser.parse_intermixed_args(argv)
+    return take_words(parser, parser.parse_intermixed_args(argv), is_required=is_required)
+
+
+def take_words(
+    parser: argparse.ArgumentParser, parsed: argparse.Namespace, *, is_required: bool = True
+) -> argparse.Namespace:
+    """Move the positional arguments of `add_config` to `cfg` and `opts`, and return the arguments."""
     words = parsed.words
-    take_config(parser, parsed, words)
+    if is_required or words:
+        take_config(parser, parsed, words)
     if wrong := [word for word in words if "=" not in word]:
         parser.error(f"{wrong[0]!r} is not a setting: write KEY=VALUE, such as train.epochs=5")
     parsed.opts = [*words, *parsed.opts]

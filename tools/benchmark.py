@@ -27,7 +27,7 @@ import argparse
 import os
 from pathlib import Path
 
-from configs.arguments import new_parser, parse
+from configs.arguments import add_config, new_parser, parse, take_words
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 
@@ -70,7 +70,7 @@ model failed with an error other than out of memory, and 130 after an interrupti
 PROFILE = """\
 Measure the time of a training step by phase, and the share of the device's peak arithmetic rate that it reaches.
 
-    zhu benchmark profile --cfg configs/cifar10_lenet.yaml --steps 20
+    zhu benchmark profile configs/cifar10_lenet.yaml --steps 20
     torchrun --nproc_per_node=2 tools/benchmark.py profile --cfg configs/cifar10_resnet18.yaml
 
 Phases: data (waiting for a batch), proxy (sample selection by train.proxy, if set), forward, backward, reduce (the part
@@ -106,14 +106,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")
         command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the run to this file")
-    return parse(parser, argv)
+    parsed = parse(parser, argv)
+    return take_words(parser, parsed, is_required=parsed.stage == "profile") if "words" in parsed else parsed
 
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--cfg", type=path_text, metavar="FILE", help="config file, configs/….yaml")
-    add("--data-path", type=path_text, help="converted data set; without --cfg, only loaders are measured")
-    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add_config(command)
+    add("--data-path", type=path_text, help="converted data set; without a config, only loaders are measured")
     add("--batch-size", type=int, help="samples per batch (default: the config's, 512 without one)")
 
 
@@ -157,10 +157,9 @@ def _add_ramp_arguments(command: argparse.ArgumentParser) -> None:
 
 def _add_profile_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--cfg", type=path_text, required=True, metavar="FILE", help="config file, configs/….yaml")
+    add_config(command)
     add("--data-path", type=path_text, help="data.path, the converted data set")
     add("--batch-size", type=int, help="data.batch_size, per rank")
-    add("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--steps", type=int, default=20, help="number of profiled steps (default %(default)s)")
     add("--seconds", type=float, default=3.0, help="length of unprofiled training (default %(default)s)")
     add("--out", type=path_argument, help="folder (default output/NAME-profile)")

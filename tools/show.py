@@ -1,7 +1,7 @@
 """Plot a trained model's predictions, augmented training samples, or a data set.
 
     zhu show --checkpoint output/cifar10_lenet              # correct and wrong predictions on val
-    zhu show --cfg configs/cifar10_lenet.yaml --epoch 1 2 3  # the same samples, augmented in three epochs
+    zhu show configs/cifar10_lenet.yaml --epoch 1 2 3        # the same samples, augmented in three epochs
     zhu show --data-path data/cifar10                       # classes, samples per class, image sizes
 
 --checkpoint writes predictions.png (random samples), mistakes.png (the most confident mistakes), confusion.png and
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from configs.arguments import check_positive, flag_name, new_parser, parse
+from configs.arguments import add_config, check_positive, flag_name, new_parser, parse_config
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_argument, path_text
 
@@ -34,18 +34,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=path_argument, metavar="RUN", help="run folder (its best.pt) or checkpoint")
-    add("--cfg", metavar="FILE", help="config file, configs/….yaml")
+    add_config(parser)
     add("--data-path", type=path_text, help="converted data set; with --checkpoint or --cfg: replaces theirs")
     add("--split", help="with --checkpoint: the split to predict (default: the run's data.val_split)")
     epochs = "with --cfg: epochs to show, one row each, counted from 1 (default: 1)"
     add("--epoch", type=int, nargs="+", metavar="N", help=epochs)
-    opts = "with --cfg: settings that override the file"
-    add("--opts", nargs="+", action="extend", metavar="KEY=VALUE", help=opts)
     add("--count", type=int, default=20, help="maximum images per plot (default: %(default)s)")
     add("--seed", type=int, help="seed for the random choice of samples (default: 0)")
     out = "output folder (default: show-SPLIT beside the checkpoint, or output/show/NAME)"
     add("--out", type=path_argument, metavar="FOLDER", help=out)
-    return parse(parser, argv)
+    parsed = parse_config(parser, argv, is_required=False)
+    parsed.opts = parsed.opts or None
+    return parsed
 
 
 def check_arguments(arguments: argparse.Namespace) -> str:
@@ -56,12 +56,12 @@ def check_arguments(arguments: argparse.Namespace) -> str:
     given = [name for name in ACCEPTED_OPTIONS if getattr(arguments, name) is not None]
     if not given:
         raise UserError(
-            "nothing to show; give --checkpoint RUN for predictions, --cfg FILE for training samples, "
+            "nothing to show; give --checkpoint RUN for predictions, a config FILE for training samples, "
             "or --data-path FOLDER for a data set"
         )
     if given[:2] == ["checkpoint", "cfg"]:
         raise UserError(
-            "--checkpoint and --cfg cannot be combined; give --checkpoint for predictions or --cfg for samples"
+            "--checkpoint and a config cannot be combined; give --checkpoint for predictions or a config for samples"
         )
     kind = given[0]
     for name in ("split", "epoch", "opts", "seed"):

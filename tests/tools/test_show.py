@@ -283,8 +283,8 @@ def test_class_counts_match_the_labels(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "give --checkpoint RUN for predictions, --cfg FILE for training samples, or --data-path"),
-        (["--checkpoint", "RUN", "--cfg", "FILE"], "--checkpoint and --cfg cannot be combined"),
+        ([], "give --checkpoint RUN for predictions, a config FILE for training samples, or --data-path"),
+        (["--checkpoint", "RUN", "--cfg", "FILE"], "--checkpoint and a config cannot be combined"),
         (["--cfg", "FILE", "--split", "val"], "--split goes with --checkpoint, not with --cfg; leave it out"),
         (["--checkpoint", "RUN", "--epoch", "1"], "--epoch goes with --cfg, not with --checkpoint"),
         (["--data-path", "DIR", "--opts", "seed=1"], "--opts goes with --cfg, not with --data-path"),
@@ -292,9 +292,10 @@ def test_class_counts_match_the_labels(
         (["--data-path", "DIR", "--count", "0"], "--count=0 is not a positive whole number"),
         (["--data-path", "DIR", "--seed", "-1"], "--seed=-1 is negative"),
         (["--cfg", "FILE", "--epoch", "2", "-3"], "--epoch=-3 is not an epoch"),
-        (["--cfg", "missing.yaml"], "missing.yaml cannot be read"),
+        (["missing.yaml", "seed=1"], "missing.yaml cannot be read"),
+        (["--checkpoint", "RUN", "FILE"], "--checkpoint and a config cannot be combined"),
         (["--checkpoint", "missing"], "missing"),
-        (["--data-path", "missing"], "data set folder 'missing' does not exist"),
+        (["--data-path", "missing"], "data set folder 'missing' does not exist .relative to /"),
     ],
 )
 def test_incompatible_options_are_refused(arguments: list[str], sentence: str) -> None:

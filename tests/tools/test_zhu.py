@@ -13,7 +13,7 @@ import pytest
 from torch.distributed.run import parse_args as parse_torchrun
 
 from helpers.imports import ROOT
-from tools import find_lr, speedrun, sweep, zhu
+from tools import benchmark, find_lr, show, speedrun, sweep, zhu
 from train import ddp
 
 CONFIG = "configs/digits_lenet.yaml"
@@ -49,6 +49,15 @@ def test_command_gets_its_arguments_and_gives_its_exit_code(
     assert "did you mean train.epochs" in capsys.readouterr().err
     assert call(monkeypatch, "trian", CONFIG) == 2
     assert "usage: zhu [-h] COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[CONFIG, "seed=1"], ["--cfg", CONFIG, "--opts", "seed=1"]])
+def test_show_and_benchmark_take_the_config_as_a_word(words: list[str]) -> None:
+    for parsed in (
+        show.parse_arguments(words),
+        *(benchmark.parse_arguments([s, *words]) for s in ("profile", "train")),
+    ):
+        assert (parsed.cfg, parsed.opts) == (CONFIG, ["seed=1"])
 
 
 @pytest.mark.parametrize("parse", [ddp.parse_arguments, find_lr.parse_arguments, speedrun.parse_arguments])
