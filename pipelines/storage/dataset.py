@@ -148,7 +148,8 @@ def _read(path: Path) -> bytes:
     folder = path.parent
     with readable(path):
         if not folder.exists():
-            raise UserError(f"data set folder {str(folder)!r} does not exist; {convert_hint(folder)}")
+            place = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
+            raise UserError(f"data set folder {str(folder)!r} does not exist{place}; {convert_hint(folder)}")
         if not path.is_file():
             reason = "it contains no dataset.json" if folder.is_dir() else "it is a file, not a folder"
             raise UserError(f"{str(folder)!r} is not a converted data set ({reason}); {convert_hint(folder)}")
