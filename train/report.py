@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from math import isnan
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +89,10 @@ def prepare(trainer: Trainer, position: Position, facts: Facts) -> None:
 def next_commands(folder: Path) -> list[str]:
     """Return the commands that a user may want next for the finished run in `folder`."""
     run = shlex.quote(str(folder))
+    activate = Path(sys.prefix, "bin", "activate")
+    needs_path = shutil.which("zhu") is None and activate.exists()
     return [
+        *([f"source {shlex.quote(os.path.relpath(activate))}"] if needs_path else []),
         f"zhu show --checkpoint {run}",
         f"zhu predict PHOTO.jpg --checkpoint {run}",
         f"zhu compare {run} OTHER",

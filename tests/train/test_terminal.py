@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from helpers.terminal import Terminal
-from helpers.training import CLEAN, DIGITS, Run, command_line, run_script
+from helpers.training import CLEAN, DIGITS, ROOT, Run, command_line, run_script
 from tools import compare, predict, show
 from train.report import next_commands
 
@@ -20,7 +22,14 @@ def arguments(digits: Path, output: Path, epochs: int) -> list[str | Path]:
     return ["--cfg", DIGITS, "--data-path", digits, "--output", output, "--opts", f"train.epochs={epochs}"]
 
 
-def test_next_commands_have_arguments_of_their_tools() -> None:
+def test_next_commands_have_arguments_of_their_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(sys, "prefix", str(ROOT / "none"))
+    assert next_commands(Path("run"))[0].startswith("zhu show ")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.chdir(ROOT)
+    assert next_commands(Path("run"))[0] == "source none/bin/activate"
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/zhu")
     commands = [shlex.split(command) for command in next_commands(Path("output/my run"))]
     parsed = [
         tool.parse_arguments(command[2:]) for tool, command in zip((show, predict, compare), commands, strict=True)
