@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.load import parse_config
 from configs.schema import Config
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
@@ -24,6 +25,7 @@ from train.distributed import collectives
 from train.engine.evaluate import evaluate
 from train.engine.state import TrainState
 from train.optim.param_groups import inner_network
+from train.trained_model import note_limit
 
 # Means and standard deviations used by the homework, for pixel values from 0 to 1. The homework divides the pixels of
 # MediumImageNet by 256, not 255, before it subtracts ImageNet's mean.
@@ -71,6 +73,8 @@ def build_for_evaluation(job: Job, candidates: Sequence[Path], image_size: int) 
         raise UserError(f"no run {config.name!r} in {config.output!r} has a checkpoint; give --resume PATH")
     source, content = load_newest_on_all_ranks(candidates)
     trained = from_checkpoint(config, content, job.dataset.classes, source)
+    if config.data.limit is None:
+        note_limit(parse_config(content["config"], f"the config in {source}"), config.data.val_split)
     state = replace(job, config=trained).build_state(image_size, trains=False)
     is_average = restore_weights(state, content, source, config.eval.weights)
     return state, f"{source}{' (moving average)' if is_average else ''}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.load import parse_config
 from configs.schema import Config, DataConfig
 from configs.utils.errors import UserError
+from configs.utils.warnings import warn
 from pipelines import build_eval_loader
 from pipelines.convert.source import Encoding
 from pipelines.storage.dataset import ModelDataset
@@ -97,6 +98,12 @@ def load_trained_model(path: Path, device: torch.device, *, compiled: bool = Fal
     is_average = restore_weights(state, content, path, config.eval.weights)
     state.network.eval()
     return TrainedModel(path, is_average, config, dataset, state, content["position"]["epoch"])
+
+
+def note_limit(config: Config, split: str) -> None:
+    """Warn if the run with this config evaluated only a part of the split, whereas the whole split is evaluated now."""
+    if config.data.limit is not None and split == config.data.val_split:
+        warn(f"the run measured a part of {split} (data.limit={config.data.limit}); this is the result of all of it")
 
 
 def check_same_classes(trained: TrainedModel, classes: tuple[str, ...], what: str) -> None:

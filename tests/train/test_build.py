@@ -16,6 +16,8 @@ from models import build_from_config
 from pipelines.augment.mixup import check_mixing, mixing_enabled
 from pipelines.build import open_limited
 from pipelines.storage.dataset import ModelDataset
+from tools import predict, show
+from train import trained_model
 from train.build import build_all
 from train.checkpoint import store
 from train.engine.hard_samples import check_proxy
@@ -101,3 +103,20 @@ def test_balanced_weights_are_those_of_the_limited_training_split(digits_run: Ru
     assert not torch.equal(results["balanced"], results["plain"])
     with pytest.raises(UserError, match=r"train\.class_weights has 2 weights, but .* has 10 classes; give one weight"):
         run_here(*command, "train.class_weights=[1, 2]")
+
+
+def test_results_of_whole_splits_mention_data_limit(
+    digits_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(trained_model, "warn", notes.append)
+    command = [ROOT / "configs" / "digits_lenet.yaml", "--data-path", digits_run.data, "--output", tmp_path]
+    run_here(*command, "train.epochs=1", "data.limit=77", "name=part")
+    run_here(*command, "--resume", tmp_path / "part", "--eval", "data.limit=77")
+    assert notes == []
+    run_here(*command, "--resume", tmp_path / "part", "--eval")
+    show.main(["--checkpoint", str(tmp_path / "part")])
+    predict.main(["--checkpoint", str(tmp_path / "part"), "--split", "val"])
+    assert notes == ["the run measured a part of val (data.limit=77); this is the result of all of it"] * 3
+    predict.main(["--checkpoint", str(tmp_path / "part"), "--split", "train"])
+    assert len(notes) == 3

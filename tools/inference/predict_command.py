@@ -18,7 +18,7 @@ from tools.inference.ensemble import predict, top_classes
 from tools.inference.image_sets import ImageSet, dataset_folder, find_picture_folder, open_images
 from tools.inference.prediction_files import build_metrics, format_table, write_arrays
 from train.distributed.process_group import Ranks, process_group
-from train.trained_model import TrainedModel, check_same_classes, load_trained_model
+from train.trained_model import TrainedModel, check_same_classes, load_trained_model, note_limit
 
 MAX_SHOWN = 5  # unreadable images, and images whose best classes are printed
 MAX_SHOWN_BEST = 20  # images whose best class is printed, if there are more than MAX_SHOWN
@@ -90,6 +90,7 @@ def write_predictions(
     if mean is not None:
         for model, result in zip(models, each, strict=True):
             print(f"{model.title}: {result.sentence(images.split)}")
+            note_limit(model.config, images.split)
         if len(models) > 1:
             print(f"average of {len(models)} checkpoints: {mean.sentence(images.split)}")
     if images.files is not None:

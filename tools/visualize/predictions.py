@@ -18,7 +18,7 @@ from tools.inference.image_sets import dataset_folder, load_split
 from tools.visualize.subset import load_images
 from train.distributed.process_group import Ranks, process_group
 from train.reporting import figures, image_grids
-from train.trained_model import load_trained_model
+from train.trained_model import load_trained_model, note_limit
 
 MAX_PRINTED_CLASSES = 20  # if there are more, only the best and the worst are printed
 BEST_AND_WORST = 5
@@ -89,6 +89,7 @@ def show_predictions(
     draw_predictions(shown, "mistakes", "most confident mistakes", worst, pixels[len(random) :])
     (evaluation,) = evaluations
     print(f"{trained.path}: {evaluation.sentence(split)}")
+    note_limit(trained.config, split)
     write_scores(shown)
     write_confusions(shown)
     print(f"\nplots and their data are in {folder}")
