@@ -323,13 +323,13 @@ def test_quality_and_subsampling_options_are_applied() -> None:
 
 def test_npy_refuses_images_of_several_shapes(tmp_path: Path) -> None:
     mixed = MemoryRows([marked_image(0), marked_image(1, 32, 31)])
-    with pytest.raises(UserError, match=r"row\[1\] has 32 x 31 pixels and others 32 x 32.*--size"):
+    with pytest.raises(UserError, match=r"row\[1\] has 32 x 31 pixels and others 32 x 32.*option size"):
         write(memory_source(train=mixed), tmp_path / "out")
 
 
 def test_npy_refuses_splits_of_several_shapes(tmp_path: Path) -> None:
     source = memory_source(train=MemoryRows([marked_image(0)]), val=MemoryRows([marked_image(0, 16, 16)]))
-    with pytest.raises(UserError, match=r"'train'.*32 x 32.*'val'.*16 x 16.*--size"):
+    with pytest.raises(UserError, match=r"'train'.*32 x 32.*'val'.*16 x 16.*option size"):
         write(source, tmp_path / "out")
 
 
