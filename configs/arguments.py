@@ -79,6 +79,15 @@ def take_config(parser: argparse.ArgumentParser, parsed: argparse.Namespace, wor
         if not words or ("=" in words[0] and not os.path.exists(words[0])):
             parser.error("the config file is missing: give configs/….yaml first, or --cfg FILE")
         parsed.cfg = words.pop(0)
+        if not os.path.exists(parsed.cfg) and (near := similar_config(parsed.cfg)) is not None:
+            parser.error(f"{parsed.cfg} does not exist; did you mean {near}?")
+
+
+def similar_config(name: str) -> str | None:
+    """Return the config file with the same name in another folder or with another suffix, or None."""
+    stem = os.path.splitext(os.path.basename(name))[0]
+    files = [os.path.join(os.path.dirname(name) or "configs", f"{stem}.yaml"), os.path.join("configs", f"{stem}.yaml")]
+    return next((file for file in files if os.path.exists(file)), None)
 
 
 def complete_words(prefix: str, **_: object) -> list[str]:

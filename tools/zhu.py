@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 from configs.arguments import new_parser, parse
@@ -34,6 +35,9 @@ def main() -> None:
     parser = new_parser("\n".join(["Convert data, train image classifiers, and use them.", "", "commands:", *lines]))
     parser.prog = "zhu"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="zhu COMMAND --help shows its arguments")
+    typed = sys.argv[1] if len(sys.argv) > 1 else ""
+    if typed not in COMMANDS and (near := get_close_matches(typed, COMMANDS, n=1)):
+        parser.error(f"{typed!r} is not a command; did you mean {near[0]}?")
     name = completed_command() or parse(parser, sys.argv[1:2]).command
     sys.argv = [f"zhu {name}", *sys.argv[2:]]
     module = import_module(COMMANDS[name][0])

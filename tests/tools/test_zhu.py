@@ -48,7 +48,18 @@ def test_command_gets_its_arguments_and_gives_its_exit_code(
     assert call(monkeypatch, "train", CONFIG, "train.epoch=1") == 2
     assert "did you mean train.epochs" in capsys.readouterr().err
     assert call(monkeypatch, "trian", CONFIG) == 2
+    assert "'trian' is not a command; did you mean train?" in capsys.readouterr().err
+    assert call(monkeypatch, "unknown") == 2
     assert "usage: zhu [-h] COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["digits_lenet", "digits_lenet.yml", "configs/digits_lenet.yml"])
+def test_similar_config_is_suggested(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert call(monkeypatch, "train", name) == 2
+    assert f"{name} does not exist; did you mean {CONFIG}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[CONFIG, "seed=1"], ["--cfg", CONFIG, "--opts", "seed=1"]])

@@ -66,7 +66,7 @@ def find_picture_folder(name: str, data: Path) -> Path | None:
         splits = list(load_dataset(data).splits)
     except UserError as error:
         if not folder.is_dir():
-            raise UserError(f"{error}, or give it with --data-path") from None
+            raise UserError(f"give the data set with --data-path: {error}") from None
         splits = []
     if name in splits:
         return None
@@ -147,6 +147,9 @@ def load_split(
         UserError: A split cannot be opened, a data set's classes differ from its model's, or the data sets contain
             different images.
     """
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"give the data set with --data-path: {folder.absolute()} does not exist")
     opened = {folder: open_split(folder, name) for folder in folders}
     rows = {folder: split.source_rows() for folder, split in opened.items()}
     first = opened[folders[0]]
