@@ -56,7 +56,11 @@ def parse_config(
     in ascending precedence, in `opts`. Without `is_required`, a missing config file is None.
     """
     complete(parser)
-    return take_words(parser, parser.parse_intermixed_args(argv), is_required=is_required)
+    parsed, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        advice = "write settings as KEY=VALUE, such as train.epochs=3"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {advice}")
+    return take_words(parser, parsed, is_required=is_required)
 
 
 def take_words(

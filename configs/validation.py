@@ -56,7 +56,9 @@ def _requirement(problem: Any, key_path: KeyPath, field: FieldInfo | None) -> st
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] in ("model_type", "model_attributes_type"):
-        return f"must be a section; {_allowed((*key_path, ''))}"
+        named = isinstance(problem["input"], str) and (".".join((*key_path, "name")) in dict(all_settings()))
+        advice = f"write {'.'.join(key_path)}.name={problem['input']}; " if named else ""
+        return f"must be a section; {advice}{_allowed((*key_path, ''))}"
     message = str(problem["msg"]).replace("Input should be", "must be").replace("String should have", "must have")
     message = message.replace("a valid tuple", "a list, such as [first, second]").replace("dictionary", "mapping")
     message += " or null" * (field is not None and "None" in str(field.annotation))

@@ -152,6 +152,7 @@ def test_warm_up_longer_than_run_is_cut_with_warning(write: Write, capsys: pytes
         ("train.optimizer.betas=[0.9, 1]", "below 1"),
         ("train.optimizer={name: sgd, momentum: 0}", "above 0 with nesterov"),
         ("train=5", "must be a section; allowed in train: epochs, "),
+        ("train.optimizer=adam", "must be a section; write train.optimizer.name=adam; allowed in train.optimizer: "),
         ("data.prefetch=17", "less than or equal to 16"),
         ("data.path=null", "a valid string"),
         ("data.image_size=big", "a valid integer or null"),

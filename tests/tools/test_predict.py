@@ -215,7 +215,7 @@ def test_id_and_column_options_apply_to_any_ordered_split(model: Path, tmp_path:
         (["--split", "test", "--fill", "12"], r"--fill=12 is not a class number; use 0..11"),
         (["--split", "test", "--top-k", "0"], "--top-k=0 is not a positive"),
         (["--split", "test", "--out", "file"], "cannot write into file"),
-        (["--split", "test", "--data-path", "nowhere"], "'nowhere' does not exist.*--data-path"),
+        (["--split", "test", "--data-path", "nowhere"], "--data-path: data set folder 'nowhere' does not exist"),
         (["--split", "test", "--submission", "."], "--submission . is a folder"),
         (["--split", "file"], "neither a split"),
         (["--split", "test", "--sample-submission", "short"], "40 rows below its header image,class for 41 images"),

@@ -49,6 +49,8 @@ def test_command_gets_its_arguments_and_gives_its_exit_code(
     assert "did you mean train.epochs" in capsys.readouterr().err
     assert call(monkeypatch, "trian", CONFIG) == 2
     assert "'trian' is not a command; did you mean train?" in capsys.readouterr().err
+    assert call(monkeypatch, "train", CONFIG, "--epochs", "3") == 2
+    assert "--epochs 3; write settings as KEY=VALUE, such as train.epochs=3" in capsys.readouterr().err
     assert call(monkeypatch, "unknown") == 2
     assert "usage: zhu [-h] COMMAND" in capsys.readouterr().err
 
