@@ -93,7 +93,7 @@ def check_images(arguments: argparse.Namespace) -> None:
 
 
 def _is_picture(path: Path) -> bool:
-    """Return True if a path is no checkpoint by its name, or is a folder that contains images but no checkpoint."""
+    """Return True for a file without the suffix of a checkpoint, and for a folder with images and no checkpoint."""
     if not path.is_dir():
         return path.suffix not in ("", ".pt", ".pth")
     from tools.sources.folder_scan import EXTENSIONS

@@ -130,7 +130,7 @@ class Run:
         return figures.curves(metrics, self.folder.name, self.config.train.loss)
 
     def predict(self, images: Picture | Sequence[Picture]) -> Predictions:
-        """Predict images with the best checkpoint, or the newest if there is no best.pt.
+        """Predict images with best.pt or, if it does not exist, with the latest checkpoint.
 
         Images are prepared like the data set of the run, and evaluated like its validation split. The checkpoint is
         loaded at each call, so pass many images at once.
@@ -141,7 +141,7 @@ class Run:
                 arrays and tensors are batches, such as [N, H, W] and [N, H, W, 3].
 
         Raises:
-            UserError: An image cannot be read, there is no intact checkpoint, or its weights have diverged.
+            UserError: An image cannot be read, there is no intact checkpoint, or the logits are not finite.
         """
         with _process_group("predict()") as device, tempfile.TemporaryDirectory(prefix="zhu-") as temporary:
             model, folder = load_trained_model(self.folder, device), Path(temporary) / IMAGES

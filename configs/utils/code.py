@@ -38,7 +38,7 @@ def load_object(reference: str, setting: str) -> Callable[..., object]:
         setting: Key of the setting, for error messages.
 
     Raises:
-        UserError: There is no such file, module or name, it cannot be called, or importing it fails.
+        UserError: The file, module or name does not exist, the object is not callable, or the import fails.
     """
     target, _, name = reference.rpartition(":")
     try:

@@ -59,7 +59,7 @@ def _crop_flip_erase(
     channel = place % 3
     column = place // 3 % SIZE
     row = place // (3 * SIZE)
-    own = draws + sample * (4 + 5 * BOXES)
+    own = draws + sample * (4 + 5 * BOXES)  # 4 and 5: CROP_COLUMNS and BOX_COLUMNS
     y = row + tl.load(own + 1).to(tl.int32)
     x = tl.where(tl.load(own + 3) != 0, SIZE - 1 - column, column) + tl.load(own + 2).to(tl.int32)
     if REFLECTS:

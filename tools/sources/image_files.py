@@ -96,7 +96,7 @@ def open_image_files(
 
 
 def _file_size(path: Path) -> int:
-    """Return the size of an image file in bytes. Raises UserError if it is no regular file, or too large."""
+    """Return the size of an image file in bytes. Raises UserError if it is not a regular file, or too large."""
     try:
         status = path.stat()
     except OSError as error:

@@ -184,7 +184,7 @@ def _read_tables(scan: Scan, listed: dict[str, SplitFolder], options: FolderOpti
     all images of train and val are in class folders.
 
     Raises:
-        UserError: There is no table for images that need one, a table is invalid, or `options.labels` has no use.
+        UserError: A table is missing or invalid, or all images are in class folders although `options.labels` is given.
     """
     flat = {split: content for split, content in listed.items() if content.flat and not content.class_folders}
     classes = listed["train"].class_folders
