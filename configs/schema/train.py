@@ -96,7 +96,11 @@ class TrainConfig(Section):
     """Mode of torch.compile; auto: default on a GPU, off on the CPU."""
     cuda_graph: Resumable[Literal["auto", "on", "off"]] = "auto"
     """Whether to replay training steps as CUDA graphs; auto: on a single GPU, unless the run uses fp16,
-    compile=reduce-overhead, an optimizer that cannot be captured, or on_nonfinite=skip with an unfused optimizer."""
+    compile=reduce-overhead, an optimizer that cannot be captured, or on_nonfinite=skip with an unfused optimizer; on:
+    also on several GPUs."""
+    bucket_mb: Resumable[int | None] = Field(default=None, ge=1)
+    """Size in MiB of the buckets in which several ranks sum their gradients during the backward pass; null: 1 for the
+    first bucket and 25 for the others, as in torch."""
     channels_last: Resumable[bool] = True
     """Whether to use the channels_last (NHWC) memory format, preferred by convolutions on tensor cores."""
     on_nonfinite: Resumable[Literal["stop", "skip", "rewind"]] = "stop"

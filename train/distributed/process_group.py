@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from configs.utils.errors import UserError
 # autotuning hardly count, since all ranks do them at the same time.
 GROUP_TIMEOUT = timedelta(minutes=10)
 LAUNCH_ID_VARIABLE = "ZHU_START"  # launch id, see `train.distributed.failure_channel`
+NEVER = 2**31 - 1  # steps between two measurements of DDP
+_graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of `release_at_end`
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,14 @@ def process_group(ranks: Ranks) -> Iterator[torch.device]:
         raise
     finally:
         if not is_broken:  # destroying the group could wait forever for lost ranks
+            for graph in list(_graphs):
+                graph.reset()
             dist.destroy_process_group()
+
+
+def release_at_end(graph: torch.cuda.CUDAGraph) -> None:
+    """Release a CUDA graph before the process group is destroyed, since NCCL waits for graphs with its kernels."""
+    _graphs.add(graph)
 
 
 def open_store(ranks: Ranks) -> dist.Store:
@@ -146,8 +156,19 @@ def is_timeout(error: BaseException) -> bool:
     return "timed out" in str(error).lower() or "timeout" in str(error).lower()
 
 
-def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: int) -> nn.Module:
-    """Wrap the model in DistributedDataParallel, unless there is only one rank."""
+def data_parallel(
+    model: nn.Module, device: torch.device, accumulation_steps: int, bucket_mb: int | None = None
+) -> nn.Module:
+    """Wrap the model in DistributedDataParallel, unless there is only one rank.
+
+    On a GPU, training steps can be captured if this function and the steps run on the stream of the capture.
+
+    Args:
+        model: The model, on its device.
+        device: Device of this rank.
+        accumulation_steps: Micro-steps per optimizer step.
+        bucket_mb: Size of a bucket of gradients, see train.bucket_mb.
+    """
     if dist.get_world_size() == 1:
         return model
     parallel = DistributedDataParallel(
@@ -155,7 +176,10 @@ def data_parallel(model: nn.Module, device: torch.device, accumulation_steps: in
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=accumulation_steps == 1,
+        bucket_cap_mb=bucket_mb,
     )
+    # By default, DDP waits for the device in every hundredth step to measure the step. A capture does not allow it.
+    parallel._set_ddp_runtime_logging_sample_rate(NEVER)
     # Running statistics are broadcast once before each evaluation instead, see `collectives.broadcast_buffers`. The
     # name of the constructor's argument depends on the torch version.
     parallel.broadcast_buffers = False

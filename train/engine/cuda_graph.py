@@ -7,13 +7,11 @@ kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from configs.utils.errors import UserError
 from pipelines.loader.batches import Batch, MixedBatch
+from train.distributed.process_group import is_data_parallel, release_at_end
 from train.engine.state import TrainState
 from train.engine.step import train_step
 
@@ -25,9 +23,7 @@ class CapturedStep:
     generator before a step takes effect in the replay.
     """
 
-    def __init__(
-        self, state: TrainState, batches: list[Batch], optimizer_steps: list[bool], stream: torch.cuda.Stream
-    ) -> None:
+    def __init__(self, state: TrainState, batches: list[Batch], optimizer_steps: list[bool]) -> None:
         """Capture a graph for each shape and each kind of micro-step.
 
         Args:
@@ -35,7 +31,6 @@ class CapturedStep:
             batches: One batch of each shape. The batches become the input buffers of the graphs.
             optimizer_steps: Kinds of micro-steps to capture: True for micro-steps that update the weights, False for
                 micro-steps that do not.
-            stream: Stream to capture on, from `side_stream`.
 
         Raises:
             UserError: The step cannot be captured.
@@ -47,8 +42,11 @@ class CapturedStep:
         try:
             for (shape, optimizer_step), graph in self._graphs.items():
                 # thread_local, so that calls in loader and NCCL threads do not invalidate the capture
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                stream, mode = state.plan.capture_stream, "thread_local"
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                     train_step(state, self._batches[shape], optimizer_step=optimizer_step)
+                if is_data_parallel(state.forward):
+                    release_at_end(graph)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -68,23 +66,3 @@ class CapturedStep:
             assert isinstance(batch, MixedBatch)
             buffers.mix.copy_(batch.mix, non_blocking=True)
         self._graphs[shape, optimizer_step].replay()
-
-
-@contextmanager
-def side_stream(state: TrainState) -> Iterator[torch.cuda.Stream | None]:
-    """Make a new stream current inside the context, since the default stream cannot be captured.
-
-    No-op without CUDA graphs. The steps before a capture must run on the stream of the capture, since libraries keep
-    handles and workspaces per stream.
-
-    Yields:
-        The new stream, or None without CUDA graphs.
-    """
-    if not state.plan.uses_cuda_graph:
-        yield None
-        return
-    stream, current = torch.cuda.Stream(state.device), torch.cuda.current_stream(state.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield stream
-    current.wait_stream(stream)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +36,8 @@ class ExecutionPlan:
     needs_warmup: bool  # whether to compile, tune or capture the step before training
     uses_cuda_graph: bool  # whether the step is replayed as CUDA graphs
     static_grads: bool  # whether gradients keep their storage, since the graphs of all micro-steps share it
+    capture_stream: torch.cuda.Stream | None = None  # on which steps are captured, and run before the capture
+    note: str | None = None  # for the log: why a GPU does not replay CUDA graphs
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -46,6 +50,22 @@ class ExecutionPlan:
         compile_module: Any = torch.compile  # typed for functions only
         compiled: Compiled = compile_module(function, mode=self.compile_mode, dynamic=False)
         return compiled
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Make `capture_stream` current inside the context, since the default stream cannot be captured.
+
+        No-op without CUDA graphs. DDP and the steps before a capture must run on the stream of the capture: libraries
+        keep handles and workspaces per stream, and autograd accumulates gradients on the stream on which DDP was built.
+        """
+        if (stream := self.capture_stream) is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            yield
+        current.wait_stream(stream)
 
 
 def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False, trains: bool = True) -> ExecutionPlan:
@@ -63,7 +83,10 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
         UserError: train.cuda_graph is "on", but CUDA graphs cannot be used.
     """
     on_gpu, amp = device.type == "cuda", amp_dtype(config.amp, device)
-    captures = uses_cuda_graph(config, device, amp)
+    captures, note = uses_cuda_graph(config, device, amp), None
+    if on_gpu and trains and config.cuda_graph == "auto" and not captures:
+        reasons = " and ".join(graph_obstacles(config, device, amp))
+        note = f"training steps are not replayed as CUDA graphs, since {reasons}"
     mode: str = config.compile
     if mode == "auto":
         mode = GPU_COMPILE_MODE if on_gpu else "off"
@@ -92,6 +115,8 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
         needs_warmup=on_gpu or mode != "off",
         uses_cuda_graph=captures,
         static_grads=captures and config.accumulation_steps > 1,
+        capture_stream=torch.cuda.Stream(device) if captures and on_gpu else None,
+        note=note,
     )
 
 
@@ -115,9 +140,22 @@ def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype 
     Raises:
         UserError: train.cuda_graph is "on", but CUDA graphs cannot be used. The message gives the reasons.
     """
+    reasons = graph_obstacles(config, device, amp)
+    if config.cuda_graph == "on" and reasons:
+        raise UserError(
+            f"train.cuda_graph=on is not possible, since {' and '.join(reasons)}; "
+            "use auto or off, or a GPU without fp16 and without compile=reduce-overhead"
+        )
+    return config.cuda_graph != "off" and not reasons
+
+
+def graph_obstacles(config: TrainConfig, device: torch.device, amp: torch.dtype | None) -> list[str]:
+    """Return the reasons against replaying training steps as CUDA graphs. See `uses_cuda_graph` for the arguments."""
+    ranks = get_world_size()
     obstacles = {
         f"the device is a {device.type}": device.type != "cuda",
-        f"there are {get_world_size()} ranks": get_world_size() > 1,
+        f"there are {ranks} ranks, for which only train.cuda_graph=on uses graphs": ranks > 1
+        and config.cuda_graph != "on",
         "fp16 checks gradients on the host before every step": amp == torch.float16,
         "compile=reduce-overhead captures its own graphs": config.compile == "reduce-overhead",
         f"on_nonfinite=skip checks the gradients of {config.optimizer.name} on the host before every step": (
@@ -126,10 +164,4 @@ def uses_cuda_graph(config: TrainConfig, device: torch.device, amp: torch.dtype 
     }
     if (obstacle := capture_obstacle(config.optimizer)) is not None:
         obstacles[obstacle] = True
-    reasons = [reason for reason, holds in obstacles.items() if holds]
-    if config.cuda_graph == "on" and reasons:
-        raise UserError(
-            f"train.cuda_graph=on is not possible, since {' and '.join(reasons)}; "
-            "use auto or off, or one GPU without fp16 and without compile=reduce-overhead"
-        )
-    return config.cuda_graph != "off" and not reasons
+    return [reason for reason, holds in obstacles.items() if holds]

@@ -97,6 +97,8 @@ def build_state(
     note = avoid_narrow_strided_convs(network) if plan.trains and device.type == "cpu" else None
     if plan.uses_cuda_graph:
         make_capturable(optimizer, device)
+    with plan.side_stream():
+        forward = data_parallel(network, device, config.accumulation_steps, config.bucket_mb)
     return TrainState(
         network=network,
         optimizer=optimizer,
@@ -104,11 +106,11 @@ def build_state(
         sums=torch.zeros(3, dtype=torch.float64, device=device),
         config=config,
         plan=plan,
-        forward=data_parallel(network, device, config.accumulation_steps),
+        forward=forward,
         infer=plan.compiled(network),
         loss_and_counts=build_loss(config, plan.mixes, device, plan.compiled),
         guard=SkipNonFinite(network, optimizer) if config.on_nonfinite == "skip" else None,
-        notes=() if note is None else (note,),
+        notes=tuple(one for one in (note, plan.note) if one is not None),
     )
 
 

@@ -18,7 +18,7 @@ from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from train.distributed import collectives
 from train.distributed.process_group import is_data_parallel
-from train.engine.cuda_graph import CapturedStep, side_stream
+from train.engine.cuda_graph import CapturedStep
 from train.engine.epoch import set_whitening_bias_grad
 from train.engine.evaluate import evaluate
 from train.engine.losses import identity_mix
@@ -27,6 +27,7 @@ from train.engine.step import train_step
 from train.optim.freeze import set_training_mode
 
 WARM_UP_STEPS = 3  # steps before a capture: the first compiles kernels, the first two tune them
+DDP_WARM_UP_STEPS = 11  # the same with DDP, which measures its first 10 by events, and rebuilds its buckets
 
 
 def warm_up(state: TrainState, loader: TrainLoader, val_loader: EvalLoader | None = None, tta: str = "none") -> float:
@@ -110,7 +111,7 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
     """
     set_training_mode(state.forward)
     optimizer_steps = [True] if state.config.accumulation_steps == 1 else [False, True]
-    with side_stream(state) as stream, preserved_state(state):
+    with state.plan.side_stream(), preserved_state(state):
         ready = [
             _run_steps(state, identity_mix(batch) if state.plan.mixes else batch, optimizer_steps) for batch in batches
         ]
@@ -119,12 +120,12 @@ def warm_up_training(state: TrainState, *batches: Batch) -> None:
     if state.device.type == "cuda":
         torch.cuda.empty_cache()  # a capture does so as well; here it makes the peak start without cached memory
         torch.cuda.reset_peak_memory_stats(state.device)
-    if stream is not None:
-        state.captured_step = CapturedStep(state, ready, optimizer_steps, stream)
+    if state.plan.uses_cuda_graph:
+        state.captured_step = CapturedStep(state, ready, optimizer_steps)
 
 
 def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> Batch:
-    """Run each kind of micro-step in `optimizer_steps` (see `CapturedStep`) on a batch, at least WARM_UP_STEPS times.
+    """Run each kind of micro-step in `optimizer_steps` (see `CapturedStep`) on a batch, several times.
 
     Returns:
         The batch that was trained on: the samples selected by the proxy, or `batch` if there is no proxy.
@@ -132,9 +133,10 @@ def _run_steps(state: TrainState, batch: Batch, optimizer_steps: list[bool]) -> 
     if state.proxy is not None:
         chosen = [state.proxy.select(batch, number) for number in range(state.config.proxy.every_steps + WARM_UP_STEPS)]
         batch = chosen[-1]
+    captures_ddp = state.plan.uses_cuda_graph and is_data_parallel(state.forward)
     for epoch in {0, state.config.whiten_bias_epochs or 0}:  # with and without the gradient of the whitening bias
         set_whitening_bias_grad(state, epoch)
-        for _ in range(WARM_UP_STEPS):
+        for _ in range(DDP_WARM_UP_STEPS if captures_ddp else WARM_UP_STEPS):
             for optimizer_step in optimizer_steps:
                 train_step(state, batch, optimizer_step=optimizer_step)
     return batch

@@ -28,7 +28,7 @@ from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
 from train.checkpoint import store
 from train.checkpoint.restore import restore_state
-from train.distributed.process_group import Ranks, process_group
+from train.distributed.process_group import Ranks, is_data_parallel, process_group
 from train.engine import cuda_graph, execution, warm_up
 from train.engine.epoch import training_steps
 from train.engine.evaluate import evaluate
@@ -77,10 +77,6 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
         yield
         FakeGraph.capturing = None
 
-    @contextmanager
-    def stream(_: TrainState) -> Iterator[object]:
-        yield object()
-
     def step(state: TrainState, batch: Batch, *, optimizer_step: bool = True) -> None:
         if FakeGraph.capturing is None:
             train_step(state, batch, optimizer_step=optimizer_step)
@@ -90,7 +86,6 @@ def _fake_graphs(monkeypatch: pytest.MonkeyPatch, _process_group: None) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(warm_up, "side_stream", stream)
     monkeypatch.setattr(warm_up, "train_step", step)
     monkeypatch.setattr(cuda_graph, "train_step", step)
     monkeypatch.setattr(execution, "uses_cuda_graph", lambda config, *_: config.cuda_graph != "off")
@@ -337,12 +332,13 @@ def test_graph_obstacles_are_named_and_auto_disables(settings: Settings, amp: to
 
 
 @on_the_cpu
-def test_several_ranks_do_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_ranks_use_graphs_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "get_world_size", lambda: 4)
     gpu = torch.device("cuda", 0)
     assert not execution.uses_cuda_graph(TrainConfig(), gpu, None)
-    with pytest.raises(UserError, match="since there are 4 ranks; use auto or off, or one GPU"):
-        execution.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
+    assert execution.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, None)
+    with pytest.raises(UserError, match=r"since fp16 checks gradients .*; use auto or off, or a GPU without fp16"):
+        execution.uses_cuda_graph(TrainConfig(cuda_graph="on"), gpu, torch.float16)
 
 
 # On a GPU, with deterministic kernels and SGD: Adam would amplify rounding errors, since it divides by small roots of
@@ -635,6 +631,65 @@ def test_captured_steps_and_averages_never_wait_for_the_gpu(
                 update_averages(state, step // 2, Timeline.even(2, 50))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+DDP_KINDS: dict[str, Settings] = {
+    "float32": {"amp": "off"},
+    "bf16": {"amp": "bf16", "clip_grad_norm": 0.1},
+    "accumulated": {"amp": "off", "accumulation_steps": 3, "ema": {"decay": 0.9}},
+    "skipping": {"amp": "off", "on_nonfinite": "skip"},
+    "compiled": {"amp": "off", "compile": "default"},
+}
+
+
+def data_parallel_on_gpu(device: torch.device, **settings: Any) -> TrainState:
+    """Return a state whose model is wrapped in DDP, as with several ranks, although this rank is the only one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+        state = on_gpu(device, cuda_graph="on", **settings)
+    state.ema = build_ema(state.network, state.config.ema)
+    return state
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", DDP_KINDS.values(), ids=DDP_KINDS)
+def test_steps_with_ddp_are_captured_and_never_wait_for_the_gpu(settings: Settings, gpu: torch.device) -> None:
+    state = data_parallel_on_gpu(gpu, **settings)
+    assert is_data_parallel(state.forward)
+    batch, accumulation = Batch(*(part.to(gpu) for part in random_batch(8))), state.config.accumulation_steps
+    warm_up.warm_up_training(state, warm_up.blank_batch(8, 32, gpu))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for index in range(2 * accumulation):
+            run_step(state, batch, index // accumulation, optimizer_step=(index + 1) % accumulation == 0)
+        update_averages(state, 1, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert isinstance(state.captured_step, cuda_graph.CapturedStep)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_values
+@pytest.mark.parametrize("settings", DDP_KINDS.values(), ids=DDP_KINDS)
+def test_captured_steps_with_ddp_equal_plain_steps_without(
+    settings: Settings, npy_data: Path, gpu: torch.device
+) -> None:
+    results = []
+    for build, graph in ((data_parallel_on_gpu, {}), (on_gpu, {"cuda_graph": "off"})):
+        state = build(gpu, **settings, **graph)
+        loader, _ = gpu_loaders(npy_data, gpu, state.config.accumulation_steps)
+        warm_up.warm_up(state, loader)
+        results.append(train_epochs(state, loader))
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if settings["amp"] == "bf16" else CLOSE
+    torch.testing.assert_close(*results, **tolerance)
+
+
+@pytest.mark.gpu
+def test_run_notes_why_its_steps_are_not_captured(gpu: torch.device) -> None:
+    note = "training steps are not replayed as CUDA graphs, since fp16 checks gradients on the host before every step"
+    assert on_gpu(gpu, amp="fp16").notes == (note,)
+    assert not on_gpu(gpu).notes
+    assert not on_gpu(gpu, amp="fp16", cuda_graph="off").notes
 
 
 @pytest.mark.gpu
