@@ -20,6 +20,7 @@ from pathlib import Path
 from configs.arguments import add_config, new_parser, parse_config, whole_number
 from configs.utils.errors import UserError, run_main
 from configs.utils.files import path_text
+from configs.utils.process import importing_torch
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +82,8 @@ def main() -> int:
         from train.prepare import prepare_dataset
 
         prepare_dataset(Path(config.data.path), int(os.environ.get("LOCAL_RANK", "0")))
-    from train.run import run  # imports torch
+    with importing_torch():
+        from train.run import run
 
     return run(
         config,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from math import nan
 from typing import NoReturn
 
@@ -71,6 +72,7 @@ class Trainer:
         self.consensus = StopConsensus(lambda: self.signals.number, is_due)
         self.meter = ThroughputMeter(self.train_loader)
         self.stage: Stage | None = None
+        self.has_started = False  # whether the time to the first step was logged
         total, limit = self.timeline.total, self.config.train.max_steps
         self.end = total if limit is None else min(limit, total)  # optimizer steps after which the run ends
 
@@ -166,7 +168,7 @@ class Trainer:
         if position.step == self.timeline.steps[position.epoch]:  # the run was stopped during the evaluation
             return
         progress = self.run.progress
-        yield from training_steps(
+        steps = training_steps(
             self.state,
             self.train_loader,
             seed=self.config.seed,
@@ -176,6 +178,12 @@ class Trainer:
             skip_steps=progress.skip_steps,
             end=self.end,
         )
+        if not self.has_started:
+            for first in islice(steps, 1):
+                self.log.detail(f"first step after {self.run.clock.command_s:.2f} s")
+                yield first
+            self.has_started = True
+        yield from steps
         self.run.clock.count(self._last_step(position.epoch))
 
     def _last_step(self, epoch: int) -> int:

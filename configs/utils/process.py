@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +55,24 @@ def acquire_lock(
             return False
         on_wait()
         time.sleep(LOCK_POLL_S)
+
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """Import torch in this context in three quarters of the time, by pausing Python's garbage collector.
+
+    The imports make 700,000 objects and hardly any garbage. Later collections skip the objects that exist at the end of
+    the context. No-op if torch is already imported, such as in a notebook, whose objects must stay collectable.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

@@ -18,13 +18,14 @@ from train.optim.param_groups import ParameterGroup, parameter_groups
 Constructor = Callable[..., torch.optim.Optimizer]
 
 # For each name: the class, the settings it takes, and the option that selects the implementation with fewest kernels.
-TORCH: dict[str, tuple[Constructor, tuple[str, ...], dict[str, bool]]] = {
+TORCH: dict[str, tuple[type[torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
     "adamw": (torch.optim.AdamW, ("betas", "eps"), {"fused": True}),
     "adam": (torch.optim.Adam, ("betas", "eps"), {"fused": True}),
     "sgd": (torch.optim.SGD, ("momentum", "nesterov"), {"fused": True}),
     "rmsprop": (torch.optim.RMSprop, ("momentum", "eps"), {"foreach": True}),
 }
 CAPTURABLE = ("muon", *TORCH)  # all state is on the device, and zero before the first step
+GUARDED_METHODS = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")  # and step, see _without_compiler
 IMPLEMENTATIONS = {"foreach", "fused"}
 # set by other settings, not options
 RESERVED_OPTIONS = {"self", "params", "lr", "weight_decay", "capturable", "differentiable"}
@@ -66,9 +67,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> tor
         arguments |= implementation
     arguments |= _checked_options(config, kind)
     try:
-        return kind(groups, lr=lr, **arguments)
+        return _without_compiler(kind)(groups, lr=lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _refused(config, error) from None
+
+
+def _without_compiler(kind: type[torch.optim.Optimizer]) -> Constructor:
+    """Return a subclass of a torch optimizer whose methods do not import torch's compiler.
+
+    torch wraps these methods for callers that are compiled, and the wrappers import the compiler on their first call,
+    which takes a second. Here, only the model and the loss are compiled.
+    """
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in GUARDED_METHODS}
+    step = torch.no_grad()(inspect.unwrap(kind.step))  # like torch's wrapper, except in differentiable optimizers
+    return type(kind.__name__, (kind,), {**methods, "step": step})
 
 
 def with_timm_defaults(config: Config) -> Config:

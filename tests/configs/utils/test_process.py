@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -11,10 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from configs.utils.process import acquire_lock, handle_signals, start_time_ticks
+from configs.utils.process import acquire_lock, handle_signals, importing_torch, start_time_ticks
 from helpers.training import ROOT
 
 HOLD = """
@@ -150,3 +152,19 @@ def test_start_time_is_that_of_the_process() -> None:
     assert before_s - 0.02 <= started_s <= time.clock_gettime(time.CLOCK_BOOTTIME)
     with pytest.raises(OSError, match="No such"):
         start_time_ticks(process.pid)
+
+
+def test_collector_is_paused_only_while_torch_is_first_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gc.get_freeze_count()
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    with importing_torch():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with importing_torch():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
