@@ -168,7 +168,10 @@ def _build_builtin_model(
     known = [option for option in types if option not in ("num_classes", "drop_rate", "activation")]
     for option, value in options.items():
         if option not in known:
-            raise UserError(f"{option}={value!r} is not an option of model {name!r}; it has {known or 'none'}")
+            raise UserError(
+                f"{option}={value!r} is not an option of model {name!r}; it has {known or 'none'}; set "
+                f"model.options.{option}=null, or leave it out"
+            )
         if type(value) is not types[option] and not (types[option] is float and type(value) is int):
             raise UserError(
                 f"{option}={value!r} has the wrong type for model {name!r}; use {TYPE_NAMES[types[option]]}"

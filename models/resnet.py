@@ -1,10 +1,12 @@
-"""ResNets with the CIFAR stem: one 3x3 convolution with stride 1 and no pooling before the first block.
+"""ResNets with the stem of the CIFAR models, with that of the ImageNet models, or with one for sizes in between.
 
-Parameter names are those of torchvision's ImageNet models. Apart from the head, only the shape of conv1.weight differs.
+Parameter names are those of torchvision's ImageNet models. Apart from the head, only the shape of conv1.weight depends
+on the stem.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
@@ -76,19 +78,37 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     )
 
 
+@dataclass(frozen=True)
+class Stem:
+    """The layers before the first stage: a convolution, batch norm, the activation and, if `pools`, max pooling."""
+
+    kernel_size: int
+    stride: int
+    pools: bool  # 3x3 with stride 2
+    min_image_size: int
+
+
+# With the homework's stem, layer4 has at least 4x4 positions for sizes from 25, the pooling window in the homework
+# (docs/homework.md). With the others, it has at least 2x2 positions.
+STEMS = {
+    "homework": Stem(kernel_size=3, stride=1, pools=False, min_image_size=25),
+    "half": Stem(kernel_size=3, stride=2, pools=False, min_image_size=17),
+    "imagenet": Stem(kernel_size=7, stride=2, pools=True, min_image_size=33),
+}
+
+
 class ResNet(nn.Module):
-    """ResNet: images float [B, 3, H, W] with H, W >= 25 -> logits [B, num_classes].
+    """ResNet: images float [B, 3, H, W] -> logits [B, num_classes].
 
     Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv:1512.03385. With the default
-    width of 64, the four stages have the widths of the paper's ImageNet models, 64/128/256/512. The stem has stride 1,
-    as in the paper's CIFAR-10 models.
+    width of 64, the four stages have the widths of the paper's ImageNet models, 64/128/256/512. The stem is a key of
+    STEMS: "homework" is that of the paper's CIFAR-10 models with stride 1, "imagenet" that of its ImageNet models, and
+    "half" a 3x3 convolution with stride 2. The first stage sees images of the full size, a quarter and half of it.
 
-    Shapes of ResNet-18 at 32x32: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] -> layer3 [256, 8, 8] -> layer4
-    [512, 4, 4] -> global mean [512].
+    Shapes of ResNet-18 at 32x32 with the homework's stem: stem and layer1 [64, 32, 32] -> layer2 [128, 16, 16] ->
+    layer3 [256, 8, 8] -> layer4 [512, 4, 4] -> global mean [512].
     """
 
-    # For sizes from 25, layer4 has at least 4x4 positions, the pooling window in the homework (docs/homework.md).
-    min_image_size = 25
     max_image_size: int | None = None
 
     def __init__(
@@ -100,6 +120,7 @@ class ResNet(nn.Module):
         width: int = 64,
         activation: str = "relu",
         drop_rate: float = 0.0,
+        stem: str = "homework",
     ) -> None:
         """Build the network.
 
@@ -111,16 +132,21 @@ class ResNet(nn.Module):
             width: Width of the blocks in the first stage. Each stage has twice the width of the previous one.
             activation: A key of `models.layers.ACTIVATIONS`.
             drop_rate: Dropout probability before fc.
+            stem: A key of STEMS.
 
         Raises:
-            UserError: `width` is below 1.
+            UserError: `width` is below 1, or `stem` is unknown.
         """
         super().__init__()
         if width < 1:
             raise UserError(f"width={width} is not a number of channels; use 1 or more, or leave it out for 64")
-        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        if stem not in STEMS:
+            raise UserError(f"stem={stem!r} is unknown; use one of {', '.join(STEMS)}")
+        kernel_size, stride = STEMS[stem].kernel_size, STEMS[stem].stride
+        self.conv1 = nn.Conv2d(3, width, kernel_size, stride, padding=kernel_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.activation = build_activation(activation)
+        self.pools, self.min_image_size = STEMS[stem].pools, STEMS[stem].min_image_size
         expanded = width * block.expansion
         self.layer1 = build_stage(block, width, width, depths[0], 1, activation)
         self.layer2 = build_stage(block, expanded, 2 * width, depths[1], 2, activation)
@@ -146,6 +172,8 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         check_image_size("ResNet", images.shape[2], images.shape[3], self.min_image_size)
         features = self.activation(self.bn1(self.conv1(images)))
+        if self.pools:
+            features = F.max_pool2d(features, kernel_size=3, stride=2, padding=1)
         features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
         features = F.dropout(features.mean(dim=(2, 3)), self.drop_rate, self.training)
         logits: Tensor = self.fc(features)

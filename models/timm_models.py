@@ -57,7 +57,8 @@ def timm_arguments(
     problem = caught_error(build_shapes_only, name, arguments)
     if problem:
         raise UserError(
-            f"model 'timm/{name}' cannot be built with {arguments}: {problem}; change or leave out that option"
+            f"model 'timm/{name}' cannot be built with {arguments}: {problem}; change that option, or leave it "
+            "out (model.options.NAME=null if the config contains it)"
         )
     if activation is not None:
         arguments["act_layer"] = find_act_layer(name, arguments, activation)

@@ -25,7 +25,8 @@ class ModelConfig(Section):
     """Activation function, for built-in models and timm models that accept one; null: the model's default."""
     options: dict[str, Any] = Field(default={})
     """Further arguments of the model's constructor, such as {width: 16} for a narrow resnet18 or {drop_path_rate: 0.1}
-    for a timm model."""
+    for a timm model. The built-in resnets have stem: homework (3x3 with stride 1, the default), half (3x3 with stride
+    2) or imagenet (7x7 with stride 2 and max pooling), which need 1, 1/4 and 1/16 of the arithmetic."""
     pretrained: Annotated[bool | str, IsPath] = False
     """Whether to start from timm's published weights, which must be in the hub's cache on this machine; or the path of
     a weights file (.safetensors, .pth). Images are then normalized with the mean and std from a config.json beside the

@@ -62,7 +62,8 @@ def test_drop_rate_needs_model_with_dropout(name: str) -> None:
         ({"num_classes": 10, "zero_init_residual": 1}, "zero_init_residual=1 has the wrong type .*use true or false"),
         (
             {"num_classes": 10, "widht": 2},
-            r"widht=2 is not an option of model 'resnet18'; it has \['zero_init_residual', 'width'\]",
+            r"widht=2 is not an option of model 'resnet18'; it has \['zero_init_residual', 'width', 'stem'\]; set "
+            r"model\.options\.widht=null",
         ),
     ],
 )

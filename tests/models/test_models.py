@@ -100,6 +100,36 @@ def test_resnet_with_torchvision_state_gives_its_logits_and_statistics(name: str
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_with_imagenet_stem_and_torchvision_state_gives_its_logits(name: str) -> None:
+    theirs, ours = torchvision.models.get_model(name, num_classes=10), build_model(name, 10, stem="imagenet")
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_first_stage_of_half_stem_has_half_the_image_size() -> None:
+    network = build_model("resnet18", 10, width=8, stem="half")
+    shapes = shapes_of(network, ["conv1", "layer1", "layer2", "layer3", "layer4"], 96)
+    assert shapes == [(8, 48, 48), (8, 48, 48), (16, 24, 24), (32, 12, 12), (64, 6, 6)]
+
+
+@pytest.mark.parametrize(("stem", "smallest", "positions"), [("homework", 25, 4), ("half", 17, 2), ("imagenet", 33, 2)])
+def test_smallest_image_size_depends_on_the_stem(stem: str, smallest: int, positions: int) -> None:
+    network = build_model("resnet18", 10, image_size=smallest, width=8, stem=stem)
+    assert shapes_of(network, ["layer4"], smallest) == [(64, positions, positions)]
+    assert shapes_of(network, ["layer4"], smallest + 103)[0][1] > positions
+    with pytest.raises(UserError, match=f"not supported by resnet18: the smallest is {smallest}"):
+        build_model("resnet18", 10, image_size=smallest - 1, stem=stem)
+    with pytest.raises(UserError, match=f"not supported by ResNet: the smallest is {smallest}"):
+        network(torch.zeros(1, 3, smallest, smallest - 1))
+
+
+def test_unknown_stem_is_an_error() -> None:
+    with pytest.raises(UserError, match="stem='cifar' is unknown; use one of homework, half, imagenet"):
+        build_model("resnet18", 10, stem="cifar")
+
+
 @pytest.mark.parametrize("name", RESNETS)
 def test_resnet_state_matches_torchvision_names_and_shapes(name: str) -> None:
     with torch.device("meta"):

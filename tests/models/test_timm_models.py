@@ -55,6 +55,8 @@ def test_timm_option_without_logits_is_named_instead_of_size() -> None:
         build_model("timm/test_vit", 10, image_size=32, global_pool="")
     with pytest.raises(UserError, match=r"'timm/test_resnet' cannot be built with .*'drop_path_rate': 'much'"):
         build_model("timm/test_resnet", 10, drop_path_rate="much")
+    with pytest.raises(UserError, match=r"'timm/test_resnet' cannot be built .* argument 'stem'.*NAME=null"):
+        build_model("timm/test_resnet", 10, stem="imagenet")
 
 
 def test_timm_resnet_takes_uint8_at_32_pixels() -> None:
