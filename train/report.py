@@ -17,6 +17,7 @@ from train.distributed import collectives
 from train.engine.warm_up import warm_up
 from train.optim.averaging import eval_weights, uses_ema
 from train.optim.schedule import config_warnings
+from train.reporting.cost_warnings import cost_warnings
 from train.reporting.run_info import Facts, collect_run_info, stage_warnings, summary_line
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import show_predictions, show_samples
@@ -71,6 +72,10 @@ def log_start(trainer: Trainer, position: Position, source: Path | None, resume:
     warnings = (*stage_warnings(job.config), *config_warnings(job.config.train, trainer.timeline))
     for note in (*trainer.state.notes, *warnings):
         log.info(note)
+    if job.ranks.is_first:
+        shapes = [(stage.plan.batch_size, stage.image_size) for stage in trainer.train_loader.stages]
+        for warning in cost_warnings(job.config.model, trainer.state, shapes, job.ranks.local_world_size):
+            log.info(f"warning: {warning}")
     return facts
 
 
