@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from configs.load import load_config
 from configs.utils.errors import UserError
+from helpers.training import ROOT
 from tools import summary
 from tools.perf import model_cases
 from tools.perf.summary_command import compute_costs
 from train.distributed.process_group import Ranks, process_group
+
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("sweeps", "base"))
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +79,30 @@ def test_config_without_data_set_needs_classes_option(tmp_path: Path) -> None:
     (tmp_path / "new.yaml").write_text("data: {path: nowhere, image_size: 96}\nmodel: {name: resnet18}\n")
     with pytest.raises(UserError, match=r"number of classes.*give --classes"):
         summary.main([str(tmp_path / "new.yaml")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_head_of_a_shipped_config_states_its_costs(path: Path) -> None:
+    config = load_config(path)
+    classes = 10 if Path(config.data.path).name in ("cifar10", "digits") else 200
+    stored = config.data.image_size or model_cases.STORED_SIZE
+    gmacs, mib = [], []
+    sizes = sorted({stage.image_size or stored for stage in config.data.stages} or {stored})
+    for size in (sizes[0], sizes[-1]):
+        case = model_cases.ModelCase(path.stem, config.model, size, classes, 2, config.train)
+        counted, _ = compute_costs(case, torch.device("cpu"), None)
+        gmacs.append(counted.forward_flops / 4e9)
+        mib.append(counted.activation_bytes / 2**21)
+    (line,) = (line for line in path.read_text().splitlines() if line.startswith("# Cost"))
+    assert line == (
+        f"# Cost per image: {span(gmacs)} GMACs, {span(mib)} MiB for training in float32, at {span(sizes)} pixels."
+    )
+
+
+def span(values: Sequence[float]) -> str:
+    """Return the first and the last number with three digits, or one if they are equal."""
+    return " to ".join(dict.fromkeys(f"{value:.3g}" for value in (values[0], values[-1])))
 
 
 @pytest.mark.gpu
