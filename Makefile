@@ -10,7 +10,7 @@ OPTS ?=
 NPROC ?= 1
 TORCHRUN := $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node=$(NPROC))
 
-.PHONY: train test test-all test-faults test-isa fuzz lint bench gpu-bench gpu-check gpu-dry-run format
+.PHONY: train test test-all test-faults test-isa fuzz lint bench gpu-bench gpu-check gpu-dry-run gpu-calls format
 
 train: $(ENVIRONMENT) $(if $(filter configs/digits_lenet.yaml,$(CFG)),digits)
 	$(PY) $(TORCHRUN) train/ddp.py $(CFG) $(if $(OPTS),--opts $(OPTS))
@@ -83,11 +83,21 @@ gpu-check: $(ENVIRONMENT)
 # The GPU tests that compare no computed values, under a stand-in CUDA driver in the folder FAKECUDA. Needs no GPU.
 FAKECUDA ?= ../shared/fakecuda
 DRY_RUN := output/gpu-dry-run
-gpu-dry-run: $(ENVIRONMENT)
+define build_driver
 	rm -rf $(DRY_RUN) && mkdir -p $(DRY_RUN)
 	sh $(FAKECUDA)/build.sh "$$($(PY) -c 'import torch; print(*torch.__path__)')/.." $(DRY_RUN)/driver
+endef
+gpu-dry-run: $(ENVIRONMENT)
+	$(build_driver)
 	FAKECUDA_LOG=$(CURDIR)/$(DRY_RUN)/driver.log $(DRY_RUN)/driver/fakecuda \
 		$(PY) -m pytest -m "gpu and not gpu_values" --durations=5 $(GPU_TESTS)
+
+# Calls to the CUDA driver per training step and evaluated batch, counted by the stand-in driver: a table.
+gpu-calls: $(ENVIRONMENT)
+	$(build_driver)
+	$(PY) tools/convert.py digits --out $(DRY_RUN)/digits
+	FAKECUDA_LEVEL=2 FAKECUDA_LOG=$(CURDIR)/$(DRY_RUN)/driver.log $(DRY_RUN)/driver/fakecuda \
+		$(PY) tests/helpers/driver_calls.py $(DRY_RUN)/digits
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

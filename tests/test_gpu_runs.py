@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -209,6 +210,51 @@ def test_short_benchmark(stage: str, digits: Path, tmp_path: Path) -> None:
     done = script(*command)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
+
+
+# Per training step, except for events and queries: what the step launches, then what the loader launches for the batch.
+GRAPH, LAUNCH = "graph launch", "launch"
+MOVED, SENT = "copy from device to device memory", "copy from pinned to device memory"
+MAX_CALLS = 17  # with events and queries
+STEP_CALLS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "captured, device": ({GRAPH: 1, LAUNCH: 1, MOVED: 2}, {SENT: 1}),
+    "captured, host": ({GRAPH: 1, LAUNCH: 1, MOVED: 2}, {SENT: 2, LAUNCH: 1}),
+    "captured, device, DALI": ({GRAPH: 1, LAUNCH: 1, MOVED: 2}, {SENT: 1}),
+    "captured, host, DALI": ({GRAPH: 1, LAUNCH: 1, MOVED: 2}, {SENT: 1}),
+    "captured, device, dropout": ({GRAPH: 1, LAUNCH: 3, MOVED: 2}, {SENT: 1}),  # seed and offset of the generator
+    "captured, device, mixing": ({GRAPH: 1, LAUNCH: 1, MOVED: 3}, {SENT: 2}),
+    "captured, device, average": ({GRAPH: 1, LAUNCH: 2, MOVED: 2}, {SENT: 1}),
+    "captured, device, DDP": ({GRAPH: 1, LAUNCH: 1, MOVED: 2}, {SENT: 1}),
+}
+
+
+@pytest.mark.skipif(not IS_STAND_IN, reason="counts the calls in the log of the stand-in driver")
+def test_steps_call_the_driver_as_rarely_as_documented_and_never_wait(digits: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "FAKECUDA_LEVEL": "2", "FAKECUDA_LOG": str(tmp_path / "log")}
+    command = [
+        sys.executable,
+        "tests/helpers/driver_calls.py",
+        digits,
+        *STEP_CALLS,
+        "eager, device",
+        "eager, device, DDP",
+    ]
+    result = tmp_path / "calls.json"
+    subprocess.run([*map(str, command), "--json", result], check=True, cwd=ROOT, env=environment)
+    counts = json.loads(result.read_text())
+    for kind, parts in counts.items():
+        for part, callers in parts.items():
+            for caller, calls in callers.items():
+                made = {name for name, count in calls.items() if count}
+                assert not any("pageable" in name for name in made), (kind, part, caller, calls)
+                waits = any("(waits)" in name for name in made)
+                assert not waits or caller == "gathering threads", (kind, part, caller, calls)
+    for kind, (step, batch) in STEP_CALLS.items():
+        calls = counts[kind]["training"]
+        assert {name: calls["step"].get(name, 0) for name in (GRAPH, LAUNCH, MOVED, SENT)} == {SENT: 0, **step}, kind
+        expected = {GRAPH: 0, LAUNCH: 0, MOVED: 0, SENT: 0, **batch}
+        assert {name: calls["next batch"].get(name, 0) for name in expected} == expected, kind
+        assert sum(calls["step"].values()) + sum(calls["next batch"].values()) <= MAX_CALLS, kind
 
 
 @pytest.mark.parametrize("aug", [{"crop": "none"}, {"crop": "pad"}, {"crop": "random-resized", "flip": 0.5}], ids=str)

@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from pipelines.gpu.device_inputs import DeviceInputs, blocking_event
+from pipelines.gpu.device_inputs import DeviceInputs, blocking_event, to_device
 from pipelines.interfaces import Draws, Runner, RunnerResult, SampleSource, StoredImages
 from pipelines.loader.backend import MAX_COPY_THREADS, Backend, LoaderSpec, pixels_on_host
 from pipelines.loader.buffers import SlotBuffers
@@ -69,22 +69,29 @@ class CopyRunner:
 
     Batches in host memory are copied on a separate stream, so that the copy overlaps with the model's work on the
     previous batch. Batches that are already on the device are passed on without a copy.
+
+    Args:
+        device: Device of the batches.
+        stream: Stream on which the source gathers batches on the device. Copies run on it as well.
     """
 
-    def __init__(self, device: torch.device, gather_stream: torch.cuda.Stream) -> None:
-        self._device, self._gather_stream, self._copy_stream = device, gather_stream, torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._device, self._stream = device, stream
         self._ready: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
 
     def submit(self, images: StoredImages, labels: np.ndarray, draws: Draws) -> None:
         assert isinstance(images, torch.Tensor)
-        self._copy_stream.wait_stream(self._gather_stream)
-        with torch.cuda.stream(self._copy_stream):
+        with torch.cuda.stream(self._stream):
+            *tables, labels_on_device = to_device([*self.tables(draws), labels], self._device)
             # no copy if they are already on the device
-            on_device = self.transform(images.to(self._device, non_blocking=True), draws)
-            labels_on_device = torch.from_numpy(labels).pin_memory().to(self._device, non_blocking=True)
+            on_device = self.transform(images.to(self._device, non_blocking=True), tables)
             self._ready.append((on_device, labels_on_device, blocking_event()))
 
-    def transform(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def tables(self, draws: Draws) -> list[np.ndarray]:
+        """Return the arrays that `transform` reads, int64. They are copied to the device together with the labels."""
+        return []
+
+    def transform(self, images: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
         """Transform images that are on the device, on the current stream. This class leaves them as they are."""
         return images
 

@@ -11,7 +11,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU
 
-from pipelines.gpu.device_inputs import blocking_event
+from pipelines.gpu.device_inputs import blocking_event, to_device
 from pipelines.interfaces import Draws, RunnerResult, StoredImages, no_wait
 
 DECODE_ERRORS = ("nvImageCodec failure", "Failed to decode")  # parts of the messages of DALI's RuntimeErrors
@@ -24,7 +24,7 @@ class DaliRunner:
         self._build = build
         self._pipeline = build()
         self._device = device
-        self._labels: deque[torch.Tensor] = deque()
+        self._labels: deque[np.ndarray] = deque()
         self._fed: deque[StoredImages] = deque()  # DALI reads inputs in place until the result is ready
 
     def submit(self, images: StoredImages, labels: np.ndarray, draws: Draws) -> None:
@@ -36,7 +36,7 @@ class DaliRunner:
             self._pipeline.feed_input("images", batch)
         else:
             self._pipeline.feed_input("images", images)
-        self._labels.append(torch.from_numpy(labels))
+        self._labels.append(labels)
         for name, values in draws.items():
             self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
@@ -45,13 +45,13 @@ class DaliRunner:
         labels, fed = self._labels.popleft(), self._fed.popleft()
         if self._device.type != "cuda":
             (images,) = self._pipeline.outputs()
-            return torch.from_dlpack(images.as_tensor()), labels, no_wait
+            return torch.from_dlpack(images.as_tensor()), torch.from_numpy(labels), no_wait
         stream = torch.cuda.current_stream(self._device)
         (images,) = self._pipeline.outputs(cuda_stream=stream)
         if isinstance(fed, torch.Tensor) and fed.is_cuda:
             fed.record_stream(stream)  # waits for the outputs; the allocator keeps the input until then
-        labels = labels.pin_memory().to(self._device, non_blocking=True)
-        return torch.from_dlpack(images.as_tensor()), labels, blocking_event(stream).synchronize
+        (labels_on_device,) = to_device([labels], self._device)
+        return torch.from_dlpack(images.as_tensor()), labels_on_device, blocking_event(stream).synchronize
 
     def restart(self) -> None:
         """Drop all submitted batches and rebuild the graph, since some DALI operators do not recover from an error."""

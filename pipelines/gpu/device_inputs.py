@@ -39,6 +39,15 @@ class DeviceInputs:
         return on_device
 
 
+def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Copy int64 arrays to the device on the current stream, together in one copy, without waiting for it."""
+    flat = arrays[0].reshape(-1) if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays])
+    # torch keeps pinned memory until the copy is done
+    on_device = torch.from_numpy(flat).pin_memory().to(device, non_blocking=True)
+    parts = on_device.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
 def blocking_event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
     """Record an event on a stream (by default the current one) and return it.
 

@@ -214,17 +214,17 @@ class ResidentTransforms(SampleSource):
 class TransformingRunner(CopyRunner):
     """Runner that copies batches to a GPU and transforms them there, on the stream of the copies."""
 
-    def __init__(
-        self, device: torch.device, gather_stream: torch.cuda.Stream, size: int, padding_mode: PaddingMode
-    ) -> None:
-        super().__init__(device, gather_stream)
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream, size: int, padding_mode: PaddingMode) -> None:
+        super().__init__(device, stream)
         self._size, self._padding_mode = size, padding_mode
 
-    def transform(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        samples, height, width, channels = images.shape
+    def tables(self, draws: Draws) -> list[np.ndarray]:
         table = draws["table"]
-        table[:, 0] = np.arange(samples)
-        on_device = torch.from_numpy(table).pin_memory().to(images.device, non_blocking=True)
+        table[:, 0] = np.arange(len(table))
+        return [table]
+
+    def transform(self, images: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
+        samples, height, width, channels = images.shape
         out = images.new_empty((samples, self._size, self._size, channels))
         shape = (height, width, channels)
-        return crop_flip_erase(images, on_device, out, shape=shape, padding_mode=self._padding_mode)
+        return crop_flip_erase(images, tables[0], out, shape=shape, padding_mode=self._padding_mode)

@@ -58,7 +58,8 @@ def predictions(state: TrainState, loader: Iterable[Batch], tta: str = "none") -
     for images, labels in loader:
         full_size = max(full_size, len(labels))
         missing = full_size - len(labels)
-        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+        if missing:  # otherwise padding would copy the batch
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), state.plan.autocast():
             logits = mean_logits(state.infer, images, tta)
         yield logits[: len(labels)], labels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,19 @@ from train.optim.muon import Muon
 from train.optim.param_groups import ParameterGroup, parameter_groups
 
 Constructor = Callable[..., torch.optim.Optimizer]
+
+
+class DeviceRates(NamedTuple):
+    """The learning rates of all parameter groups of an optimizer, on the device, so that one kernel sets them.
+
+    Attributes:
+        values: Learning rates, float32 [groups]. Each group's `lr` is a view of its element.
+        scales: `lr_scale` of the groups, float64 [groups], so that products are rounded once, as on the host.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
 
 # For each name: the class, the settings it takes, and the option that selects the implementation with fewest kernels.
 TORCH: dict[str, tuple[type[torch.optim.Optimizer], tuple[str, ...], dict[str, bool]]] = {
@@ -183,7 +197,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, whitening_lr:
 
     If `whitening_lr` is given, it replaces `lr` for the group of the whitening layer's bias.
     """
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    rates: DeviceRates | None = getattr(optimizer, "device_rates", None)
+    if rates is not None:
+        torch.mul(rates.scales, lr, out=rates.values)
+        groups = [group for group in groups if group.get("whitening")] if whitening_lr is not None else []
+    for group in groups:
         rate = whitening_lr if group.get("whitening") and whitening_lr is not None else lr
         set_group_rate(group, rate * group.get("lr_scale", 1.0))
 
@@ -202,8 +221,12 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
     Graph capture bakes Python numbers in as constants, so later changes to them would have no effect on replay.
     Learning rates are float32, as torch's fused kernels expect.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+    groups = optimizer.param_groups
+    values = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float32, device=device)
+    scales = torch.tensor([group.get("lr_scale", 1.0) for group in groups], dtype=torch.float64, device=device)
+    optimizer.device_rates = DeviceRates(values, scales)  # type: ignore[attr-defined]
+    for group, rate in zip(groups, values.unbind(), strict=True):
+        group["lr"] = rate
         if "capturable" in group:
             group["capturable"] = True
 
