@@ -21,7 +21,7 @@ from train.checkpoint.restore import restore_state
 from train.engine import warm_up
 from train.engine.state import TrainState
 from train.engine.step import train_step
-from train.optim.factory import build_optimizer, set_learning_rate, with_timm_defaults
+from train.optim.factory import build_optimizer, make_capturable, set_learning_rate, with_timm_defaults
 
 SCALED: dict[str, Any] = {
     "weight_decay": 0.3, "norm_bias_lr": 64.0, "bias_lr": 4.0, "linear_lr": 0.5, "decay_biases": True
@@ -59,6 +59,19 @@ def test_learning_rate_is_set_in_every_parameter_group() -> None:
     optimizer = build_optimizer(build_model("resnet18", 10), OptimizerConfig(), lr=1.0)
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+@pytest.mark.parametrize("whitening_lr", [None, 0.7])
+def test_rates_on_the_device_equal_those_on_the_host(whitening_lr: float | None) -> None:
+    config = OptimizerConfig(name="sgd", **{**SCALED, "bias_lr": 0.3, "linear_lr": 0.7})
+    host, device = (build_optimizer(build_model("speedrun96_proxy", 10), config, lr=1.1) for _ in range(2))
+    make_capturable(device, CPU)
+    for lr in (0.1, 0.123456789):
+        for optimizer in (host, device):
+            set_learning_rate(optimizer, lr, whitening_lr)
+        rates = [group["lr"] for group in device.param_groups]
+        assert torch.equal(torch.stack(rates), torch.tensor([group["lr"] for group in host.param_groups]))
+    assert len({float(rate) for rate in rates}) > 2
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
