@@ -34,6 +34,7 @@ def build_train_loader(
     world_size: int = 1,
     local_world_size: int | None = None,
     accumulation_steps: int = 1,
+    epochs: int | None = None,
 ) -> TrainLoader:
     """Build a loader of shuffled, augmented batches of `data.train_split`.
 
@@ -47,6 +48,8 @@ def build_train_loader(
         rank, world_size: Rank of this process, and number of training processes.
         local_world_size: Number of ranks on this machine, which share its CPU cores. If None, use `world_size`.
         accumulation_steps: Batches per optimizer step. len(loader) is a multiple of this number.
+        epochs: Number of epochs of the run. The loader gathers the first batches of an epoch at the end of the epoch
+            before it, but none after the last epoch. If None, the last epoch is not known.
 
     Raises:
         UserError: The split cannot be opened or changes while it is loaded, a setting is incompatible with the split or
@@ -78,7 +81,7 @@ def build_train_loader(
         spec = LoaderSpec(split, data, batch_size, size, device, threads, pixels, aug, programs)
         stages[size, batch_size] = Stage(plan, choose_backend(spec), bad)
     augment = None if aug.custom is None else CustomAugmentation(aug.custom, seed, rank, device)
-    return TrainLoader([stages[key] for key in sizes], starts, augment)
+    return TrainLoader([stages[key] for key in sizes], starts, augment, epochs)
 
 
 def build_eval_loader(

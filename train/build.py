@@ -92,6 +92,7 @@ class Job:
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
             accumulation_steps=config.train.accumulation_steps,
+            epochs=config.train.epochs,
         )
 
     def val_loader(self) -> EvalLoader:

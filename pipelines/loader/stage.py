@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -62,6 +64,7 @@ class Stage:
         groups_ahead = -(-max(backend.spec.data.prefetch, IN_FLIGHT) // self._max_group) + 1
         self.slots = groups_ahead + 2 * backend.threads
         self.slot_waits: list[Callable[[], None]] = [no_wait] * self.slots
+        self._users: deque[weakref.WeakMethod[Callable[[], None]]] = deque(maxlen=1)  # closes the user of the slots
         # The allocator reuses the source's memory only after this stream has finished using the memory.
         with torch.cuda.stream(backend.stream):
             self.source = backend.source(self.slots, plan.batch_size * self._max_group)
@@ -74,21 +77,31 @@ class Stage:
     def select(self, samples: np.ndarray) -> Stage:
         """Return a stage whose epochs consist of `samples`, int64 [N], in this order. Each is augmented as before.
 
-        Both stages have the same source and runner, so use one at a time.
+        Both stages have the same source, runner and slots, so use one at a time.
         """
         stage = copy.copy(self)
         stage.plan = ChosenSamples(self.plan, samples)
         return stage
 
-    def groups(self, first: int) -> Iterator[range]:
+    def claim_slots(self, close: Callable[[], None]) -> None:
+        """Call the method `close` of the previous user of the slots, and keep that of the new user.
+
+        Only a weak reference to the user is kept.
+        """
+        for reference in self._users:
+            if (close_previous := reference()) is not None:
+                close_previous()
+        self._users.append(weakref.WeakMethod(close))
+
+    def groups(self, first: int, *, grow: bool = True) -> Iterator[range]:
         """Yield the groups of consecutive batches of an epoch that starts with batch `first`.
 
-        The group size starts at 1 and doubles after every `backend.threads` groups. The first groups are small because
-        training waits for them.
+        If `grow`, the group size starts at 1 and doubles after every `backend.threads` groups, for the groups that
+        training waits for. Otherwise, all groups have the maximum size.
         """
         number = 0
         while first < len(self):
-            size = min(self._max_group, 2 ** (number // self.backend.threads))
+            size = min(self._max_group, 2 ** (number // self.backend.threads)) if grow else self._max_group
             yield range(first, min(first + size, len(self)))
             first, number = first + size, number + 1
 

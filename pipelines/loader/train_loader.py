@@ -23,6 +23,7 @@ class TrainLoader(Loader):
         stages: What makes the batches of each stage. Several stages may be the same object.
         starts: First epoch of each stage, ascending from 0.
         augment: Applied to the images of each batch, see `Loader`.
+        epochs: Number of epochs of the run, which ends the reading ahead; None: unknown.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class TrainLoader(Loader):
         stages: Sequence[Stage],
         starts: Sequence[int] = (0,),
         augment: Callable[[torch.Tensor, Position], torch.Tensor] | None = None,
+        epochs: int | None = None,
     ) -> None:
         super().__init__(stages[0])
-        self.augment = augment
+        self.augment, self._epochs = augment, epochs
         self._stages, self._starts = tuple(stages), tuple(starts)
         self._position = Position(0)
 
@@ -69,10 +71,15 @@ class TrainLoader(Loader):
         if position.epoch < 0 or not 0 <= position.step < steps:
             raise ValueError(f"loader position {position} is outside of epochs of {steps} steps")
         self.end_iteration(only_started=True)
+        self.drop_ahead()
         self._position = position
 
     def start_iteration(self) -> Position:
         return self._position
+
+    def next_stage(self) -> Stage | None:
+        epoch = self._position.epoch + 1
+        return self.at(epoch) if self._epochs is None or epoch < self._epochs else None
 
     def count(self, indices: np.ndarray, *, is_last: bool) -> None:
         epoch, step = self._position.epoch, self._position.step

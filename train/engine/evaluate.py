@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.loader.batches import Batch
-from pipelines.loader.coverage import MODULUS, SampleChecksum, split_checksum
-from pipelines.loader.eval_loader import EvalLoader
+from pipelines.loader.eval_loader import MODULUS, EvalLoader, SampleChecksum, split_checksum
 from train.distributed import collectives
 from train.engine.state import TrainState
 

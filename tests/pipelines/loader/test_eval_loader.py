@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.loader.coverage import MODULUS, SampleChecksum, checksum, split_checksum
+from pipelines.loader.eval_loader import MODULUS, SampleChecksum, checksum, split_checksum
 
 
 def plain_checksum(samples: list[int]) -> int:
