@@ -33,7 +33,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from configs.load import load_config
 from pipelines.interfaces import Position
-from pipelines.loader import epoch_iterator
+from pipelines.loader import epoch_iterator, gathering
 from train.build import Job
 from train.distributed.process_group import Ranks, process_group
 from train.engine.epoch import training_steps
@@ -81,14 +81,14 @@ class Log:
     @contextmanager
     def marks_callers(self) -> Iterator[None]:
         """Note which threads gather, and the parts of the log that `next` on a loader's iterator and DALI write."""
-        gather = epoch_iterator._gather
+        gather = gathering._gather
 
         def marked_gather(*arguments: Any) -> None:
             self._gathering.add(threading.get_native_id())
             gather(*arguments)
 
         with ExitStack() as patches:
-            patches.enter_context(mock.patch.object(epoch_iterator, "_gather", marked_gather))
+            patches.enter_context(mock.patch.object(gathering, "_gather", marked_gather))
             patches.enter_context(self._marks(NEXT, epoch_iterator.EpochIterator, "__next__"))
             for name in ("feed_input", "schedule_run", "outputs"):
                 patches.enter_context(self._marks(DALI, Pipeline, name))
@@ -167,7 +167,9 @@ def difference(longer: Calls, shorter: Calls, count: int) -> dict[str, dict[str,
 
 def count_calls(log: Log, data: str, kind: str, device: torch.device) -> dict[str, dict[str, dict[str, float]]]:
     """Return the calls per step of one kind of training, and of an evaluation with the same settings."""
-    options = [f"data.path={data}", "data.batch_size=16", "eval.batch_size=16", "data.threads=1", *KINDS[kind]]
+    # the epoch below is the last one, so that the threads do not go on with the next
+    common = ("data.batch_size=16", "eval.batch_size=16", "data.threads=1", "train.epochs=2")
+    options = [f"data.path={data}", *common, *KINDS[kind]]
     job = Job.load(load_config(CONFIG, options), Ranks()).on(device)
     val_loader, loader = job.val_loader(), job.train_loader()
     with mock.patch.object(torch.distributed, "get_world_size", return_value=2 if "DDP" in kind else 1):
