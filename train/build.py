@@ -14,6 +14,7 @@ from torch import nn
 from configs.schema import Config, ModelConfig
 from configs.utils.errors import UserError
 from models import build_from_config
+from models.cpu.compilation import Compilation, choose_compilation, training_images
 from models.pretrained import build_pretrained
 from pipelines import build_eval_loader, build_train_loader
 from pipelines.augment.mixup import check_mixing, mixing_enabled
@@ -107,7 +108,20 @@ class Job:
             local_world_size=ranks.local_world_size,
         )
 
-    def build_state(self, image_size: int, *, pretrained: bool = True, trains: bool = True) -> TrainState:
+    def compilation(self, before: bool | None) -> Compilation | None:
+        """Decide whether to compile the training step, or return None if the config or the device decides.
+
+        `before` is whether the run to resume compiled its step on a CPU, or None for a new run.
+        """
+        config = self.config
+        if self.device.type != "cpu" or config.train.compile != "auto":
+            return None
+        images = training_images(config, self.dataset.splits[config.data.train_split].samples)
+        return choose_compilation(config, images, self.ranks.world_size, before)
+
+    def build_state(
+        self, image_size: int, *, pretrained: bool = True, trains: bool = True, compiles_on_cpu: bool = False
+    ) -> TrainState:
         """Build the training state, see `build_all`.
 
         Args:
@@ -115,13 +129,20 @@ class Job:
             pretrained: Whether to load the weights of model.pretrained and model.finetune. Pass False if a checkpoint
                 will be loaded into the state.
             trains: Whether backward passes will be run.
+            compiles_on_cpu: Whether train.compile=auto compiles the training step on a CPU.
         """
         config = self.config if pretrained else without_pretrained(self.config)
-        return build_all(config, self.dataset, image_size, self.device, trains=trains)
+        return build_all(config, self.dataset, image_size, self.device, trains=trains, compiles_on_cpu=compiles_on_cpu)
 
 
 def build_all(
-    config: Config, dataset: ModelDataset, image_size: int, device: torch.device, *, trains: bool = True
+    config: Config,
+    dataset: ModelDataset,
+    image_size: int,
+    device: torch.device,
+    *,
+    trains: bool = True,
+    compiles_on_cpu: bool = False,
 ) -> TrainState:
     """Build the training state: the model, its optimizer, and, if enabled, the moving average, Lookahead and proxy.
 
@@ -135,6 +156,7 @@ def build_all(
         image_size: Height and width of the images in pixels.
         device: Device of the model.
         trains: Whether backward passes will be run.
+        compiles_on_cpu: Whether train.compile=auto compiles the training step on a CPU.
 
     Raises:
         UserError: The model or an optimizer cannot be built with these settings, weights cannot be loaded, model.freeze
@@ -151,7 +173,8 @@ def build_all(
 
     train = with_class_weights(config.train, labels, len(dataset.classes))
     train = scale_learning_rates(train, global_batch(config, get_world_size()))
-    plan = build_plan(train, device, mixes=mixing_enabled(config.aug.mix), trains=trains)
+    mixes = mixing_enabled(config.aug.mix)
+    plan = build_plan(train, device, mixes=mixes, trains=trains, compiles_on_cpu=compiles_on_cpu)
     torch.manual_seed(config.seed)
     network, notes = build_network(config, dataset, image_size, device)
     state = build_state(network, build_optimizer(network, train.optimizer, train.lr), train, plan)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.utils.console import duration
+from models.cpu.compilation import Compilation
 from pipelines.interfaces import Position
 from train.build import Job
 from train.distributed import collectives
+from train.engine.state import stop_compiling
 from train.engine.warm_up import warm_up
 from train.optim.averaging import eval_weights, uses_ema
 from train.optim.schedule import config_warnings
@@ -21,6 +23,7 @@ from train.reporting.cost_warnings import cost_warnings
 from train.reporting.run_info import Facts, collect_run_info, stage_warnings, summary_line
 from train.reporting.run_log import RunLog
 from train.reporting.sample_images import show_predictions, show_samples
+from train.reporting.trackers import single_line
 from train.trainer import Trainer
 
 BEST_NAMES = {"top1": "accuracy", "top5": "top-5 accuracy"}  # by eval.best_by
@@ -45,7 +48,9 @@ def open_log(job: Job, folder: Path) -> RunLog:
     )
 
 
-def log_start(trainer: Trainer, position: Position, source: Path | None, resume: str | None) -> Facts:
+def log_start(
+    trainer: Trainer, position: Position, source: Path | None, resume: str | None, compilation: Compilation | None
+) -> Facts:
     """Write config.yaml and facts.json, and log where the run starts, a summary, and warnings.
 
     Args:
@@ -53,6 +58,7 @@ def log_start(trainer: Trainer, position: Position, source: Path | None, resume:
         position: Position at which training starts.
         source: The checkpoint that was loaded, or None for a new run.
         resume: The value of --resume.
+        compilation: Whether and why train.compile=auto compiles the step on a CPU, or None.
 
     Returns:
         The contents of facts.json.
@@ -76,6 +82,9 @@ def log_start(trainer: Trainer, position: Position, source: Path | None, resume:
         shapes = [(stage.plan.batch_size, stage.image_size) for stage in trainer.train_loader.stages]
         for warning in cost_warnings(job.config.model, trainer.state, shapes, job.ranks.local_world_size):
             log.info(f"warning: {warning}")
+    if compilation is not None:
+        log_to = log.info if compilation.is_on else log.detail
+        log_to(f"the step is {'' if compilation.is_on else 'not '}compiled (train.compile=auto): {compilation.reason}")
     return facts
 
 
@@ -84,7 +93,13 @@ def prepare(trainer: Trainer, position: Position, facts: Facts) -> None:
     config, log, state = trainer.config, trainer.log, trainer.state
     done = trainer.timeline.done(position)
     log.start_trackers(config.log, {**config.model_dump(mode="json"), "facts": facts}, done)
-    prepared_s = warm_up(state, trainer.train_loader, trainer.val_loader, config.eval.tta)
+    try:
+        prepared_s = warm_up(state, trainer.train_loader, trainer.val_loader, config.eval.tta)
+    except RuntimeError as error:
+        if not state.plan.compiles_optionally:
+            raise
+        log.info(f"cannot compile the step, so it is not compiled: {type(error).__name__}: {single_line(error)}")
+        stop_compiling(state)
     if state.plan.needs_warmup:
         log.info(f"compiled{' and captured' if state.plan.uses_cuda_graph else ''} the step in {prepared_s:.1f} s")
     if config.log.images and done == trainer.timeline.first_step(config.train.first_epoch):

@@ -80,7 +80,12 @@ def train(
             before = check_same_run(newest.checkpoint, config, stream, newest.path, extend=extend)
             job = replace(job, config=find_code(config, newest.checkpoint, newest.path))
 
-        state = job.build_state(val_loader.image_size, pretrained=newest is None)
+        compilation = job.compilation(None if newest is None else newest.checkpoint.get("compiled", False))
+        state = job.build_state(
+            val_loader.image_size,
+            pretrained=newest is None,
+            compiles_on_cpu=compilation is not None and compilation.is_on,
+        )
         train_loader = job.train_loader()
         check_image_sizes(state, train_loader, val_loader.image_size)
         uses_ema(state.ema, config.eval.weights)  # refuses eval.weights=ema without an average
@@ -100,7 +105,7 @@ def train(
         folder = run_dir.create()  # or the folder that was found
         with open_log(job, folder) as log, CheckpointWriter(folder, state, run) as checkpoints:
             trainer = Trainer(job, state, train_loader, val_loader, timeline, run, log, checkpoints)
-            facts = log_start(trainer, position, source, run_dir.resume)
+            facts = log_start(trainer, position, source, run_dir.resume, compilation)
             if (reason := trainer.end_reason(position)) is not None:
                 log.info(f"nothing to do: the run in {folder} has ended: {reason}")
                 return RunEnd(folder)

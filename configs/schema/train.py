@@ -93,7 +93,8 @@ class TrainConfig(Section):
     """Autocast dtype; auto: bf16 on GPUs that support it, fp16 on other GPUs, float32 on the CPU. bf16 on a CPU without
     bf16 instructions, and fp16 on any CPU, are many times slower than float32."""
     compile: Resumable[Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]] = "auto"
-    """Mode of torch.compile; auto: default on a GPU, off on the CPU."""
+    """Mode of torch.compile; auto: default on a GPU; on a CPU, default for the training steps of LeNet in runs of at
+    least 500,000 images if there is a C++ compiler, and off otherwise."""
     cuda_graph: Resumable[Literal["auto", "on", "off"]] = "auto"
     """Whether to replay training steps as CUDA graphs; auto: on a single GPU, unless the run uses fp16,
     compile=reduce-overhead, an optimizer that cannot be captured, or on_nonfinite=skip with an unfused optimizer; on:

@@ -31,6 +31,18 @@ def expand_home(path: str) -> str:
     return expanded
 
 
+def user_cache(name: str) -> Path:
+    """Return a folder of this project's user cache: model-zhu/NAME in $XDG_CACHE_HOME or ~/.cache.
+
+    $XDG_CACHE_HOME is used only if it is an absolute path.
+
+    Raises:
+        RuntimeError: $XDG_CACHE_HOME is not an absolute path, and the user has no home folder.
+    """
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "model-zhu" / name
+
+
 def path_text(text: str) -> str:
     """Expand the home directory in a path from the command line. Raises UserError if the user does not exist."""
     try:

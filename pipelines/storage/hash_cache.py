@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
-from configs.utils.files import atomic_write
+from configs.utils.files import atomic_write, user_cache
 from configs.utils.process import acquire_lock
 from configs.utils.warnings import warn
 from pipelines.storage.dataset import DatasetInfo, ShardInfo
@@ -223,15 +223,8 @@ class HashCache:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache files: model-zhu/verified in $XDG_CACHE_HOME or ~/.cache.
-
-    $XDG_CACHE_HOME is used only if it is an absolute path.
-
-    Raises:
-        RuntimeError: $XDG_CACHE_HOME is not an absolute path, and the user has no home folder.
-    """
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "model-zhu" / "verified"
+    """Return the folder of the cache files. Raises RuntimeError like `user_cache`."""
+    return user_cache("verified")
 
 
 def hash_files(

@@ -63,6 +63,7 @@ class Checkpoint(ModelEntries, total=False):
     proxy: ModelEntries  # empty without a proxy
     sums: torch.Tensor
     threads: int
+    compiled: bool  # whether the step was compiled on a CPU; missing in older checkpoints
     position: PositionEntry
     progress: dict[str, Any]  # see `progress.Progress`
     times: dict[str, float]  # see `train.engine.metrics.RunTimer`
@@ -93,6 +94,7 @@ def collect_state(state: TrainState, sums: torch.Tensor, /, **entries: object) -
         **_model_state(state),
         "sums": sums,
         "threads": torch.get_num_threads(),
+        "compiled": state.device.type == "cpu" and state.plan.compile_mode != "off",
         "lookahead": state.lookahead.slow if state.lookahead is not None else {},
         "ema": state.ema.state() if state.ema is not None else {},
         "proxy": _model_state(state.proxy.state) if state.proxy is not None else {},

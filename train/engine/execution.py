@@ -13,12 +13,13 @@ import torch
 from configs.schema import TrainConfig
 from configs.utils.errors import UserError
 from configs.utils.warnings import warn
+from models.cpu.compilation import keep_compiled_code
 from models.cpu.precision import slow_precision_reason
 from train.distributed.process_group import get_world_size
 from train.engine.cpu_settings import keep_freed_memory
 from train.optim.factory import capture_obstacle, is_fused
 
-GPU_COMPILE_MODE = "default"  # train.compile=auto on a GPU; the CPU runs uncompiled
+AUTO_COMPILE_MODE = "default"  # train.compile=auto on a GPU, and on a CPU if it saves time
 MAX_COMPILED_MODELS = 64  # models compiled in one process, for benchmarks; torch's default is 8
 
 Compiled = TypeVar("Compiled")
@@ -33,6 +34,7 @@ class ExecutionPlan:
     mixes: bool  # whether batches are MixedBatch
     amp: torch.dtype | None  # dtype of autocast, or None for float32
     compile_mode: str  # mode of torch.compile, or "off"
+    compiles_optionally: bool  # to save time on a CPU: the training step only, and only if that succeeds
     needs_warmup: bool  # whether to compile, tune or capture the step before training
     uses_cuda_graph: bool  # whether the step is replayed as CUDA graphs
     static_grads: bool  # whether gradients keep their storage, since the graphs of all micro-steps share it
@@ -68,7 +70,14 @@ class ExecutionPlan:
         current.wait_stream(stream)
 
 
-def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False, trains: bool = True) -> ExecutionPlan:
+def build_plan(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    mixes: bool = False,
+    trains: bool = True,
+    compiles_on_cpu: bool = False,
+) -> ExecutionPlan:
     """Decide how the steps of a network run on a device, and set the process-wide options for it.
 
     Warn if autocast is slower than float32 on this CPU.
@@ -78,6 +87,7 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
         device: Device of the network.
         mixes: Whether batches use mixup or CutMix.
         trains: Whether backward passes will be run.
+        compiles_on_cpu: Whether train.compile=auto compiles the training step on a CPU.
 
     Raises:
         UserError: train.cuda_graph is "on", but CUDA graphs cannot be used.
@@ -89,7 +99,7 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
         note = f"training steps are not replayed as CUDA graphs, since {reasons}"
     mode: str = config.compile
     if mode == "auto":
-        mode = GPU_COMPILE_MODE if on_gpu else "off"
+        mode = AUTO_COMPILE_MODE if on_gpu or compiles_on_cpu else "off"
     elif mode == "max-autotune" and captures:
         mode = "max-autotune-no-cudagraphs"  # graphs cannot be nested
     if on_gpu:
@@ -103,6 +113,7 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
                 "use train.amp=auto"
             )
     if mode != "off":
+        keep_compiled_code()
         torch._dynamo.config.recompile_limit = MAX_COMPILED_MODELS
         # As in pipelines.gpu.triton_ops. Compile workers inherit the variable.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -112,6 +123,7 @@ def build_plan(config: TrainConfig, device: torch.device, *, mixes: bool = False
         mixes=mixes,
         amp=amp,
         compile_mode=mode,
+        compiles_optionally=config.compile == "auto" and mode != "off" and not on_gpu,
         needs_warmup=on_gpu or mode != "off",
         uses_cuda_graph=captures,
         static_grads=captures and config.accumulation_steps > 1,

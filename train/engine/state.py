@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,7 +44,7 @@ class TrainState:
     config: TrainConfig
     plan: ExecutionPlan
     forward: nn.Module  # `network`, data-parallel if there are several ranks
-    infer: nn.Module  # `network` for evaluation: compiled, not data-parallel
+    infer: nn.Module  # `network` for evaluation: compiled as planned, not data-parallel
     loss_and_counts: LossAndCounts  # computes the loss of `forward`, compiled
     captured_step: Callable[..., None] | None = None  # replaces train_step; same signature
     guard: SkipNonFinite | None = None  # skips non-finite steps
@@ -107,11 +107,17 @@ def build_state(
         config=config,
         plan=plan,
         forward=forward,
-        infer=plan.compiled(network),
+        infer=network if plan.compiles_optionally else plan.compiled(network),
         loss_and_counts=build_loss(config, plan.mixes, device, plan.compiled),
         guard=SkipNonFinite(network, optimizer) if config.on_nonfinite == "skip" else None,
         notes=tuple(one for one in (note, plan.note) if one is not None),
     )
+
+
+def stop_compiling(state: TrainState) -> None:
+    """Let the following steps run uncompiled, after compiling has failed."""
+    state.plan = replace(state.plan, compile_mode="off", needs_warmup=False)
+    state.loss_and_counts = build_loss(state.config, state.plan.mixes, state.device)
 
 
 def restart_in_place(state: TrainState, fresh: TrainState) -> None:
