@@ -107,10 +107,16 @@ def test_short_run_of_each_kind_writes_its_files(kind: str, digits: Path, tmp_pa
     assert ", done in " in out
 
 
-@pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65])
-def test_short_run_decodes_jpeg(hw_decoder_load: float, jpeg_digits: Path, tmp_path: Path, run: Any) -> None:
-    options = (f"data.hw_decoder_load={hw_decoder_load}", "aug.crop=random-resized", *PLAIN)
-    run(ddp.main, *arguments(jpeg_digits, tmp_path, *options))
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        ("data.hw_decoder_load=0",),
+        ("data.hw_decoder_load=0.65", "data.decoder_memory={preallocate_width_hint: 32, preallocate_height_hint: 32}"),
+        ("data.decoder_memory={device_memory_padding: 1024, host_memory_padding: 0}",),
+    ],
+)
+def test_short_run_decodes_jpeg(decoder: tuple[str, ...], jpeg_digits: Path, tmp_path: Path, run: Any) -> None:
+    run(ddp.main, *arguments(jpeg_digits, tmp_path, *decoder, "aug.crop=random-resized", *PLAIN))
 
 
 def test_extended_run_and_dev_run_capture_again(digits: Path, tmp_path: Path, run: Any) -> None:

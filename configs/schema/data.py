@@ -9,6 +9,10 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from configs.schema.section import IsPath, Neutral, Resumable, Section, as_tuple
 
+DecoderMemory = Literal[
+    "preallocate_width_hint", "preallocate_height_hint", "device_memory_padding", "host_memory_padding"
+]
+
 
 class OnBadSample(str, Enum):
     """What to do about a sample that cannot be decoded."""
@@ -62,6 +66,10 @@ class DataConfig(Section):
     number of ranks on this machine."""
     hw_decoder_load: Resumable[float] = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder, if any; 0: none, so all GPUs use the same decoder."""
+    decoder_memory: Neutral[dict[DecoderMemory, Annotated[int, Field(ge=0)]]] = Field(default={})
+    """Memory that DALI's JPEG decoder allocates at the start on a GPU, by arguments of fn.decoders.image: the largest
+    image expected by the hardware decoder, such as {preallocate_width_hint: 500, preallocate_height_hint: 500}, and
+    bytes per thread, device_memory_padding and host_memory_padding."""
     on_bad_sample: Resumable[Annotated[OnBadSample, Field(strict=False)]] = OnBadSample.STOP
     """Action if a JPEG cannot be decoded in training: end the run (stop), or replace the sample with the next
     decodable one in stored order, in every epoch (skip). Evaluation always stops, since it counts every sample exactly

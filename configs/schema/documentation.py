@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -83,6 +83,8 @@ def type_name(kind: Any) -> str:
         return " or ".join([*names, *["null"] * (NoneType in parts)])
     if origin is tuple:
         return f"list of {type_name(parts[0])}" if parts[-1] is Ellipsis else f"[{', '.join(map(type_name, parts))}]"
+    if origin is Annotated:
+        return type_name(parts[0])
     if origin is dict:
         return "mapping" if parts[1] is Any else f"mapping to {type_name(parts[1])}"
     return "section" if issubclass(kind, Section) else str(kind.__name__)

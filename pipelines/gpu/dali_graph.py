@@ -8,8 +8,8 @@ per sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class PipelineConfig:
     batch_size: int
     threads: int
     hw_decoder_load: float  # share of JPEGs decoded by the GPU's hardware decoder
+    decoder_memory: Mapping[str, int] = field(default_factory=dict)  # see data.decoder_memory
 
 
 def train_graph(
@@ -180,7 +181,9 @@ def _decoded(spec: ImageSpec, config: PipelineConfig) -> DataNode:
         files = fn.external_source(name="images", no_copy=True)
         # Like torchvision and timm, ignore orientation tags, so that a JPEG and its npy conversion agree.
         decode = partial(fn.decoders.image, files, output_type=types.DALIImageType.RGB, adjust_orientation=False)
-        return decode(device="mixed", hw_decoder_load=config.hw_decoder_load) if on_gpu else decode(device="cpu")
+        if not on_gpu:
+            return decode(device="cpu")
+        return decode(device="mixed", hw_decoder_load=config.hw_decoder_load, **config.decoder_memory)
     if spec.resident and on_gpu:
         return fn.external_source(name="images", device="gpu", layout="HWC", no_copy=True)
     images = fn.external_source(name="images", layout="HWC", no_copy=True)

@@ -189,7 +189,8 @@ def other_value(field: FieldInfo, value: object) -> object:
         return f"{value}-other"
     if isinstance(value, list):
         return [number / 2 for number in value] or ["other"]
-    return {"other": 1}
+    name = get_args(kind)[0]
+    return {get_args(name)[0] if get_origin(name) is Literal else "other": 1}
 
 
 @pytest.mark.parametrize(("key", "field"), SETTINGS)

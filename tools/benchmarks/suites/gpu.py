@@ -62,6 +62,14 @@ LOADERS = (  # side, augmentation and placement of raw pixels
     *((32, aug, "device") for aug in (None, PAD_CROP)),
 )
 DECODER_LOADS = (0.65, 0.9, 1.0, 0.35, 0.0)
+FEW_THREADS_LOADS = DECODER_LOADS[:3]  # fewer threads leave more to the hardware
+PADDING = ("device_memory_padding", "host_memory_padding")  # 16 and 8 MiB per thread by default
+DECODER_MEMORY: Variants = {
+    "default": {},
+    "no padding": {"decoder_memory": dict.fromkeys(PADDING, 0)},
+    "padding 64 MiB": {"decoder_memory": dict.fromkeys(PADDING, 2**26)},
+    "size hint": {"decoder_memory": {"preallocate_width_hint": 224, "preallocate_height_hint": 224}},
+}
 TARGETS = {"cifar10_resnet18": 0.95, "cifar10_alexnet": 0.77}
 BATCH_SIZES_SHARE = 0.5  # share of part resnet50's time limit that its first table may use
 DEFAULT_BATCH_SIZE = 256  # batch size in part resnet50 if none was measured
@@ -123,26 +131,34 @@ def _loading(settings: Settings, side: int, aug: AugConfig | None, placements: t
 
 
 def decoding(settings: Settings) -> Iterator[TableSpec]:
-    """Yield tables of JPEG decoding by number of threads and hw_decoder_load, and of RandAugment on raw pixels."""
+    """Yield tables of JPEG decoding by hw_decoder_load, threads and memory, and of RandAugment on raw pixels.
+
+    Each table takes about half a minute, so those with fewer threads come last.
+    """
     cores = len(os.sched_getaffinity(0))
-    for threads in dict.fromkeys((cores, max(1, cores // 2), max(1, cores // 4))):
-        for side in (224, 96):
-            yield _decoding(settings, side, threads)
-        if threads == cores:
-            for policy in RAND_AUGMENT:
-                aug = RESIZED_CROP.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
-                yield _loading(settings, 96, aug, ("device", "host"))
+    for side in (224, 96):
+        yield _decoding(settings, side, cores, _by_load(DECODER_LOADS))
+    yield _decoding(settings, 224, cores, DECODER_MEMORY, " by memory")
+    for policy in RAND_AUGMENT:
+        aug = RESIZED_CROP.model_copy(update={"auto": AutoAugmentConfig(policy=policy)})
+        yield _loading(settings, 96, aug, ("device", "host"))
+    for threads in dict.fromkeys((max(1, cores // 4), max(1, cores // 2))):
+        if threads != cores:
+            yield _decoding(settings, 224, threads, _by_load(FEW_THREADS_LOADS))
 
 
-def _decoding(settings: Settings, side: int, threads: int) -> InterleavedTable:
-    """Return a table of JPEG decoding without augmentation, with a row for each value of hw_decoder_load."""
+def _by_load(loads: tuple[float, ...]) -> Variants:
+    return {f"hw_decoder_load {load}": {"hw_decoder_load": load} for load in loads}
+
+
+def _decoding(settings: Settings, side: int, threads: int, variants: Variants, suffix: str = "") -> InterleavedTable:
+    """Return a table of JPEG decoding without augmentation, with a row for each variant."""
     folder = image_dataset(settings, side, "jpeg")
     batch_size = limited_batch_size(folder, 512)
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=side, threads=threads)
-    variants = {f"hw_decoder_load {load}": {"hw_decoder_load": load} for load in DECODER_LOADS}
     candidate = Candidate(OURS, ours.loading, (data, ours.PLAIN, "cuda", variants))
     case = Case(candidate, {"ours": True, "device": "cuda", "batch_size": batch_size})
-    return InterleavedTable(f"JPEG {side}x{side} decoded with {threads} threads", "decoding", [case])
+    return InterleavedTable(f"JPEG {side}x{side} decoded with {threads} threads{suffix}", "decoding", [case])
 
 
 def resnet50(settings: Settings) -> Iterator[TableSpec]:
