@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.cpu import batch, jpeg_headers, programs, sigbus_handler
+from pipelines.cpu import batch, programs, sigbus_handler
+from pipelines.cpu.graph import whole_parts
+from pipelines.cpu.jpeg import headers
+from pipelines.cpu.jpeg.decoder import JpegDecoder
 
 
 def compile_all() -> None:
@@ -15,9 +18,12 @@ def compile_all() -> None:
     offset, flip, corner = np.zeros((1, 2), np.int32), np.zeros(1, np.int32), np.zeros((1, 2), np.float32)
     batch.copy(content, image_offsets, out)
     batch.crop_flip(content, image_offsets, 1, 1, offset, flip, False, out)
-    batch.resize(content, image_offsets, sides, sides, corner, corner + 1, False, True, out)
+    boxes, denominators = whole_parts(sides, sides)
+    batch.resize(content, image_offsets, sides, sides, boxes, corner, corner + 1, False, True, out)
     batch.sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
-    jpeg_headers.find_mismatches(content, image_offsets, sizes, sizes, sizes, np.empty(1, bool))
+    headers.find_mismatches(content, image_offsets, sizes, sizes, sizes, np.empty(1, bool))
+    file = content, image_offsets, sides, sides, sides, boxes, denominators
+    JpegDecoder().decode(*file, fast=False, to_end=False, out=content, offsets=image_offsets)
     black = np.zeros((1, 3), np.uint8)
     programs.apply_programs(out, np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32), False, black[0], 1)
     programs.paint(out, np.zeros((1, 4), np.int32), black)

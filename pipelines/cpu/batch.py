@@ -142,6 +142,7 @@ def resize(
     image_offsets: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
+    boxes: np.ndarray,
     starts: np.ndarray,
     ends: np.ndarray,
     cubic: bool,
@@ -153,8 +154,11 @@ def resize(
     Edge pixels are repeated outside the image. The vertical pass writes float32, so each pixel is rounded only once.
 
     Args:
-        content, image_offsets, out: See the module docstring.
+        content, out: See the module docstring.
+        image_offsets: int64 [B], byte offset of the first pixel of each box in `content`.
         heights, widths: int64 [B], size of each image, pixels.
+        boxes: int64 [B, 4] (top, left, bottom, right), the part of each image that `content` holds, which includes all
+            pixels inside the image that the filters read.
         starts, ends: float32 [B, 2] (y, x), corners of each region, pixels. A region whose end is left of its start is
             mirrored horizontally.
         cubic: Whether to use the Catmull-Rom filter instead of the triangle filter.
@@ -175,12 +179,14 @@ def resize(
         column_weights = _filter_weights(left, right, reach, antialias, columns, column_memory)
         low, high = columns[0], columns[size - 1] + column_weights.shape[1]  # columns that the filters read
         first, last = min(max(low, 0), width - 1), max(min(high, width), 1)  # those inside the image
-        image = content[image_offsets[sample] + first * 3 : image_offsets[sample] + height * width * 3]
+        above, stride = boxes[sample, 0], (boxes[sample, 3] - boxes[sample, 1]) * 3
+        begin = image_offsets[sample] + (first - boxes[sample, 1]) * 3
+        image = content[begin : image_offsets[sample] + (boxes[sample, 2] - above) * stride]
         inner = line[(first - low) * 3 : (last - low) * 3]
         for x in range(size):
             columns[x] = (columns[x] - low) * 3
         for y in range(size):
-            _vertical_pass(image, height, width * 3, rows[y], row_weights, y, inner)
+            _vertical_pass(image, height, above, stride, rows[y], row_weights, y, inner)
             for i in range((first - low) * 3):
                 line[i] = inner[i % 3]
             for i in range((last - low) * 3, (high - low) * 3):
@@ -190,13 +196,21 @@ def resize(
 
 @kernel
 def _vertical_pass(
-    image: np.ndarray, height: int, stride: int, top: int, weights: np.ndarray, y: int, line: np.ndarray
+    image: np.ndarray,
+    height: int,
+    first: int,
+    stride: int,
+    top: int,
+    weights: np.ndarray,
+    y: int,
+    line: np.ndarray,
 ) -> None:
     """Filter the pixels of one target row vertically.
 
     Args:
         image: uint8, flat, from the first column to filter.
-        height: Rows of the image. Edge pixels are repeated in rows outside the image.
+        height: Rows of the whole image. Edge pixels are repeated in rows outside of it.
+        first: First row that `image` holds.
         stride: Bytes from one row to the next.
         top: Source row of the first tap.
         weights: float32 [size, taps], at least two taps.
@@ -204,14 +218,15 @@ def _vertical_pass(
         line: float32 [bytes of the row to filter], overwritten.
     """
     # Unsigned indices cannot be negative, so the loops are vectorized, without slices and their reference counts.
-    above, below = uint64(min(max(top, 0), height - 1) * stride), uint64(min(max(top + 1, 0), height - 1) * stride)
+    above = uint64((min(max(top, 0), height - 1) - first) * stride)
+    below = uint64((min(max(top + 1, 0), height - 1) - first) * stride)
     weight, other = weights[y, 0], weights[y, 1]
     for i in range(len(line)):
         line[i] = weight * float32(image[above + uint64(i)]) + other * float32(image[below + uint64(i)])
     for tap in range(2, weights.shape[1]):
         weight = weights[y, tap]
         if weight != 0:
-            begin = uint64(min(max(top + tap, 0), height - 1) * stride)
+            begin = uint64((min(max(top + tap, 0), height - 1) - first) * stride)
             for i in range(len(line)):
                 line[i] += weight * float32(image[begin + uint64(i)])
 

@@ -24,16 +24,29 @@ Draws = dict[str, np.ndarray]
 Change = Callable[[Draws, np.ndarray], None]  # changes uint8 [B, side, side, 3] in place
 
 
+class Parts(NamedTuple):
+    """The parts of a batch's images that a graph reads."""
+
+    boxes: np.ndarray  # int64 [B, 4] (top, left, bottom, right), in pixels of the reduced images
+    denominators: np.ndarray  # int64 [B], 1, 2, 4 or 8; each image is reduced to 1 / denominator of its size, rounded up
+
+
 class Images(NamedTuple):
-    """Images of a batch. Their pixels are in one flat array, in HWC order."""
+    """Images of a batch, or parts of them. The pixels are in one flat array, in HWC order."""
 
     content: np.ndarray  # uint8 [bytes]
     offsets: np.ndarray  # int64 [B], bytes
-    heights: np.ndarray  # int64 [B], pixels
+    heights: np.ndarray  # int64 [B], pixels of whole images at full size
     widths: np.ndarray
+    parts: Parts | None = None  # that `content` holds; None: whole images
+
+    def take(self, piece: slice) -> Images:
+        """Return a slice of the batch."""
+        parts = None if self.parts is None else Parts(*(values[piece] for values in self.parts))
+        return Images(self.content, self.offsets[piece], self.heights[piece], self.widths[piece], parts)
 
 
-Region = Callable[[Images, Draws], tuple[np.ndarray, np.ndarray]]
+Region = Callable[[np.ndarray, np.ndarray, Draws], tuple[np.ndarray, np.ndarray]]
 
 
 class Stage(NamedTuple):
@@ -41,6 +54,7 @@ class Stage(NamedTuple):
 
     side: int  # height and width of the images that the stage writes, pixels
     run: Callable[[Images, Draws, np.ndarray], None]  # writes uint8 [B, side, side, 3]
+    parts: Callable[[np.ndarray, np.ndarray, Draws, bool], Parts] | None = None  # None: needs whole images
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,18 @@ class CpuGraph:
 
     CHUNK = 2**18  # bytes that the first stage writes per piece
 
+    def parts(self, heights: np.ndarray, widths: np.ndarray, draws: Draws, reduces: bool) -> Parts:
+        """Return the parts of images that the graph reads.
+
+        Args:
+            heights, widths: int64 [B], size of each image, pixels.
+            draws: The draws that the graph will be called with.
+            reduces: Whether to reduce images by a power of 2, as long as the region to resize is not enlarged.
+        """
+        if self.stages[0].parts is None:
+            return whole_parts(heights, widths)
+        return self.stages[0].parts(heights, widths, draws, reduces)
+
     def __call__(self, images: Images, draws: Draws, out: np.ndarray) -> None:
         """Transform a batch and write the result to `out`, uint8 [B, size, size, 3]. Thread-safe."""
         first = self.stages[0]
@@ -66,7 +92,7 @@ class CpuGraph:
         for start in range(0, len(images.offsets), step):
             piece = slice(start, start + step)
             some = {name: values[piece] for name, values in draws.items()}
-            self._run_stages(Images(images.content, *(values[piece] for values in images[1:])), some, step, out[piece])
+            self._run_stages(images.take(piece), some, step, out[piece])
             for change in self.changes:
                 change(some, out[piece])
 
@@ -75,15 +101,15 @@ class CpuGraph:
         if len(self.stages) == 1:
             self.stages[0].run(images, draws, out)
             return
-        (side, first), (_, second) = self.stages
-        count = len(out)
+        first, second = self.stages
+        side, count = first.side, len(out)
         try:
             between = self._scratch.pop()
         except IndexError:
             between = np.empty((capacity, side, side, 3), np.uint8)
-        first(images, draws, between[:count])
+        first.run(images, draws, between[:count])
         sides = np.full(count, side)
-        second(Images(between.reshape(-1), np.arange(count) * (side * side * 3), sides, sides), draws, out)
+        second.run(Images(between.reshape(-1), np.arange(count) * (side * side * 3), sides, sides), draws, out)
         self._scratch.append(between)
 
 
@@ -112,7 +138,7 @@ def train_graph(
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
-        stage = _resize(size, lambda _, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
+        stage = _resize(size, lambda heights, widths, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
         return CpuGraph((stage,), changes)
     shorter = None if aug.crop == "squash" else size
     stages = _fixed_stages(image_shape, shorter, size, interpolation, antialias)
@@ -176,18 +202,24 @@ def _fixed_stages(
     if shape is not None and shape[:2] == (size, size) and shorter in (None, size):
         return []
     if shorter is None:
-        return [_resize(size, lambda images, _: _whole(images), interpolation, antialias)]
+        return [_resize(size, lambda heights, widths, _: _whole(heights, widths), interpolation, antialias)]
     if shape is not None and min(shape[:2]) == shorter:
         return [_crop_flip(size, ((shape[0] - size) // 2, (shape[1] - size) // 2))]
-    return [_resize(size, lambda images, _: _central_region(images, shorter, size), interpolation, antialias)]
+
+    def central(heights: np.ndarray, widths: np.ndarray, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        return _central_region(heights, widths, shorter, size)
+
+    return [_resize(size, central, interpolation, antialias)]
 
 
-def _whole(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    end = np.stack([images.heights, images.widths], axis=1).astype(np.float32)
+def _whole(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    end = np.stack([heights, widths], axis=1).astype(np.float32)
     return np.zeros_like(end), end
 
 
-def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _central_region(
+    heights: np.ndarray, widths: np.ndarray, shorter: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the region of each stored image that becomes its central crop if the shorter side is resized to `shorter`.
 
     As in DALI, both sides are scaled by the same factor, and the longer side is rounded to whole pixels about its
@@ -196,7 +228,7 @@ def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray
     Returns:
         The top-left and bottom-right corners (y, x) of the regions, float32 [B, 2] each, in pixels of stored images.
     """
-    sides = np.stack([images.heights, images.widths], axis=1).astype(np.float64)
+    sides = np.stack([heights, widths], axis=1).astype(np.float64)
     scale = sides.min(axis=1, keepdims=True) / shorter  # source pixels per target pixel
     resized = np.rint(sides / scale)
     start = (sides - resized * scale) / 2 + (resized - size) // 2 * scale
@@ -204,10 +236,52 @@ def _central_region(images: Images, shorter: int, size: int) -> tuple[np.ndarray
 
 
 def _resize(size: int, region: Region, interpolation: str, antialias: bool) -> Stage:
-    def run(images: Images, draws: Draws, out: np.ndarray) -> None:
-        batch.resize(*images, *region(images, draws), interpolation == "bicubic", antialias, out)
+    """Return a stage that resizes the given region of each image to size x size pixels."""
+    is_cubic = interpolation == "bicubic"
+    reach = 2 if is_cubic else 1  # radius of the filter, see `batch.resize`
 
-    return Stage(size, run)
+    def parts(heights: np.ndarray, widths: np.ndarray, draws: Draws, reduces: bool) -> Parts:
+        starts, ends = region(heights, widths, draws)
+        denominators = _denominators(np.abs(ends - starts).min(axis=1) / size, reduces)
+        low, high = (corner / denominators[:, None] for corner in (np.minimum(starts, ends), np.maximum(starts, ends)))
+        reached = reach * (np.maximum((high - low) / size, 1) if antialias else 1) + 1  # one more for rounding
+        sides = np.stack([_reduced(heights, denominators), _reduced(widths, denominators)], axis=1)
+        first = np.clip(np.floor(low - reached), 0, sides - 1)
+        last = np.clip(np.ceil(high + reached), first + 1, sides)
+        return Parts(np.concatenate([first, last], axis=1).astype(np.int64), denominators)
+
+    def run(images: Images, draws: Draws, out: np.ndarray) -> None:
+        content, offsets, heights, widths, stored = images
+        starts, ends = region(heights, widths, draws)
+        boxes, denominators = stored or whole_parts(heights, widths)
+        if denominators.max() > 1:
+            heights, widths = _reduced(heights, denominators), _reduced(widths, denominators)
+            scales = (1 / denominators[:, None]).astype(np.float32)
+            starts, ends = starts * scales, ends * scales
+        batch.resize(content, offsets, heights, widths, boxes, starts, ends, is_cubic, antialias, out)
+
+    return Stage(size, run, parts)
+
+
+def whole_parts(heights: np.ndarray, widths: np.ndarray) -> Parts:
+    """Return whole images at full size as parts."""
+    boxes = np.zeros((len(heights), 4), np.int64)
+    boxes[:, 2], boxes[:, 3] = heights, widths
+    return Parts(boxes, np.ones(len(heights), np.int64))
+
+
+def _denominators(scales: np.ndarray, reduces: bool) -> np.ndarray:
+    """Return the largest of 1, 2, 4 and 8 that is at most the scale, int64 [B], or 1 if `reduces` is False.
+
+    `scales` are source pixels per target pixel, float32 [B].
+    """
+    if not reduces:
+        return np.ones(len(scales), np.int64)
+    return 1 << np.searchsorted(np.array([2, 4, 8], np.float32), scales, side="right").astype(np.int64)
+
+
+def _reduced(sides: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    return -(-sides // denominators)
 
 
 def _crop_flip(size: int, corner: tuple[int, int] = (0, 0), padding_mode: PaddingMode = PaddingMode.CONSTANT) -> Stage:

@@ -22,7 +22,7 @@ from numba.core.compiler import CompileResult
 from numba.core.typing.templates import Signature
 
 # Files whose code or constants are compiled into kernels, relative to pipelines.
-SOURCES = ("cpu/*.py", "augment/ops.py", "jpeg_format.py")
+SOURCES = ("cpu/**/*.py", "augment/ops.py", "jpeg_format.py")
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
 

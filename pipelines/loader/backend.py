@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from configs.schema import AugConfig, DataConfig, EvalConfig
+from configs.schema import AugConfig, DataConfig, EvalConfig, OnBadSample
 from pipelines.augment.ops import Programs
 from pipelines.cpu import graph
 from pipelines.cpu.graph import CpuGraph
@@ -89,7 +89,10 @@ class CpuBackend(Backend):
         buffers = LentBuffers(slots, slot_size, self.image_shape)
         if self.spec.split.encoding == "npy":
             return pixels_on_host(self.spec, buffers, self._graph)
-        return HostJpegs(self.spec.split, buffers, self._graph)
+        data = self.spec.data
+        # A sample is bad or not whatever part of it an epoch reads, so that a resumed run replaces the same samples.
+        to_end = data.on_bad_sample == OnBadSample.SKIP
+        return HostJpegs(self.spec.split, buffers, self._graph, fast=data.jpeg_decode == "fast", to_end=to_end)
 
     def runner(self) -> Runner:
         return HostRunner()

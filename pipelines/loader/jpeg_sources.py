@@ -7,11 +7,11 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-import simplejpeg
 import torch
 
-from pipelines.cpu import jpeg_headers
-from pipelines.cpu.graph import CpuGraph, Images
+from pipelines.cpu.graph import CpuGraph, Images, whole_parts
+from pipelines.cpu.jpeg import headers
+from pipelines.cpu.jpeg.decoder import JpegDecoder
 from pipelines.interfaces import Draws, SampleSource
 from pipelines.loader.bad_samples import Undecodable
 from pipelines.loader.buffers import LentBuffers, SlotBuffers
@@ -22,16 +22,33 @@ from pipelines.storage.split import Split
 class HostJpegs(SampleSource):
     """Source that decodes JPEG shards on the CPU.
 
-    If there is a graph, images are decoded in pieces of about CHUNK bytes, so that the pixels are still in the CPU
-    cache when the graph reads them.
+    If there is a graph, only the parts of images that it reads are decoded. Images are decoded in pieces of about CHUNK
+    bytes, so that the pixels are still in the CPU cache when the graph reads them.
+
+    Args:
+        split: Split of JPEG shards.
+        buffers: Buffers to fill.
+        graph: Graph that transforms the images, or None if all images have the size of the buffers.
+        fast: Whether to use the fast inverse transform, and to decode an image at 1/2, 1/4 or 1/8 of its size if the
+            graph would reduce it further.
+        to_end: Whether to read each file to its end. Otherwise, damage below the part that the graph reads is not
+            found.
     """
 
     CHUNK = 2**20  # bytes of decoded pixels per piece
 
-    def __init__(self, split: Split, buffers: SlotBuffers | LentBuffers, graph: CpuGraph | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        buffers: SlotBuffers | LentBuffers,
+        graph: CpuGraph | None = None,
+        *,
+        fast: bool = False,
+        to_end: bool = True,
+    ) -> None:
         self._split, self._buffers, self._graph, self.monitor = split, buffers, graph, split.monitor
-        self._decoded_sizes = split.heights.astype(np.int64) * split.widths * 3  # bytes
-        self._scratch: deque[np.ndarray] = deque()
+        self._fast, self.to_end = fast, to_end
+        self._tools: deque[tuple[JpegDecoder, np.ndarray]] = deque()  # decoders and memory for pixels, one per thread
 
     def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> torch.Tensor:
         """Return the images, uint8 [B, H, W, 3].
@@ -40,70 +57,96 @@ class HostJpegs(SampleSource):
             Undecodable: A sample cannot be decoded or does not have the size given by the index.
         """
         out = self._buffers(slot, len(indices))
-        sizes = self._decoded_sizes[indices]
+        sides = self._split.heights[indices].astype(np.int64), self._split.widths[indices].astype(np.int64)
+        parts = whole_parts(*sides) if self._graph is None else self._graph.parts(*sides, draws, self._fast)
+        tops, lefts, bottoms, rights = parts.boxes.T
+        sizes = (bottoms - tops) * (rights - lefts) * 3
+        decoder, pixels = self._take_tools()
         if self._graph is None:
-            self._decode(indices, sizes, out.reshape(-1))
-            return torch.from_numpy(out)
-        piece = (np.cumsum(sizes) - 1) // self.CHUNK  # the samples of a piece are decoded, then transformed
-        bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
-        scratch = self._take_scratch(int(max(sizes[start:stop].sum() for start, stop in pairwise(bounds))))
-        for start, stop in pairwise(bounds):
-            some = indices[start:stop]
-            offsets = self._decode(some, sizes[start:stop], scratch)
-            shapes = self._split.heights[some].astype(np.int64), self._split.widths[some].astype(np.int64)
-            drawn = {name: values[start:stop] for name, values in draws.items()}
-            self._graph(Images(scratch, offsets, *shapes), drawn, out[start:stop])
-        self._scratch.append(scratch)
+            self._decode(indices, Images(out.reshape(-1), np.cumsum(sizes) - sizes, *sides, parts), decoder)
+        else:
+            sizes += sizes % 2
+            offsets = np.cumsum(sizes) - sizes + 1  # odd, see `decoder.ODD`
+            piece = (offsets + sizes) // self.CHUNK  # the samples of a piece are decoded, then transformed
+            bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
+            space = 1 + max(int(sizes[start:stop].sum()) for start, stop in pairwise(bounds))
+            pixels = pixels if len(pixels) >= space else np.empty(max(space, 2 * self.CHUNK), np.uint8)
+            for start, stop in pairwise(bounds):
+                some = slice(start, stop)
+                images = Images(pixels, offsets - offsets[start] + 1, *sides, parts).take(some)
+                self._decode(indices[some], images, decoder)
+                self._graph(images, {name: values[some] for name, values in draws.items()}, out[some])
+        self._tools.append((decoder, pixels))
         return torch.from_numpy(out)
 
     def defect(self, sample: int) -> str | None:
-        size = self._decoded_sizes[[sample]]
+        height, width = self._split.image_size(sample)
+        sides = np.array([height]), np.array([width])
+        pixels = np.empty(height * width * 3, np.uint8)
+        images = Images(pixels, np.zeros(1, np.int64), *sides, whole_parts(*sides))
         try:
-            self._decode(np.array([sample]), size, np.empty(size[0], np.uint8))
+            self._decode(np.array([sample]), images, JpegDecoder())
         except Undecodable as found:
             return found.defects[sample]
         return None
 
-    def _take_scratch(self, size: int) -> np.ndarray:
-        """Return a buffer of at least `size` bytes that no other thread uses."""
+    def _take_tools(self) -> tuple[JpegDecoder, np.ndarray]:
+        """Return a decoder and memory that no other thread uses."""
         try:
-            scratch = self._scratch.pop()
+            return self._tools.pop()
         except IndexError:
-            scratch = np.empty(0, np.uint8)
-        return scratch if len(scratch) >= size else np.empty(max(size, 2 * self.CHUNK), np.uint8)
+            return JpegDecoder(), np.empty(0, np.uint8)
 
-    def _decode(self, indices: np.ndarray, sizes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """Decode images one after another with libjpeg-turbo, which gives the same pixels as DALI.
+    def _decode(self, indices: np.ndarray, images: Images, decoder: JpegDecoder) -> None:
+        """Decode parts of images to `images.content`.
 
-        Pillow decodes the images for which libjpeg-turbo reports an error or a warning.
+        Accurate decoding gives the same pixels as DALI. Pillow decodes the images for which libjpeg-turbo reports an
+        error or a warning.
 
         Args:
             indices: Sample indices, int64 [B].
-            sizes: Size of each decoded image, bytes, int64 [B].
-            pixels: uint8 [bytes], filled with the decoded images.
-
-        Returns:
-            The offset of each image in `pixels`, bytes, int64 [B].
+            images: The parts to decode.
+            decoder: Decoder that no other thread uses.
 
         Raises:
             Undecodable: A sample cannot be decoded or does not have the size given by the index.
         """
-        split, content, decode = self._split, self._split.content, simplejpeg.decode_jpeg
-        offsets = np.cumsum(sizes) - sizes
-        columns = indices, split.address[indices], split.size[indices], offsets, sizes
-        shapes = zip(split.heights[indices].tolist(), split.widths[indices].tolist(), strict=True)
-        rows = zip(*(column.tolist() for column in columns), shapes, strict=True)
-        for index, address, length, offset, size, sides in rows:  # every operation here matters for small images
-            target = pixels[offset : offset + size]
-            try:  # a header that does not fit the target is rejected before decoding
-                is_sound = decode(content[address : address + length], buffer=target).shape[:2] == sides
-            except ValueError:  # also raised for warnings; Pillow, which is slower, distinguishes them from errors
-                is_sound = (decoded := decode_with_pillow(split.image_bytes(index), sides)) is not None
-                if decoded is not None:
-                    target[:] = decoded.reshape(-1)
-            if not is_sound:
+        split, parts = self._split, images.parts or whole_parts(images.heights, images.widths)
+        files = split.content, split.address[indices], split.size[indices].astype(np.int64)
+        place = 0
+        while True:
+            place = decoder.decode(
+                *files,
+                images.heights,
+                images.widths,
+                *parts,
+                fast=self._fast,
+                to_end=self.to_end,
+                out=images.content,
+                offsets=images.offsets,
+                first=place,
+            )
+            if place == len(indices):
+                return
+            index, sides = int(indices[place]), (int(images.heights[place]), int(images.widths[place]))
+            if (decoded := decode_with_pillow(split.image_bytes(index), sides)) is None:
                 raise Undecodable({index: header_error(split.image_bytes(index), sides) or UNDECODABLE})
-        return offsets
+            part = _cut(decoded, *parts.boxes[place].tolist(), int(parts.denominators[place]))
+            images.content[images.offsets[place] :][: part.size] = part.reshape(-1)
+            place += 1
+
+
+def _cut(image: np.ndarray, top: int, left: int, bottom: int, right: int, denominator: int) -> np.ndarray:
+    """Reduce an image, uint8 [H, W, 3], by averaging denominator x denominator pixels, and return a part of it.
+
+    The bounds are in pixels of the reduced image.
+    """
+    if denominator > 1:
+        height, width = (-(-side // denominator) * denominator for side in image.shape[:2])
+        image = np.pad(image, [(0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)], "edge")
+        blocks = image.reshape(height // denominator, denominator, width // denominator, denominator, 3)
+        image = np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+    return image[top:bottom, left:right]
 
 
 class MappedFiles(SampleSource):
@@ -122,7 +165,7 @@ class MappedFiles(SampleSource):
     def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> list[np.ndarray]:
         """Return the encoded files as B arrays, uint8 [bytes].
 
-        Files with suspicious headers (see `jpeg_headers.find_mismatches`) are tested one by one. Within a batch, an
+        Files with suspicious headers (see `headers.find_mismatches`) are tested one by one. Within a batch, an
         undecodable header may crash the process, since DALI 2.4's decoder returns while its threads are still working
         on the other files.
 
@@ -133,7 +176,7 @@ class MappedFiles(SampleSource):
         offsets, sizes = self._address[indices], self._size[indices]
         is_suspect = np.empty(len(indices), bool)
         sides = self._split.heights[indices], self._split.widths[indices]
-        jpeg_headers.find_mismatches(self._content, offsets, sizes, *sides, is_suspect)
+        headers.find_mismatches(self._content, offsets, sizes, *sides, is_suspect)
         if is_suspect.any():
             self._check(indices, np.flatnonzero(is_suspect))
         places = zip(offsets.tolist(), sizes.tolist(), strict=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 UNDECODABLE = "cannot be decoded"
@@ -26,11 +25,7 @@ def header_error(file: np.ndarray, sides: ImageSize) -> str | None:
         file: Content of the file, uint8 [bytes].
         sides: Height and width in pixels according to the index.
     """
-    claimed: ImageSize | None
-    try:
-        claimed = simplejpeg.decode_jpeg_header(file)[:2]
-    except ValueError:  # also raised for color spaces unknown to libjpeg-turbo
-        claimed = _read_with_pillow(file, lambda image: (image.height, image.width))
+    claimed = _read_with_pillow(file, lambda image: (image.height, image.width))
     if claimed is None:
         return UNDECODABLE
     if claimed == sides:

@@ -10,7 +10,6 @@ import tarfile
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 
 from pipelines import jpeg_format
 from pipelines.storage import tar_format
@@ -165,9 +164,5 @@ def image_error(split: Split, sample: int, decodes: bool = True) -> str | None:
     if not decodes:
         reason = jpeg_format.inspect(file.tobytes())[1]
         return None if reason is None else f"is a JPEG {reason}, which not every decoder reads"
-    if sides[0] * sides[1] <= MAX_PIXELS:
-        try:
-            simplejpeg.decode_jpeg(file)
-        except ValueError:
-            return UNDECODABLE if decode_with_pillow(file, sides) is None else None
-    return None
+    is_defect = sides[0] * sides[1] <= MAX_PIXELS and decode_with_pillow(file, sides) is None
+    return UNDECODABLE if is_defect else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
+from helpers.jpeg import decode
 from PIL import Image
 
 from helpers.backends import use_dali
@@ -20,7 +20,7 @@ from helpers.memory_source import MemoryRows, jpeg_file, memory_source, write
 from pipelines import jpeg_format
 from pipelines.convert.encode import encode
 from pipelines.convert.source import Encoding
-from pipelines.cpu import jpeg_headers
+from pipelines.cpu.jpeg import headers
 from pipelines.gpu import dali_graph
 from pipelines.gpu.dali_runner import DecodeCheck
 from pipelines.storage.open import open_split
@@ -86,7 +86,7 @@ def test_jpeg_that_all_decoders_decode_alike_keeps_its_bytes(kind: str) -> None:
     encoded = encode(file, Encoding("jpeg"))
     assert (encoded.payload, encoded.reencoded) == (file, None)
     expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    np.testing.assert_array_equal(simplejpeg.decode_jpeg(file), expected)
+    np.testing.assert_array_equal(decode(file), expected)
     np.testing.assert_array_equal(by_dali(file), expected)
 
 
@@ -164,7 +164,7 @@ def test_kernel_finds_headers_that_dali_cannot_parse(kind: str) -> None:
     sizes = np.array([len(saved()), len(file), len(saved())], np.int32)
     sides = np.full((2, 3), np.array(PIXELS.shape[:2])[:, None], np.int32)
     out = np.empty(3, bool)
-    jpeg_headers.find_mismatches(content, np.cumsum(sizes) - sizes, sizes, *sides, out)
+    headers.find_mismatches(content, np.cumsum(sizes) - sizes, sizes, *sides, out)
     assert out.tolist() == [False, is_unlike, False]
     if kind not in ("another width", "cut behind the header", "empty"):
         check = DecodeCheck(

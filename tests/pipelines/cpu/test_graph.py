@@ -26,7 +26,7 @@ from pipelines.augment.ops import Op, Programs
 from pipelines.convert.source import Encoding
 from pipelines.cpu import batch
 from pipelines.cpu import graph as cpu_graph
-from pipelines.cpu.graph import Images
+from pipelines.cpu.graph import Images, whole_parts
 from pipelines.gpu import dali_graph
 from pipelines.gpu.dali_runner import DaliRunner
 from pipelines.loader.bad_samples import Undecodable
@@ -55,6 +55,12 @@ def images_of(pixels: np.ndarray) -> Images:
     count, height, width, _ = pixels.shape
     begins = np.arange(count) * (height * width * 3)
     return Images(np.ascontiguousarray(pixels).reshape(-1), begins, np.full(count, height), np.full(count, width))
+
+
+def whole(pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the first arguments of `batch.resize`."""
+    content, offsets, heights, widths, _ = images_of(pixels)
+    return content, offsets, heights, widths, whole_parts(heights, widths).boxes
 
 
 def train_graph(
@@ -284,7 +290,7 @@ def test_resize_writes_only_its_batch() -> None:
     pixels = photos(40, 40, 5)
     memory = np.full(5 * 33 * 33 * 3 + 64, 77, np.uint8)
     region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
-    batch.resize(*images_of(pixels), *region, False, True, memory[: 5 * 33 * 33 * 3].reshape(5, 33, 33, 3))
+    batch.resize(*whole(pixels), *region, False, True, memory[: 5 * 33 * 33 * 3].reshape(5, 33, 33, 3))
     assert (memory[5 * 33 * 33 * 3 :] == 77).all()
 
 
@@ -293,7 +299,7 @@ def test_resize_to_same_size_is_identity() -> None:
     for cubic in (False, True):
         out = np.empty_like(pixels)
         region = np.zeros((5, 2), np.float32), np.full((5, 2), 40, np.float32)
-        batch.resize(*images_of(pixels), *region, cubic, True, out)
+        batch.resize(*whole(pixels), *region, cubic, True, out)
         assert np.array_equal(out, pixels)
 
 

@@ -1,0 +1,1 @@
+"""Decode JPEG files and check their headers."""
