@@ -65,9 +65,8 @@ class DataConfig(Section):
     """CPU threads per rank for loading images; null: the number of cores available to this process divided by the
     number of ranks on this machine."""
     jpeg_decode: Literal["exact", "fast"] = "exact"
-    """How the CPU decodes JPEGs. exact: pixels as from DALI and Pillow. fast: with a less accurate inverse transform, and
-    at 1/2, 1/4 or 1/8 of the size if an image is reduced by at least this factor anyway. A GPU always decodes
-    exactly."""
+    """How a CPU decodes JPEGs. exact: to the pixels of DALI and Pillow. fast: with a less accurate inverse transform,
+    and at 1/2, 1/4 or 1/8 of the size if the image is reduced by at least this factor anyway. A GPU ignores it."""
     hw_decoder_load: Resumable[float] = Field(default=0.65, ge=0, le=1)
     """Share of JPEGs decoded by the GPU's hardware decoder, if any; 0: none, so all GPUs use the same decoder."""
     decoder_memory: Neutral[dict[DecoderMemory, Annotated[int, Field(ge=0)]]] = Field(default={})

@@ -28,7 +28,9 @@ class Parts(NamedTuple):
     """The parts of a batch's images that a graph reads."""
 
     boxes: np.ndarray  # int64 [B, 4] (top, left, bottom, right), in pixels of the reduced images
-    denominators: np.ndarray  # int64 [B], 1, 2, 4 or 8; each image is reduced to 1 / denominator of its size, rounded up
+    denominators: (
+        np.ndarray
+    )  # int64 [B], 1, 2, 4 or 8; each image is reduced to 1 / denominator of its size, rounded up
 
 
 class Images(NamedTuple):
@@ -138,7 +140,9 @@ def train_graph(
     """
     changes = _changes(aug, programs, mean)
     if aug.crop == "random-resized":
-        stage = _resize(size, lambda heights, widths, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias)
+        stage = _resize(
+            size, lambda heights, widths, draws: (draws["crop_start"], draws["crop_end"]), interpolation, antialias
+        )
         return CpuGraph((stage,), changes)
     shorter = None if aug.crop == "squash" else size
     stages = _fixed_stages(image_shape, shorter, size, interpolation, antialias)
@@ -217,9 +221,7 @@ def _whole(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.zeros_like(end), end
 
 
-def _central_region(
-    heights: np.ndarray, widths: np.ndarray, shorter: int, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _central_region(heights: np.ndarray, widths: np.ndarray, shorter: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the region of each stored image that becomes its central crop if the shorter side is resized to `shorter`.
 
     As in DALI, both sides are scaled by the same factor, and the longer side is rounded to whole pixels about its

@@ -131,16 +131,17 @@ class HostJpegs(SampleSource):
             index, sides = int(indices[place]), (int(images.heights[place]), int(images.widths[place]))
             if (decoded := decode_with_pillow(split.image_bytes(index), sides)) is None:
                 raise Undecodable({index: header_error(split.image_bytes(index), sides) or UNDECODABLE})
-            part = _cut(decoded, *parts.boxes[place].tolist(), int(parts.denominators[place]))
+            part = _cut(decoded, parts.boxes[place].tolist(), int(parts.denominators[place]))
             images.content[images.offsets[place] :][: part.size] = part.reshape(-1)
             place += 1
 
 
-def _cut(image: np.ndarray, top: int, left: int, bottom: int, right: int, denominator: int) -> np.ndarray:
+def _cut(image: np.ndarray, box: list[int], denominator: int) -> np.ndarray:
     """Reduce an image, uint8 [H, W, 3], by averaging denominator x denominator pixels, and return a part of it.
 
-    The bounds are in pixels of the reduced image.
+    `box` (top, left, bottom, right) is in pixels of the reduced image.
     """
+    top, left, bottom, right = box
     if denominator > 1:
         height, width = (-(-side // denominator) * denominator for side in image.shape[:2])
         image = np.pad(image, [(0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)], "edge")

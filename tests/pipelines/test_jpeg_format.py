@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.jpeg import decode
 from PIL import Image
 
 from helpers.backends import use_dali
 from helpers.damage import claiming, segments, stray_bytes
+from helpers.jpeg import decode
 from helpers.loaders import evaluation
 from helpers.memory_source import MemoryRows, jpeg_file, memory_source, write
 from pipelines import jpeg_format

@@ -23,8 +23,8 @@ MAX_ROWS = (CROP - ROWS) // 8  # rows per call; libjpeg returns one or two
 MARGIN = 4  # pixels beside a part that influence it by the interpolation of color
 ROW_PADDING = 64 * 3  # bytes; libjpeg moves the left bound of a crop by less than 64 pixels
 LINE = 64  # bytes of a cache line
-# libjpeg-turbo writes rows at addresses that are multiples of 32 bytes past the cache. The loader reads the pixels right
-# away, and a line that such writes cover only in part is slow. Rows at odd addresses are written to the cache.
+# libjpeg-turbo bypasses the cache for rows at multiples of 32 bytes. The loader reads the pixels right away, and cache
+# lines that such writes cover only in part are slow. Rows at odd addresses are written to the cache.
 ODD = 1
 _copy_memory = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.intp))
 

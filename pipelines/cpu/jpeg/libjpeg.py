@@ -72,9 +72,7 @@ _pointer = types.CPointer(types.intp)
 def set_jump(typing: object, buffer: types.Integer) -> tuple[Signature, Callable[..., ir.Value]]:
     """Return 0, and return again with another value when an error jumps to `buffer`, the address of a jmp_buf."""
 
-    def generate(
-        context: BaseContext, builder: ir.IRBuilder, signature: Signature, values: list[ir.Value]
-    ) -> ir.Value:
+    def generate(context: BaseContext, builder: ir.IRBuilder, signature: Signature, values: list[ir.Value]) -> ir.Value:
         kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)])
         function = cgutils.get_or_insert_function(builder.module, kind, "_setjmp")
         function.attributes.add("returns_twice")  # keeps LLVM from reusing stack slots and from inlining the caller

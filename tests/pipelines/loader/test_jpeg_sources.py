@@ -45,7 +45,9 @@ def batches(folder: Path, aug: AugConfig | None, size: int = 40, **data: Any) ->
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(
-    "aug", [CROPPED, AugConfig(crop="squash"), AugConfig(crop="pad", padding=4), None], ids=["crop", "squash", "pad", "evaluation"]
+    "aug",
+    [CROPPED, AugConfig(crop="squash"), AugConfig(crop="pad", padding=4), None],
+    ids=["crop", "squash", "pad", "evaluation"],
 )
 def test_exact_decoding_of_parts_gives_the_pixels_of_whole_images(
     aug: AugConfig | None, antialias: bool, interpolation: str, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -110,9 +110,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_file_with_an_error_or_a_warning_stops_the_batch(
-    kind: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_with_an_error_or_a_warning_stops_the_batch(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     decoder = JpegDecoder()
     failed, (first, _, _) = decode_files([FILE, DAMAGED[kind], FILE], [(64, 80)] * 3, decoder=decoder)
     assert failed == 1
