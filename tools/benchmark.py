@@ -3,6 +3,7 @@
     zhu benchmark loader --data-path data/cifar10
     zhu benchmark train  --cfg configs/cifar10_resnet18.yaml --json result.json
     zhu benchmark peers  --cfg configs/cifar10_lenet.yaml
+    zhu benchmark peers  --data-path data/imagenet --opts data.image_size=224 aug.crop=random-resized
     zhu benchmark augment --data-path data/cifar10
     zhu benchmark stages --cfg configs/medium_imagenet_96_resnet18_progressive.yaml
     zhu benchmark ramp   --cfg configs/cifar10_lenet.yaml
@@ -24,7 +25,6 @@ runs in DIR/DEVICE.json. With --json alone, the file contains only the parts of 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from configs.arguments import add_config, new_parser, parse, take_words
@@ -100,8 +100,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         elif stage not in ("limits", "scale"):
             _add_config_arguments(command)
         if stage in ("peers", "augment", "all"):
-            cores = len(os.sched_getaffinity(0))
-            command.add_argument("--workers", type=int, default=cores, help="worker processes of the peers")
+            workers = (
+                "worker processes or threads of each peer; of several numbers, the fastest (default: 0 or 1, half "
+            )
+            workers += "of the cores, all, twice as many; for augment, all)"
+            command.add_argument("--workers", type=int, nargs="+", default=[], metavar="N", help=workers)
         command.add_argument("--scratch", type=path_argument, help="folder for temporary files")
         command.add_argument("--seconds", type=float, default=0.5, help="length of each round (default %(default)s)")
         command.add_argument("--rounds", type=int, default=5, help="rounds per figure (default %(default)s)")

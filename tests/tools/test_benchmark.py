@@ -24,7 +24,8 @@ from configs.schema import AugConfig, EraseConfig
 from configs.utils.errors import UserError
 from helpers.benchmarks import empty_record, settings_in
 from tools import benchmark, convert
-from tools.benchmarks import single_stage
+from tools.benchmarks import peers, single_stage
+from tools.benchmarks.benchmark_command import build_settings
 from tools.benchmarks.engine import ours, process_memory, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME, Measurement, measure, run_in_subprocess
@@ -33,7 +34,7 @@ from tools.benchmarks.engine.run_file import Run
 from tools.benchmarks.peers import PeerTask
 from tools.benchmarks.suites import cpu, gpu, programs, progressive, suite
 from tools.benchmarks.suites.datasets import check_free_space, image_dataset
-from tools.benchmarks.suites.loading import describe
+from tools.benchmarks.suites.loading import JPEG_VARIANTS, describe
 from tools.benchmarks.suites.programs import Program
 from tools.benchmarks.suites.settings import Settings
 from tools.benchmarks.suites.suite import Part
@@ -115,6 +116,38 @@ def test_peers_are_compared_with_crop_and_flip_only(digits: Path, tmp_path: Path
     ]
     assert len(sources) >= 4
     assert {source.aug for source in sources} == {expected}
+
+
+def test_settings_without_a_config_change_size_and_crop(digits: Path, tmp_path: Path) -> None:
+    settings = ["data.image_size=24", "aug.crop=random-resized", "aug.scale=[0.5, 1]"]
+    arguments = ["peers", "--data-path", str(digits), "--batch-size", "16", "--workers", "0", "1", "--opts", *settings]
+    parsed = benchmark.parse_arguments(arguments)
+    reading, loading = single_stage.stage_tables(parsed, build_settings(parsed, tmp_path))
+    assert reading.title == "32x32 raw, reading alone"
+    assert loading.title == "32 to 24 raw, random-resized crop, flip"
+    tasks = [
+        argument for case in loading.cases for argument in case.candidate.arguments if isinstance(argument, PeerTask)
+    ]
+    assert {(task.aug and task.aug.scale, task.batch_size, task.image_size) for task in tasks} == {((0.5, 1), 16, 24)}
+    measured = [case.candidate for case in loading.cases if case.candidate.build is peers.loading]
+    assert len(measured) == len(tasks) > 2
+    assert all((0, 1) in candidate.arguments for candidate in measured)
+
+
+def test_full_size_jpeg_is_compared_with_augmentation_and_evaluation(digits: Path, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, small=digits, medium=tmp_path / "missing", samples=16)
+    tables = list(cpu.full_size(settings))
+    assert [table.title for table in tables] == [
+        "500x375 to 224 JPEG, random-resized crop, flip",
+        "500x375 to 224 JPEG, resize and center crop",
+        "1000x750 to 224 JPEG, random-resized crop, flip",
+    ]
+    for table in tables:
+        ours_rows = [case for case in table.cases if case.fields.get("ours")]
+        assert [case.candidate.name for case in ours_rows] == [f"Model Zhu, {name}" for name in JPEG_VARIANTS]
+        with ours_rows[0].candidate.build(*ours_rows[0].candidate.arguments) as workloads:
+            batch = next(workloads[""].items)
+            assert batch.images.shape == (4, 3, 224, 224)
 
 
 @pytest.mark.slow

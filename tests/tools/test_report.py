@@ -10,6 +10,15 @@ from configs.utils.errors import UserError
 from helpers.benchmarks import a_run
 from tools import report
 from tools.benchmarks import documents
+from tools.benchmarks.engine import markdown
+from tools.benchmarks.engine.results import add_ratios, new_row
+
+RATES = [
+    ("Model Zhu, exact", True, 300.0),
+    ("Model Zhu, fast", True, 600.0),
+    ("FFCV", False, 400.0),
+    ("SPDL", False, 100.0),
+]
 
 
 @pytest.fixture
@@ -65,6 +74,23 @@ def test_check_fails_until_the_table_is_rewritten(
     assert call(folder, readme, "--check") == 1
     assert call(folder, readme) == 0
     assert "No figure from a GPU yet" not in readme.read_text()
+
+
+def test_readme_shows_the_ratio_of_each_of_our_rows_to_the_best_peer(tmp_path: Path, readme: Path) -> None:
+    run = a_run()
+    rows = [new_row(name, ours=ours, images_per_s=rate, lowest=rate, highest=rate) for name, ours, rate in RATES]
+    add_ratios(rows)
+    run.groups = [{"title": "32x32 JPEG", "stage": "loading", "rows": rows}]
+    documents.write(run, tmp_path)
+    assert call(tmp_path, readme) == 0
+    lines = [" ".join(line.split()) for line in readme.read_text().splitlines()]
+    assert (
+        "| loader alone | ours, images/s | ours / best peer | ours / FFCV | ours / SPDL | share of the bound |" in lines
+    )
+    assert "| 32x32 JPEG (exact) | 300 | 0.75 (FFCV) | 0.75 | 3 | |" in lines
+    assert "| 32x32 JPEG (fast) | 600 | 1.5 (FFCV) | 1.5 | 6 | |" in lines
+    table = markdown.table_markdown(run.groups[0])
+    assert "this / best peer" in table
 
 
 def test_readme_without_markers_is_a_user_error(tmp_path: Path, readme: Path) -> None:

@@ -98,12 +98,13 @@ def build_settings(arguments: argparse.Namespace, scratch: Path) -> Settings:
     given: dict[str, Any] = vars(arguments)
     given = {name: value.resolve() if isinstance(value, Path) else value for name, value in given.items()}
     on_gpu, minutes = torch.cuda.is_available(), given.get("minutes")
-    names = {field.name for field in fields(Settings)} - {"scratch", "data", "only"}
+    names = {field.name for field in fields(Settings)} - {"scratch", "data", "only", "workers"}
     return Settings(
         device="cuda" if on_gpu else "cpu",
         scratch=scratch,
         data=given.get("data", scratch) if on_gpu else scratch,
         only=tuple(given.get("only", ())),
+        workers=tuple(given.get("workers", ())),
         deadline=None if minutes is None else time.monotonic() + 60 * minutes,
         part_s=given.get("part_seconds") or (gpu.PART_S if on_gpu else None),
         **{name: given[name] for name in names & given.keys()},

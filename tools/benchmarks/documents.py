@@ -19,9 +19,11 @@ from tools.common.tables import write_text
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+BEST = "ours / best peer"
 HOW_TO_READ = """All rows of a table took turns in short rounds, each in a separate process; a figure is the median
 round. *ours / this* is our figure divided by the row's, *of resident* the row's divided by ours on one resident batch,
-and *share* the row's divided by the tightest bound, which was measured in the same run."""
+*this / best peer* the row's divided by that of the fastest peer, and *share* the row's divided by the tightest bound,
+which was measured in the same run. *workers* are processes or threads of a peer, the fastest number of several."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -144,11 +146,20 @@ def _loading_summary(run: Run) -> str:
     peers = _peers(groups)
     rows = []
     for group in groups:
-        for number, row in enumerate(_measured(group)):
+        for row in _measured(group):
             share = f"{row['share']:.0%} of {row['bound']['name']}" if "share" in row else ""
-            rows.append((_title(group, row), f"{row['images_per_s']:,.0f}", *_ratios(group, peers, number == 0), share))
-    header = ("loader alone", "ours, images/s", *(f"ours / {peer}" for peer in peers), "share of the bound")
-    return text_table(header, rows) if rows else ""
+            best = f"{row['of_best_peer']:.3g} ({row['best_peer']})" if "of_best_peer" in row else ""
+            rows.append((_title(group, row), f"{row['images_per_s']:,.0f}", best, *_ratios(group, peers, row), share))
+    header = ("loader alone", "ours, images/s", BEST, *(f"ours / {peer}" for peer in peers), "share of the bound")
+    return _without_empty(header, rows, BEST) if rows else ""
+
+
+def _without_empty(header: tuple[str, ...], rows: list[tuple[str, ...]], name: str) -> str:
+    """Return a table of strings, without the column `name` if all its cells are empty, as in runs of older versions."""
+    place = header.index(name)
+    if any(row[place] for row in rows):
+        return text_table(header, rows)
+    return text_table(header[:place] + header[place + 1 :], [row[:place] + row[place + 1 :] for row in rows])
 
 
 def _training_summary(run: Run) -> str:
@@ -158,10 +169,10 @@ def _training_summary(run: Run) -> str:
     for group in groups:
         resident = [row for row in group["rows"] if row["ours"] and row["name"].endswith("resident batch")]
         share = next((f"{row['share']:.1%}" for row in resident if "share" in row), "")
-        for number, row in enumerate(row for row in _measured(group) if "of_resident" in row):
+        for row in (row for row in _measured(group) if "of_resident" in row):
             title = f"{_title(group, row)}, batch {row['batch_size']}"
             cells = (f"{row['images_per_s']:,.0f}", f"{row['of_resident']:.3f}", share)
-            rows.append((title, *cells, *_ratios(group, peers, number == 0)))
+            rows.append((title, *cells, *_ratios(group, peers, row)))
     header = (
         "training end to end",
         "ours, images/s",
@@ -180,14 +191,10 @@ def _peers(groups: list[Entry]) -> list[str]:
     return list(dict.fromkeys(row["name"] for group in groups for row in group["rows"] if "ratio" in row))
 
 
-def _ratios(group: Entry, peers: list[str], shown: bool) -> list[str]:
-    """Return one cell per peer with the ratio of this project's rate to the peer's. Cells without a ratio are empty.
-
-    The ratios apply only to this project's first row in the group. For other rows, pass shown=False, which leaves all
-    cells empty.
-    """
-    ratios = {row["name"]: f"{row['ratio']:.3g}" for row in group["rows"] if "ratio" in row and shown}
-    return [ratios.get(peer, "") for peer in peers]
+def _ratios(group: Entry, peers: list[str], ours: Row) -> list[str]:
+    """Return one cell per peer with the ratio of our row's rate to the peer's. Cells of unmeasured peers are empty."""
+    rates = {row["name"]: row["images_per_s"] for row in group["rows"] if "ratio" in row}
+    return [f"{ours['images_per_s'] / rates[peer]:.3g}" if peer in rates else "" for peer in peers]
 
 
 def _title(group: Entry, row: Row) -> str:

@@ -82,7 +82,13 @@ def stage_tables(arguments: argparse.Namespace, settings: Settings) -> list[Tabl
     if arguments.stage in ("loader", "peers"):
         size = config.data.image_size or _stored_side(config.data)
         build = partial(loading_table, settings, folder, size=size, batch_size=batch_size, data=config.data)
-        tables += [build(aug, with_peers=with_peers) for aug in (None, config.aug)]
+        shape = open_split(folder, config.data.train_split).image_shape
+        can_read_alone = not with_peers or (
+            shape and shape[0] == shape[1]
+        )  # peers do not batch images of several sizes
+        tables += [
+            build(aug, with_peers=with_peers) for aug in ((None, config.aug) if can_read_alone else (config.aug,))
+        ]
     if arguments.stage in ("model", "train") or (with_peers and arguments.cfg):
         variants: Variants = {} if arguments.stage == "model" else {"end to end": {}}
         name = config.name or config.model.name
@@ -106,15 +112,12 @@ def _config(arguments: argparse.Namespace) -> Config:
     if not arguments.data_path or needs_config:
         need = "--cfg FILE" if needs_config else "--cfg FILE or --data-path DIR"
         raise UserError(f"nothing to measure: give {need}")
-    if arguments.opts:
-        raise UserError(
-            f"--opts {' '.join(arguments.opts)} changes a config, but there is none; give --cfg FILE as well"
-        )
     data = DataConfig(path=arguments.data_path, batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE)
     side = _stored_side(data)
     aug = AugConfig(crop="pad") if side <= 64 else AugConfig(crop="random-resized")
     data = data.model_copy(update={"image_size": CROP_SIDE.get(side, side)})
-    return Config(data=data, aug=aug, model=ModelConfig(name="resnet18"), name=Path(arguments.data_path).name)
+    config = Config(data=data, aug=aug, model=ModelConfig(name="resnet18"), name=Path(arguments.data_path).name)
+    return load_config(config, arguments.opts)
 
 
 def _stored_side(data: DataConfig) -> int:

@@ -21,7 +21,7 @@ BATCH, SIDE = 16, 24
 
 
 def made(folder: Path, scratch: Path | None) -> InterleavedTable:
-    settings = settings_in(scratch or folder, workers=0)
+    settings = settings_in(scratch or folder, workers=(0,))
     return augmentations.augmentation_table(settings, folder, batch_size=BATCH, with_peer=scratch is not None)
 
 

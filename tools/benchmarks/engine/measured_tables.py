@@ -68,6 +68,7 @@ class InterleavedTable:
 
     Args:
         details: Additional fields for the entry.
+        absent: Rows of candidates that cannot be measured, such as peers that are not installed.
         add_bounds: Called after each round with the measured rows and the machine limits. Adds bounds and ratios to the
             rows.
     """
@@ -77,6 +78,7 @@ class InterleavedTable:
     cases: list[Case]
     details: Entry = field(default_factory=Entry)
     add_bounds: Callable[[list[Row], Limits], None] = lambda rows, limits: None
+    absent: list[Row] = field(default_factory=list)
 
     def run(self, limits: Limits, seconds: float, rounds: int, deadline: float | None, keep: Keep = _discard) -> Entry:
         def after_round(measurements: list[Measurement]) -> None:
@@ -93,7 +95,7 @@ class InterleavedTable:
             self.add_bounds(rows, limits)
         except Exception as error:  # keep the rates without their bounds
             rows.append(new_row("bounds", error=f"{type(error).__name__}: {error}"))
-        return {"title": self.title, "stage": self.stage, **self.details, "rows": rows}
+        return {"title": self.title, "stage": self.stage, **self.details, "rows": [*rows, *self.absent]}
 
 
 TableSpec = RowTable | InterleavedTable

@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 
-from configs.schema import AugConfig, Config, DataConfig
-from pipelines import build_train_loader
+from configs.schema import AugConfig, Config, DataConfig, EvalConfig
+from pipelines import build_eval_loader, build_train_loader
 from pipelines.build import open_limited
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
+from pipelines.loader.eval_loader import EvalLoader
 from pipelines.storage.dataset import ModelDataset, load_dataset
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
@@ -70,6 +71,18 @@ def loading(
         return Workload(batches(), data.batch_size, lambda: details)
 
     yield {name: workload(changes) for name, changes in (variants or {"": {}}).items()}
+
+
+@contextmanager
+def evaluating(data: DataConfig, evaluation: EvalConfig, device: str) -> Iterator[dict[str, Workload]]:
+    """Build a workload that iterates over the evaluation loader of the train split, pass after pass."""
+    loader = build_eval_loader(data, evaluation, split=data.train_split, device=device)
+    yield {"": Workload(_full_batches(loader, data.batch_size), data.batch_size)}
+
+
+def _full_batches(loader: EvalLoader, batch_size: int) -> Iterator[Batch]:
+    while True:
+        yield from (batch for batch in loader if len(batch.labels) == batch_size)
 
 
 @contextmanager

@@ -42,6 +42,10 @@ class Row(TypedDict, total=False):
     lowest: float  # minimum per-round rate
     highest: float  # maximum per-round rate
     ratio: float  # in rows of peers, our rate divided by the peer's
+    of_best_peer: float  # in our rows, the rate divided by that of the fastest peer
+    best_peer: str  # name of that peer
+    workers: int  # of a peer: worker processes or threads, the fastest number in `sweep`
+    sweep: dict[str, float]  # images/s by number of workers, measured once before the rounds
     bound: Bound  # the tightest bound
     share: float  # rate divided by the bound
     binds: str  # what limits the rate
@@ -91,6 +95,11 @@ PACKAGES = {  # packages whose versions are recorded
     "timm": "timm",
     "webdataset": "webdataset",
     "ffcv": "ffcv",
+    "spdl": "spdl",
+    "litdata": "litdata",
+    "mosaicml-streaming": "mosaicml-streaming",
+    "datasets": "datasets",
+    "pillow": "pillow",
     "numba": "numba",
     "ours": "model-zhu",
 }
@@ -150,14 +159,20 @@ def is_complete(row: Row) -> bool:
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Set `ratio` in the rows of all peers to our rate divided by the peer's.
+    """Set `ratio` in the rows of all peers, and `of_best_peer` and `best_peer` in our rows.
 
-    Our rate is taken from the first of our rows that has a rate.
+    `ratio` is our rate divided by the peer's, where our rate is that of the first of our rows that has one.
     """
     ours = next((row["images_per_s"] for row in rows if row["ours"] and "images_per_s" in row), None)
     for other in rows:
         if ours and not other["ours"] and "images_per_s" in other:
             other["ratio"] = rounded(ours / other["images_per_s"], 3)
+    peers = [row for row in rows if not row["ours"] and "images_per_s" in row]
+    best = max(peers, key=lambda row: row["images_per_s"], default=None)
+    for row in rows:
+        if best is not None and row["ours"] and "images_per_s" in row:
+            row["of_best_peer"] = rounded(row["images_per_s"] / best["images_per_s"], 3)
+            row["best_peer"] = best["name"]
 
 
 def add_bound(row: Row, bounds: dict[str, float], otherwise: str) -> None:

@@ -2,21 +2,24 @@
 
 A loader is a function that takes a PeerTask and returns an endless iterator of (images [B, ...], labels [B]). Samples
 are shuffled, and each occurs at most once per epoch. The function's docstring lists the settings of the library. Files
-that a peer needs are written to a scratch folder, in the peer's fastest format, before timing starts.
+that a peer needs are written to a scratch folder, in the peer's fastest format, before timing starts. Each peer runs
+with the number of worker processes or threads at which it is fastest (see `worker_sweep`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 from tools.benchmarks.engine.candidate import Workload
+from tools.benchmarks.engine.results import NOT_MEASURED
 from tools.benchmarks.peers.task import Batches, PeerTask
+from tools.benchmarks.peers.worker_sweep import close, fastest, worker_counts
 
-__all__ = ["LOADERS", "LOOPS", "Batches", "PeerSpec", "PeerTask", "all_missing", "available", "loading"]
+__all__ = ["LOADERS", "LOOPS", "Batches", "PeerSpec", "PeerTask", "all_missing", "available", "loading", "missing"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,18 @@ class PeerSpec:
     library: str  # module that must be importable
     function: str  # MODULE.NAME in tools/benchmarks/peers
     encodings: tuple[str, ...] = ("npy", "jpeg")
+    least_workers: int = 0  # 1 for threads, 0 for processes: none means that the main process loads
 
 
 LOADERS = {
-    "FFCV": PeerSpec("ffcv", "ffcv_loader.ffcv"),
-    "DALI, its own readers": PeerSpec("nvidia.dali", "dali_loader.dali"),
+    "FFCV": PeerSpec("ffcv", "ffcv_loader.ffcv", least_workers=1),
+    "SPDL": PeerSpec("spdl.io", "spdl_loader.spdl_pipeline", least_workers=1),
+    "DALI, its own readers": PeerSpec("nvidia.dali", "dali_loader.dali", least_workers=1),
     "torchvision v2 + DataLoader": PeerSpec("torchvision", "torch_loader.torchvision_v2"),
     "webdataset": PeerSpec("webdataset", "webdataset_loader.webdataset"),
+    "LitData": PeerSpec("litdata", "litdata_loader.litdata_streaming"),
+    "MosaicML Streaming": PeerSpec("streaming", "streaming_loader.mosaicml_streaming"),
+    "Hugging Face datasets": PeerSpec("datasets", "huggingface_loader.huggingface_datasets"),
     "homework's DataLoader": PeerSpec("torchvision", "torch_loader.homework", ("npy",)),
 }
 LOOPS = {
@@ -45,9 +53,15 @@ LOOPS = {
 def available(table: dict[str, PeerSpec], encoding: str) -> dict[str, PeerSpec]:
     """Return the peers that read the encoding and whose library is installed.
 
-    FFCV has to be installed by hand. webdataset is part of the extra `dev`.
+    All but FFCV, which is built from source, are installed by the extra `peers`.
     """
     return {name: peer for name, peer in table.items() if encoding in peer.encodings and _installed(peer.library)}
+
+
+def missing(table: dict[str, PeerSpec], encoding: str) -> dict[str, str]:
+    """Return the reason for each peer that reads the encoding but whose library is not installed."""
+    absent = {name: peer for name, peer in table.items() if encoding in peer.encodings and not _installed(peer.library)}
+    return {name: f"{NOT_MEASURED}: {peer.library} is not installed" for name, peer in absent.items()}
 
 
 def all_missing() -> list[str]:
@@ -56,7 +70,10 @@ def all_missing() -> list[str]:
 
 
 def _installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # of the package of a module such as spdl.io
+        return False
 
 
 def load_function(peer: PeerSpec) -> Callable[..., Iterator[object]]:
@@ -67,6 +84,35 @@ def load_function(peer: PeerSpec) -> Callable[..., Iterator[object]]:
 
 
 @contextmanager
-def loading(peer: PeerSpec, task: PeerTask) -> Iterator[dict[str, Workload]]:
-    """Build a workload that iterates over the peer's loader. The images are on `task.device`."""
-    yield {"": Workload(load_function(peer)(task), task.batch_size)}
+def loading(
+    peer: PeerSpec, task: PeerTask, workers: Sequence[int] = (), seconds: float = 0.25
+) -> Iterator[dict[str, Workload]]:
+    """Build a workload that iterates over the peer's loader. The images are on `task.device`.
+
+    Args:
+        peer: The peer.
+        task: The task, whose `workers` is ignored.
+        workers: Numbers of worker processes or threads to try, or empty for those of `worker_counts`.
+        seconds: Duration of each try.
+    """
+    with fastest_workload(peer, task, workers, seconds) as workload:
+        yield {"": workload}
+
+
+@contextmanager
+def fastest_workload(
+    peer: PeerSpec, task: PeerTask, workers: Sequence[int], seconds: float, *arguments: object
+) -> Iterator[Workload]:
+    """Build a workload of the peer with the number of workers at which it is fastest, and end its workers at the end.
+
+    `arguments` are passed to the peer's function after the task.
+    """
+    function = load_function(peer)
+    found = fastest(
+        lambda count: function(replace(task, workers=count), *arguments),
+        workers or worker_counts(peer.least_workers),
+        task.batch_size,
+        seconds,
+    )
+    yield Workload(found.items, task.batch_size, found.details)
+    close(found.items)

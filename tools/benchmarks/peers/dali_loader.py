@@ -66,6 +66,9 @@ def _augmented(stored: DataNode, task: PeerTask) -> DataNode:
         )
     else:
         images = fn.decoders.image(stored, device=device)
+    if task.evaluation is not None:
+        images = fn.resize(images, resize_shorter=task.resized_side)
+        return fn.crop(images, crop=size)
     if aug is None:
         return images
     if aug.crop == "random-resized" and is_raw:

@@ -16,7 +16,7 @@ def ffcv(task: PeerTask) -> Batches:
     Settings: write_mode raw, or jpg with quality QUALITY; order RANDOM; os_cache; `task.workers` workers; 3 batches
     prefetched, the default; on a GPU, ToDevice(non_blocking). Pad-and-crop follows FFCV's CIFAR recipe
     (RandomHorizontalFlip, RandomTranslate) without Cutout. A random-resized crop follows FFCV's ImageNet recipe
-    (RandomResizedCropRGBImageDecoder).
+    (RandomResizedCropRGBImageDecoder), and an evaluation its validation loader (CenterCropRGBImageDecoder).
 
     Raises:
         UserError: The augmentation resizes images without a random-resized crop, which FFCV does not support.
@@ -45,10 +45,16 @@ def ffcv(task: PeerTask) -> Batches:
 
 
 def _decoded(task: PeerTask) -> list[object]:
-    from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
+    from ffcv.fields.decoders import (
+        CenterCropRGBImageDecoder,
+        RandomResizedCropRGBImageDecoder,
+        SimpleRGBImageDecoder,
+    )
     from ffcv.transforms import RandomHorizontalFlip, RandomTranslate
 
     aug, size = task.aug, task.image_size
+    if task.evaluation is not None:
+        return [CenterCropRGBImageDecoder((size, size), ratio=size / task.resized_side)]
     if aug is None:
         return [SimpleRGBImageDecoder()]
     flip = [RandomHorizontalFlip(aug.flip)] if aug.flip > 0 else []

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configs.schema import AugConfig
+from configs.schema import AugConfig, EvalConfig
 from pipelines.storage.dataset import ChannelValues
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -38,10 +38,11 @@ class PeerTask:
     folder: Path
     scratch: Path
     batch_size: int
-    workers: int
     image_size: int  # after augmentation, in pixels
     aug: AugConfig | None = None  # or None to only read and decode
     device: str = "cpu"
+    evaluation: EvalConfig | None = None  # resize and crop as in evaluation, instead of `aug`
+    workers: int = 1  # processes or threads
 
     @property
     def split(self) -> Split:
@@ -65,10 +66,19 @@ class PeerTask:
         """Mean and standard deviation of each color channel, for pixels scaled to the range 0 to 1."""
         return self.split.dataset.mean, self.split.dataset.std
 
+    @property
+    def resized_side(self) -> int:
+        """Shorter side in pixels to which an evaluation resizes an image before the center crop."""
+        return round(self.image_size / (self.evaluation or EvalConfig()).crop_fraction)
+
+    def jpeg_file(self, index: int) -> bytes:
+        """Return the stored file of a sample of a JPEG split."""
+        return self.split.image_bytes(index).tobytes()
+
     def pil_image(self, index: int) -> Image.Image:
         if self.encoding == "npy":
             return Image.fromarray(self.pixels(index))
-        return Image.open(io.BytesIO(self.split.image_bytes(index).tobytes())).convert("RGB")
+        return Image.open(io.BytesIO(self.jpeg_file(index))).convert("RGB")
 
     def pixels(self, index: int) -> np.ndarray:
         """Return the decoded pixels of a sample, uint8 [H, W, 3]."""

@@ -19,7 +19,6 @@ from tools.benchmarks.peers.task import Batches, PeerTask, endless
 
 Sample = tuple[Image.Image | torch.Tensor, int]
 Transform = Callable[..., torch.Tensor]
-HOMEWORK_WORKERS = 8  # DATA.NUM_WORKERS of the homework's config, for any number of cores
 MAX_PICKLED_SIDE = 64  # the homework reads CIFAR from pickles, and larger images from HDF5
 
 
@@ -75,7 +74,7 @@ def torchvision_v2(task: PeerTask) -> Batches:
     each; on a GPU, pinned memory and non_blocking copies.
     """
     dataset = PILDataset(task, v2.Compose(uint8_transforms(task)))
-    return endless(data_loader(dataset, task, task.workers), task.device)
+    return endless(data_loader(dataset, task), task.device)
 
 
 def homework(task: PeerTask) -> Batches:
@@ -83,10 +82,10 @@ def homework(task: PeerTask) -> Batches:
 
     Images are float32 and normalized on the CPU. Without augmentation (`task.aug` is None) they are uint8.
 
-    Settings: torchvision's transforms v1; 8 workers, as in the homework's config, restarted in every epoch; on a GPU,
-    pinned memory and blocking copies.
+    Settings: torchvision's transforms v1; `task.workers` workers (8 in the homework's config), restarted in every
+    epoch; on a GPU, pinned memory and blocking copies.
     """
-    loader = data_loader(homework_dataset(task), task, HOMEWORK_WORKERS, keep=False)
+    loader = data_loader(homework_dataset(task), task, keep=False)
     for images, labels in endless(loader, "cpu"):
         yield images.to(task.device), labels.to(task.device)
 
@@ -120,23 +119,23 @@ def _divided_by_256(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 256
 
 
-def data_loader(
-    dataset: torch.utils.data.Dataset, task: PeerTask, workers: int, keep: bool = True
-) -> torch.utils.data.DataLoader:
+def data_loader(dataset: torch.utils.data.Dataset, task: PeerTask, keep: bool = True) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=task.batch_size,
         shuffle=True,
-        num_workers=workers,
+        num_workers=task.workers,
         pin_memory=task.on_gpu,
         drop_last=True,
-        persistent_workers=keep and workers > 0,
+        persistent_workers=keep and task.workers > 0,
     )
 
 
 def crop_and_flip(transforms: ModuleType, task: PeerTask) -> list[Transform]:
     """Build the crop and flip of the task. `transforms` is torchvision.transforms or torchvision.transforms.v2."""
     aug, size = task.aug, task.image_size
+    if task.evaluation is not None:
+        return [transforms.Resize(task.resized_side, antialias=True), transforms.CenterCrop(size)]
     if aug is None:
         return []
     steps: list[Transform] = []
@@ -162,7 +161,7 @@ def uint8_transforms(task: PeerTask) -> list[Transform]:
     """
     aug, steps = task.aug, crop_and_flip(v2, task)
     if aug is None:
-        return [v2.PILToTensor()]
+        return [*steps, v2.PILToTensor()]
     auto, jitter = aug.auto, aug.color_jitter
     if auto.policy == "randaugment":
         steps.append(v2.RandAugment(auto.num_ops, auto.magnitude, auto.bins))
@@ -183,6 +182,23 @@ def uint8_transforms(task: PeerTask) -> list[Transform]:
     if aug.erase.probability > 0:
         steps.append(v2.RandomErasing(aug.erase.probability, aug.erase.scale, aug.erase.ratio))
     return steps
+
+
+def tensor_transform(task: PeerTask) -> v2.Compose:
+    """Build the crop and flip of the task.
+
+    The transform takes an array, uint8 [H, W, 3], or a tensor, uint8 [3, H, W], and returns a tensor, uint8 [3, H, W].
+    """
+    return v2.Compose([ToPlanes(), *crop_and_flip(v2, task)])
+
+
+class ToPlanes(torch.nn.Module):
+    """Convert a uint8 array [H, W, 3] to a tensor [3, H, W]. Return a tensor unchanged."""
+
+    def forward(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+        if isinstance(pixels, torch.Tensor):
+            return pixels
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def float_transform(task: PeerTask) -> v2.Compose:

@@ -5,7 +5,7 @@ A loop is a function that takes a PeerTask and a Config and returns an endless i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,16 +14,19 @@ from torch import nn
 from configs.schema import Config
 from models import build_from_config
 from tools.benchmarks.engine.candidate import Workload
-from tools.benchmarks.peers import PeerSpec, load_function
+from tools.benchmarks.peers import PeerSpec, fastest_workload
 from tools.benchmarks.peers.task import PeerTask, endless
 from tools.benchmarks.peers.torch_loader import PILDataset, data_loader, float_transform
 from tools.benchmarks.peers.torch_loader import homework as homework_batches
 
 
 @contextmanager
-def training(peer: PeerSpec, task: PeerTask, config: Config) -> Iterator[dict[str, Workload]]:
-    """Build a workload of a peer's end-to-end training."""
-    yield {"": Workload(load_function(peer)(task, config), task.batch_size)}
+def training(
+    peer: PeerSpec, task: PeerTask, config: Config, workers: Sequence[int] = (), seconds: float = 0.25
+) -> Iterator[dict[str, Workload]]:
+    """Build a workload of a peer's end-to-end training. `workers` and `seconds` are as in `loading`."""
+    with fastest_workload(peer, task, workers, seconds, config) as workload:
+        yield {"": workload}
 
 
 def _network(task: PeerTask, config: Config) -> nn.Module:
@@ -38,8 +41,9 @@ def _network(task: PeerTask, config: Config) -> nn.Module:
 def homework(task: PeerTask, config: Config) -> Iterator[float]:
     """Run the training loop of the homework's main.py.
 
-    Settings: the homework's DataLoader (8 workers, pinned memory on a GPU); float32; NCHW; AdamW with torch's defaults
-    except for the learning rate. The loss and the number of correct predictions are read back after every step.
+    Settings: the homework's DataLoader (`task.workers` workers, pinned memory on a GPU); float32; NCHW; AdamW with
+    torch's defaults except for the learning rate. The loss and the number of correct predictions are read back after
+    every step.
     """
     network = _network(task, config).to(task.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
@@ -69,7 +73,7 @@ def torchvision_reference(task: PeerTask, config: Config) -> Iterator[float]:
     optimizer = torch.optim.SGD(network.parameters(), lr=config.train.lr, momentum=0.9, weight_decay=1e-4)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
     scaler = torch.amp.GradScaler(device.type, enabled=task.on_gpu)
-    loader = data_loader(PILDataset(task, float_transform(task)), task, task.workers)
+    loader = data_loader(PILDataset(task, float_transform(task)), task)
     for images, labels in endless(loader, task.device):
         with torch.autocast(device.type, dtype=torch.float16, enabled=task.on_gpu):
             logits = network(images)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torchvision.transforms import v2
 
 from tools.benchmarks.peers.task import Batches, PeerTask, endless
-from tools.benchmarks.peers.torch_loader import crop_and_flip
+from tools.benchmarks.peers.torch_loader import tensor_transform
 
 
 def webdataset(task: PeerTask) -> Batches:
@@ -22,7 +21,7 @@ def webdataset(task: PeerTask) -> Batches:
     split = task.shards_for_workers()
     files = [str(file) for file in split.files]
     raw = task.encoding == "npy"
-    transform = v2.Compose([_ToPlanes() if raw else v2.PILToTensor(), *crop_and_flip(v2, task)])
+    transform = tensor_transform(task) if raw else v2.Compose([v2.PILToTensor(), tensor_transform(task)])
     dataset = wds.WebDataset(files, shardshuffle=len(files), nodesplitter=None).shuffle(1000)
     dataset = dataset.decode() if raw else dataset.decode("pil")
     dataset = dataset.to_tuple("npy" if raw else "jpg", "cls").map_tuple(transform, int)
@@ -32,10 +31,3 @@ def webdataset(task: PeerTask) -> Batches:
         dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=task.on_gpu
     )
     return endless(loader, task.device)
-
-
-class _ToPlanes(torch.nn.Module):
-    """Convert a uint8 array [H, W, 3] to a tensor [3, H, W]."""
-
-    def forward(self, pixels: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

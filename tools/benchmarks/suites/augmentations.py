@@ -5,6 +5,7 @@ The loader applies flips and one other augmentation at a time, and is compared t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
@@ -61,13 +62,14 @@ def augmentation_table(
     size = min(stored.image_shape[:2]) if stored.image_shape else SIDE
     peer = peers.available(peers.LOADERS, stored.encoding).get(PEER) if with_peer else None
     data = DataConfig(path=str(folder), batch_size=batch_size, image_size=size, placement=placement)  # type: ignore[arg-type]
+    workers = settings.workers or (len(os.sched_getaffinity(0)),)  # no sweep for each of the many rows
     cases = []
     for kind, aug in KINDS.items():
         fields: Row = {"kind": kind, "device": device, "batch_size": batch_size, "ours": True}
         cases.append(Case(Candidate(f"{OURS}, {kind}", ours.loading, (data, aug, device)), fields))
         if peer is not None and aug.cutout == 0 and not aug.auto.policy.startswith("rand-"):  # torchvision has neither
-            task = PeerTask(folder, settings.scratch, batch_size, settings.workers, size, aug, device)
-            candidate = Candidate(f"{PEER}, {kind}", peers.loading, (peer, task))
+            task = PeerTask(folder, settings.scratch, batch_size, size, aug, device)
+            candidate = Candidate(f"{PEER}, {kind}", peers.loading, (peer, task, workers))
             cases.append(Case(candidate, {**fields, "ours": False}))
     title = f"augmentations at {size}x{size}, {'raw' if stored.encoding == 'npy' else 'JPEG'}"
     return InterleavedTable(title, "augment", cases, {"image_size": size, "encoding": stored.encoding}, _add_ratios)

@@ -11,7 +11,7 @@ from configs.schema import Config
 from configs.utils.errors import UserError
 from pipelines.convert.source import Encoding, Options
 from pipelines.convert.writer import convert_source
-from tools.benchmarks.engine.datasets import make_variant
+from tools.benchmarks.engine.datasets import make_full_size, make_variant
 from tools.benchmarks.engine.roofline import DISK_FILE_BYTES
 from tools.benchmarks.suites.settings import Settings, check_time
 from tools.sources.cifar import open_cifar
@@ -20,6 +20,7 @@ from tools.sources.digits import open_digits
 ROOT = Path(__file__).parents[3]
 # samples of generated data sets; on a GPU at least a dozen batches per epoch, in a few GiB on disk
 SAMPLES = {"cpu": 4096, "cuda": 16_384}
+FULL_SIZE_SAMPLES = 512
 GENERATION_S = 20.0  # estimated maximum time to generate a data set
 GIB = 2**30
 
@@ -73,6 +74,17 @@ def image_dataset(settings: Settings, side: int, encoding: str = "npy") -> Path:
     if not (out / "dataset.json").is_file():
         check_time(settings, min(GENERATION_S, (settings.part_s or GENERATION_S) / 2))
     return make_variant(base, out, encoding=encoding, size=side, samples=samples)
+
+
+def full_size_dataset(settings: Settings, size: tuple[int, int]) -> Path:
+    """Return the folder of a JPEG data set of `size` (width, height) images, enlarged from `medium_dataset`.
+
+    Raises:
+        UserError: Raw CIFAR-10 is needed but missing, unreadable, incomplete or damaged.
+    """
+    base, samples = medium_dataset(settings), min(settings.samples or FULL_SIZE_SAMPLES, FULL_SIZE_SAMPLES)
+    out = settings.data / f"{base.name}-{size[0]}x{size[1]}-{samples}"
+    return make_full_size(base, out, size=size, samples=samples)
 
 
 def load_config_on(name: str, folder: Path, **data: Any) -> Config:

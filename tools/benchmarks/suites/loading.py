@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from configs.schema import AugConfig, DataConfig
+from configs.schema import AugConfig, DataConfig, EvalConfig
 from pipelines.storage.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
@@ -15,16 +16,19 @@ from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import SPLIT
 from tools.benchmarks.engine.measured_tables import Case, InterleavedTable
 from tools.benchmarks.engine.ours import OURS
-from tools.benchmarks.engine.results import Entry, Row, add_bound, add_ratios
+from tools.benchmarks.engine.results import Entry, Row, add_bound, add_ratios, skipped_row
 from tools.benchmarks.engine.roofline import Limits
-from tools.benchmarks.peers import PeerTask
+from tools.benchmarks.peers import PeerSpec, PeerTask
 from tools.benchmarks.suites.settings import Settings
 
 PAD_CROP = AugConfig(crop="pad", padding=4, flip=0.5)
 RESIZED_CROP = AugConfig(crop="random-resized", scale=(0.25, 1.0), flip=0.5)
+IMAGENET_CROP = AugConfig(crop="random-resized", flip=0.5)  # at least 8 % of the area, torchvision's default
 BOUND = "bound: "
 ONE_COPY = f"{BOUND}one copy of the bytes"
 PINNED_COPY = f"{BOUND}{roofline.PINNED}"
+# settings of data by variant of our loader of JPEG, one row each
+JPEG_VARIANTS: dict[str, dict[str, object]] = {"exact decoding": {}}
 AUGMENTED = {"cpu": "the cores' work on every image", "cuda": "the work of the graph on every image"}
 
 
@@ -38,6 +42,7 @@ def loading_table(
     with_peers: bool = False,
     data: DataConfig | None = None,
     placements: tuple[str, ...] = ("host", "device"),
+    evaluation: EvalConfig | None = None,
 ) -> InterleavedTable:
     """Return a table of our loader, the copies that bound its rate and, with `with_peers`, the peers.
 
@@ -51,39 +56,72 @@ def loading_table(
         data: Config section `data` for our loader. The other arguments take precedence.
         placements: Placements of raw pixels to measure on a GPU. If "host" is one of them, copying a batch from pinned
             memory is measured as well.
+        evaluation: Measure our evaluation loader, and the same resizing and center crop by peers, instead of `aug`.
     """
     split, device = open_split(folder, SPLIT), settings.device
-    is_raw, stored_side = split.encoding == "npy", int(split.heights[0])
-    side = stored_side if aug is None else size
+    is_raw, (height, width) = split.encoding == "npy", split.image_size(0)
+    side = height if aug is None and evaluation is None else size
     config = (data or DataConfig(path=str(folder))).model_copy(
         update={"path": str(folder), "batch_size": batch_size, "image_size": side}
     )
     common: Row = {"device": device, "batch_size": batch_size}
     loader: Row = {**common, "encoding": split.encoding}
     cases = [
-        Case(_our_candidate(config, aug, device, placement), {**loader, "ours": True, "placement": placement})
-        for placement in (placements if device == "cuda" and is_raw else ("",))
+        Case(
+            _our_candidate(variant, changed, aug, evaluation, device), {**loader, "ours": True, "placement": placement}
+        )
+        for variant, placement, changed in _our_variants(config, device, is_raw, placements)
     ]
     if with_peers:
-        task = PeerTask(folder, settings.scratch, batch_size, settings.workers, side, aug, device)
+        task = PeerTask(folder, settings.scratch, batch_size, side, aug, device, evaluation)
         for name, peer in peers.available(peers.LOADERS, split.encoding).items():
-            cases.append(Case(Candidate(name, peers.loading, (peer, task)), loader))
+            arguments = (peer, task, settings.workers, settings.seconds / 4)
+            cases.append(Case(Candidate(name, peers.loading, arguments), loader))
     if is_raw and device != "cuda":
         cases.append(Case(Candidate(ONE_COPY, roofline.one_copy, (batch_size * side * side * 3, batch_size)), common))
     elif is_raw and "host" in placements:
         copied_bytes = batch_size * int(split.size[0])
         cases.append(Case(Candidate(PINNED_COPY, roofline.pinned_copy, (copied_bytes, batch_size)), common))
-    sides = f"{stored_side}x{stored_side}" if side == stored_side else f"{stored_side} to {side}"
-    title = f"{sides} {'raw' if is_raw else 'JPEG'}, {'reading alone' if aug is None else describe(aug)}"
-    otherwise = "latency of scattered samples" if aug is None and is_raw else AUGMENTED[device]
+    sides = (
+        f"{width}x{height}"
+        if side == height == width
+        else f"{width if width == height else f'{width}x{height}'} to {side}"
+    )
+    work = "resize and center crop" if evaluation else "reading alone" if aug is None else describe(aug)
+    title = f"{sides} {'raw' if is_raw else 'JPEG'}, {work}"
+    otherwise = "latency of scattered samples" if work == "reading alone" and is_raw else AUGMENTED[device]
     bounds = partial(_add_bounds, split.size, side * side * 3, otherwise)
     details: Entry = {"image_size": side, "encoding": split.encoding}
-    return InterleavedTable(title, "reading" if aug is None else "loading", cases, details, bounds)
+    absent = absent_rows(peers.LOADERS, split.encoding) if with_peers else []
+    stage = "reading" if work == "reading alone" else "loading"
+    return InterleavedTable(title, stage, cases, details, bounds, absent)
 
 
-def _our_candidate(data: DataConfig, aug: AugConfig | None, device: str, placement: str) -> Candidate:
-    data = data.model_copy(update={"placement": placement or "auto"})
-    name = f"{OURS}, {placement}" if placement else OURS
+def absent_rows(table: dict[str, PeerSpec], encoding: str) -> list[Row]:
+    """Return a row with the reason for each peer of a table whose library is not installed."""
+    return [skipped_row(name, reason, ours=False) for name, reason in peers.missing(table, encoding).items()]
+
+
+def _our_variants(
+    data: DataConfig, device: str, is_raw: bool, placements: tuple[str, ...]
+) -> Iterator[tuple[str, str, DataConfig]]:
+    """Yield (variant for the row's name, placement, config section `data`) for each row of our loader."""
+    if is_raw and device == "cuda":
+        for placement in placements:
+            yield placement, placement, data.model_copy(update={"placement": placement})
+    elif is_raw or device == "cuda":
+        yield "", "", data
+    else:
+        for variant, changes in JPEG_VARIANTS.items():
+            yield variant, "", data.model_copy(update=changes)
+
+
+def _our_candidate(
+    variant: str, data: DataConfig, aug: AugConfig | None, evaluation: EvalConfig | None, device: str
+) -> Candidate:
+    name = f"{OURS}, {variant}" if variant else OURS
+    if evaluation is not None:
+        return Candidate(name, ours.evaluating, (data, evaluation, device))
     return Candidate(name, ours.loading, (data, aug or ours.PLAIN, device))
 
 

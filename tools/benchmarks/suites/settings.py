@@ -22,7 +22,7 @@ class Settings:
     reference: Path | None = None  # checkout of cifar10-airbench
     seconds: float = 0.5
     rounds: int = 5
-    workers: int = 1  # worker processes of the peers
+    workers: tuple[int, ...] = ()  # worker processes or threads of the peers to try, or empty for the default
     seeds: int = 10  # runs of each speedrun
     epochs: int | None = None  # epochs of the runs to a target accuracy, or None for those of the configs
     samples: int | None = None  # samples of generated data sets, or None for the device's default

@@ -17,6 +17,7 @@ from tools.benchmarks.engine.ours import OURS, Variants
 from tools.benchmarks.engine.results import Entry, Row, add_bound, add_ratios, rounded
 from tools.benchmarks.engine.roofline import Limits
 from tools.benchmarks.peers import PeerTask, training_loops
+from tools.benchmarks.suites.loading import absent_rows
 from tools.benchmarks.suites.settings import Settings
 
 STEP_BINDS_FROM = 0.95  # minimum share of the resident batch's rate at which the step, not the loader, limits training
@@ -38,16 +39,17 @@ def training_table(
     size = config.data.image_size or int(open_split(config.data.path, config.data.train_split).heights[0])
     common: Row = {"device": device, "batch_size": batch_size}
     cases = [Case(Candidate(OURS, ours.training, (config, variants)), {**common, "ours": True, "encoding": ""})]
+    absent: list[Row] = []
     if with_peers:
-        task = PeerTask(
-            Path(config.data.path), settings.scratch, batch_size, settings.workers, size, config.aug, device
-        )
+        task = PeerTask(Path(config.data.path), settings.scratch, batch_size, size, config.aug, device)
         for name, peer in peers.available(peers.LOOPS, task.encoding).items():
-            cases.append(Case(Candidate(name, training_loops.training, (peer, task, config)), common))
+            arguments = (peer, task, config, settings.workers, settings.seconds / 4)
+            cases.append(Case(Candidate(name, training_loops.training, arguments), common))
+        absent = absent_rows(peers.LOOPS, task.encoding)
     classes = config.model.num_classes or len(load_dataset(config.data.path).classes)
     details: Entry = {"image_size": size, "model": config.model.name}
     flops = cache(partial(roofline.training_flops, config.model, classes, size))  # needed after every round
-    return InterleavedTable(f"training {title}", "training", cases, details, partial(_add_bounds, flops))
+    return InterleavedTable(f"training {title}", "training", cases, details, partial(_add_bounds, flops), absent)
 
 
 def _add_bounds(training_flops: Callable[[], float], rows: list[Row], limits: Limits) -> None:
