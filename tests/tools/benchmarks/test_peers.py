@@ -146,6 +146,7 @@ def test_numbers_of_workers_follow_the_cores(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     assert worker_counts(0) == (0, 2, 4)
     assert worker_counts(1) == (1, 2, 4)
+    assert worker_counts(1, exceed_cores=False) == (1, 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     assert worker_counts(0) == (0, 16, 32)
 

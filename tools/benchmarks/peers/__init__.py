@@ -30,10 +30,11 @@ class PeerSpec:
     function: str  # MODULE.NAME in tools/benchmarks/peers
     encodings: tuple[str, ...] = ("npy", "jpeg")
     least_workers: int = 0  # 1 for threads, 0 for processes: none means that the main process loads
+    exceeds_cores: bool = True  # whether it accepts more workers than cores; FFCV does not, since Numba does not
 
 
 LOADERS = {
-    "FFCV": PeerSpec("ffcv", "ffcv_loader.ffcv", least_workers=1),
+    "FFCV": PeerSpec("ffcv", "ffcv_loader.ffcv", least_workers=1, exceeds_cores=False),
     "SPDL": PeerSpec("spdl.io", "spdl_loader.spdl_pipeline", least_workers=1),
     "DALI, its own readers": PeerSpec("nvidia.dali", "dali_loader.dali", least_workers=1),
     "torchvision v2 + DataLoader": PeerSpec("torchvision", "torch_loader.torchvision_v2"),
@@ -110,7 +111,7 @@ def fastest_workload(
     function = load_function(peer)
     found = fastest(
         lambda count: function(replace(task, workers=count), *arguments),
-        workers or worker_counts(peer.least_workers),
+        workers or worker_counts(peer.least_workers, exceed_cores=peer.exceeds_cores),
         task.batch_size,
         seconds,
     )

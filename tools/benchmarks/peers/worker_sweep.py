@@ -33,10 +33,10 @@ class Fastest:
         return {"workers": self.workers, "sweep": self.rates}
 
 
-def worker_counts(least: int) -> tuple[int, ...]:
-    """Return the numbers of workers to try: `least` (0 or 1), the number of cores, and twice that."""
+def worker_counts(least: int, *, exceed_cores: bool = True) -> tuple[int, ...]:
+    """Return the numbers of workers to try: `least` (0 or 1), the number of cores, and, if allowed, twice that."""
     cores = len(os.sched_getaffinity(0))
-    return tuple(sorted({least, cores, 2 * cores}))
+    return tuple(sorted({least, cores, 2 * cores if exceed_cores else cores}))
 
 
 def fastest(
