@@ -6,12 +6,16 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.process import BaseProcess
 
 from tools.benchmarks.engine.results import rounded
+
+GRACE_S = 1.0  # for worker processes to end by themselves
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,22 @@ def _items_per_s(items: Iterator[object], workers: int, seconds: float) -> float
 def close(items: Iterator[object]) -> None:
     """End the worker processes of this process and the threads of a peer, and free its memory.
 
-    Workers are killed, since DataLoader waits up to 5 s for each that has threads of its own. Meanwhile, its handler,
-    which raises an error when a worker dies, is replaced.
+    Workers that do not end within GRACE_S are killed, since DataLoader waits up to 5 s for each that has threads of its
+    own. They are not killed at once: a worker may hold a lock that DataLoader needs to end them. Meanwhile, DataLoader's
+    handler, which raises an error when a worker dies, is replaced.
     """
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
+    workers = multiprocessing.active_children()
+    killing = threading.Timer(GRACE_S, _kill, [workers])
+    killing.start()
     if isinstance(items, Generator):
         items.close()
     gc.collect()
+    killing.cancel()
+    _kill(workers)  # those of a peer that leaves them running
     signal.signal(signal.SIGCHLD, handler)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
