@@ -81,8 +81,8 @@ def close(items: Iterator[object]) -> None:
     """End the worker processes of this process and the threads of a peer, and free its memory.
 
     Workers that do not end within GRACE_S are killed, since DataLoader waits up to 5 s for each that has threads of its
-    own. They are not killed at once: a worker may hold a lock that DataLoader needs to end them. Meanwhile, DataLoader's
-    handler, which raises an error when a worker dies, is replaced.
+    own. They are not killed at once: a worker may hold a lock that DataLoader needs to end them. Meanwhile, the handler
+    by which DataLoader raises an error when a worker dies is replaced.
     """
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     workers = multiprocessing.active_children()
