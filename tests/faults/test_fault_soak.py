@@ -39,7 +39,8 @@ def soak(config: Path, data: Path, output: Path, *opts: str) -> None:
     assert len(lines) == EPOCHS
     second, last = lines[1], lines[-1]
     assert last["memory_mib"] <= MORE * second["memory_mib"]
-    assert [last[what] for what in ("threads", "descriptors")] == [second[what] for what in ("threads", "descriptors")]
+    assert last["descriptors"] == second["descriptors"]
+    assert last["threads"] <= second["threads"]  # those of the loader end with the last epoch
 
 
 @pytest.mark.slow

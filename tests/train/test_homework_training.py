@@ -123,7 +123,7 @@ def test_missing_key_uses_homework_default_others_the_file(
     there = optimizer_there(name, keys)
     here = build_optimizer(lenet(), config.train.optimizer, config.train.lr)
     (group,) = here.param_groups
-    assert type(here) is type(there)
+    assert isinstance(here, type(there))
     for setting in ("weight_decay", "betas", "eps", "momentum", "nesterov", "amsgrad", "dampening"):
         assert group.get(setting) == there.defaults.get(setting)
 
