@@ -169,7 +169,9 @@ def resnet50(settings: Settings) -> Iterator[TableSpec]:
     """
     raw = image_dataset(settings, 224)
     config = load_config_on("medium_imagenet_224_resnet50", raw, image_size=224)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"name": "timm/resnet50", "options": {}})})
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"name": "timm/resnet50", "options": {}})}
+    )
     trials: list[Trial] = []
     columns: tuple[str, ...] = ("images_per_s", "lowest", "highest", "share", *MEMORY_FIELDS)
     rows = partial(_batch_size_rows, settings, config, trials)
