@@ -23,6 +23,8 @@ from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
 from pipelines.storage.open import open_split
 from tools.benchmarks import peers
+from tools.benchmarks.engine import candidate
+from tools.benchmarks.engine.candidate import Workload
 from tools.benchmarks.engine.datasets import GRAIN, EnlargedRows, make_full_size, make_variant
 from tools.benchmarks.engine.results import is_measured
 from tools.benchmarks.peers import PeerTask, training_loops
@@ -180,3 +182,10 @@ def test_variant_repeats_samples_at_the_requested_size(folders: dict[str, Path],
     assert split.image_shape == (48, 48, 3)
     assert split.labels is not None
     assert np.bincount(split.labels).tolist() == [2] * SAMPLES
+
+
+def test_rounds_of_workers_take_a_multiple_of_their_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items of several workers arrive together, so a shorter round could time only those that are already there."""
+    durations = iter([0.0, 0.001, 0.1])  # warm-up, too short, long enough
+    monkeypatch.setattr(candidate, "_time_items", lambda items, count: next(durations))
+    assert candidate._calibrate(Workload(iter([]), 1, at_once=4), 0.2) == 32

@@ -27,12 +27,15 @@ class Workload:
         items: The iterator. Each item counts as `units_per_item` images, bytes or operations.
         details: Called after the last round. Returns additional fields for the row.
         prefetches: Whether the iterator prepares items between rounds. If so, each round starts with one untimed item.
+        at_once: Items that may become ready at the same time, such as one of each worker process. A round takes a
+            multiple of it.
     """
 
     items: Iterator[object]
     units_per_item: float
     details: Callable[[], Mapping[str, object]] = dict
     prefetches: bool = True
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,19 @@ def error_text(error: BaseException) -> str:
 
 
 def _calibrate(workload: Workload, seconds: float) -> int:
-    """Warm up the workload and return the number of items that take about `seconds`.
+    """Warm up the workload and return the number of items that take about `seconds`, a multiple of `at_once`.
 
-    The number is at least 2, or at least 1 if the workload does not prefetch and its first item takes at least
-    `seconds`. In the latter case, the first item is the only warm-up.
+    The number is at least 2, and at least two multiples of an `at_once` above 1. It is at least 1 if the workload does
+    not prefetch and its first item takes at least `seconds`; the first item is then the only warm-up.
     """
     count = min_count = 2 if workload.prefetches or _time_items(workload.items, 1) < seconds else 1
     if min_count == 2:
         _time_items(workload.items, 3)
+    if workload.at_once > 1:
+        count = min_count = 2 * workload.at_once
     while (duration_s := _time_items(workload.items, count)) < seconds / 4:
         count *= 2
-    return max(min_count, round(count * seconds / duration_s))
+    return max(min_count, round(count * seconds / duration_s / workload.at_once) * workload.at_once)
 
 
 def _measure_round(workload: Workload, count: int) -> float:

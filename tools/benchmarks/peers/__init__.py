@@ -115,5 +115,5 @@ def fastest_workload(
         task.batch_size,
         seconds,
     )
-    yield Workload(found.items, task.batch_size, found.details)
+    yield Workload(found.items, task.batch_size, found.details, at_once=max(1, found.workers))
     close(found.items)

@@ -66,14 +66,18 @@ def fastest(
 
 
 def _items_per_s(items: Iterator[object], workers: int, seconds: float) -> float:
-    """Return the rate of an iterator, without the first item of each worker and at least two items long."""
-    least = max(2, workers)
-    for _ in islice(items, 1 + least):
+    """Return the rate of an iterator, without the first item of each worker.
+
+    Items of several workers may become ready at the same time, so a multiple of their number is taken.
+    """
+    step = max(2, workers)
+    for _ in islice(items, 1 + step):
         pass
     start, taken = time.perf_counter(), 0
-    while (elapsed_s := time.perf_counter() - start) < seconds or taken < least:
-        next(items)
-        taken += 1
+    while (elapsed_s := time.perf_counter() - start) < seconds or not taken:
+        for _ in range(step):
+            next(items)
+        taken += step
     return taken / elapsed_s
 
 
