@@ -195,8 +195,12 @@ def test_interrupted_fit_raises_and_can_be_resumed(run: Run, digits_run: DigitsR
         "        os.kill(os.getpid(), signal.SIGINT)\n    return cross_entropy(logits, labels)\n"
     )
     setting = f"train.loss={loss}:loss"
-    with pytest.raises(KeyboardInterrupt):
-        fit_digits(digits_run, tmp_path, setting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit_digits(digits_run, tmp_path, setting)
+    finally:
+        signal.signal(signal.SIGINT, before)
     stopped = Run(tmp_path / "digits_lenet")
     assert len(stopped.metrics) < 2
     resumed = fit_digits(digits_run, tmp_path, setting, resume="auto")
