@@ -42,7 +42,7 @@ def choose_compilation(config: Config, images: int, world_size: int, before: boo
         before: Whether the run to resume compiled its step on a CPU, or None for a new run.
     """
     if not has_toolchain():
-        return Compilation(False, "there is no C++ compiler with Python's headers")
+        return Compilation(False, "a C++ compiler and Python's headers are not both installed")
     if before is not None:
         return Compilation(before, "like when the run started")
     if (obstacle := find_obstacle(config, images, world_size)) is not None:

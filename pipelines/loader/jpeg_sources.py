@@ -71,9 +71,10 @@ class HostJpegs(SampleSource):
             bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
             space = 1 + max(int(sizes[start:stop].sum()) for start, stop in pairwise(bounds))
             pixels = pixels if len(pixels) >= space else np.empty(max(space, 2 * self.CHUNK), np.uint8)
-            for start, stop in pairwise(bounds):
-                some = slice(start, stop)
-                images = Images(pixels, offsets - offsets[start] + 1, *sides, parts).take(some)
+            whole = Images(pixels, offsets, *sides, parts)
+            for some in (slice(start, stop) for start, stop in pairwise(bounds)):
+                images = whole.take(some)
+                images = images._replace(offsets=images.offsets - images.offsets[0] + 1)
                 self._decode(indices[some], images, decoder)
                 self._graph(images, {name: values[some] for name, values in draws.items()}, out[some])
         self._tools.append((decoder, pixels))

@@ -78,7 +78,10 @@ def test_resumed_run_does_as_its_checkpoint_says(toolchain: None) -> None:
 def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not has_toolchain()
-    assert choose_compilation(config_of(), ENOUGH, 1, None) == (False, "there is no C++ compiler with Python's headers")
+    assert choose_compilation(config_of(), ENOUGH, 1, None) == (
+        False,
+        "a C++ compiler and Python's headers are not both installed",
+    )
     assert not choose_compilation(config_of(), ENOUGH, 1, before=True).is_on
 
 
