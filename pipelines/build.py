@@ -20,7 +20,7 @@ from pipelines.loader.epoch_order import TrainOrder
 from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.stage import Stage
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.open import open_split
+from pipelines.open import open_split
 from pipelines.storage.split import Split
 
 

@@ -32,6 +32,7 @@ FLOORS = [
     ("pipelines.cpu",),
     ("pipelines.order",),
     ("pipelines.storage",),
+    ("pipelines.open",),
     ("pipelines.convert", "pipelines.loader"),
     ("pipelines.gpu",),
     ("pipelines",),

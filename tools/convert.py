@@ -26,7 +26,8 @@ from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
 from configs.utils.process import handle_signals
 from pipelines.convert.source import SUBSAMPLINGS, Encoding, Options, Source
-from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo, load_dataset
+from pipelines.open import load_dataset
+from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo
 
 MIB = 2**20
 MAX_SHOWN_DEFECTS = 3

@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from configs.load import load_config
-    from pipelines.storage.dataset import load_dataset
+    from pipelines.open import load_dataset
     from tools.runs import sweep_report
     from tools.runs.run_slots import make_slots, visible_gpus
     from tools.runs.sweep_points import build_points

@@ -21,7 +21,8 @@ from pipelines.augment.mixup import check_mixing, mixing_enabled
 from pipelines.build import open_limited
 from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.storage.dataset import DatasetInfo, ModelDataset, load_dataset
+from pipelines.open import load_dataset
+from pipelines.storage.dataset import DatasetInfo, ModelDataset
 from train.checkpoint.finetune import load_finetune, without_pretrained
 from train.distributed.process_group import Ranks, get_world_size
 from train.engine.execution import build_plan

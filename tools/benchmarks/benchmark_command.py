@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from configs.utils.errors import UserError
-from pipelines.storage.open import open_split
+from pipelines.open import open_split
 from tools.benchmarks import documents, peers
 from tools.benchmarks.engine import datasets, markdown, results
 from tools.benchmarks.engine.interleaved import run_in_subprocess

@@ -14,7 +14,7 @@ from configs.load import load_config
 from configs.schema import AugConfig, Config, DataConfig, ModelConfig
 from configs.stages import config_at
 from configs.utils.errors import UserError
-from pipelines.storage.open import open_split
+from pipelines.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import results
 from tools.benchmarks.engine.measured_tables import TableSpec

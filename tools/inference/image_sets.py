@@ -18,8 +18,8 @@ import numpy as np
 from configs.utils.errors import UserError
 from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
-from pipelines.storage.dataset import QuarantinedSample, load_dataset
-from pipelines.storage.open import open_split
+from pipelines.open import load_dataset, open_split
+from pipelines.storage.dataset import QuarantinedSample
 from tools.sources.image_files import open_image_files
 from train.trained_model import TrainedModel, check_same_classes, picture_encoding
 

@@ -21,7 +21,7 @@ from configs.stages import config_at
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.process import handle_signals
-from pipelines.storage.dataset import load_dataset
+from pipelines.open import load_dataset
 from tools.benchmarks.engine import process_memory
 from tools.common.tables import make_folder, markdown, write_csv
 from tools.perf import batch_size_search

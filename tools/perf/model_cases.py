@@ -12,7 +12,7 @@ from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
 from configs.utils.code import is_reference
 from configs.utils.errors import UserError
 from models import list_models
-from pipelines.storage.dataset import load_dataset
+from pipelines.open import load_dataset
 from train.checkpoint import store
 from train.checkpoint.code import find_code
 from train.checkpoint.resume import find_checkpoints

@@ -9,8 +9,7 @@ import torch
 
 from configs.schema import DataConfig, EvalConfig
 from configs.utils.errors import UserError
-from pipelines.storage.dataset import load_dataset
-from pipelines.storage.open import open_split
+from pipelines.open import load_dataset, open_split
 from pipelines.storage.split import Split
 from tools.common.tables import Row, make_folder, markdown, write_csv
 from tools.visualize.subset import load_images

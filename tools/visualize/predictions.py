@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import classification_report
 from torch import Tensor
 
-from pipelines.storage.dataset import load_dataset
+from pipelines.open import load_dataset
 from tools.common.tables import Row, csv_text, make_folder, markdown, write_csv, write_text
 from tools.inference.ensemble import predict
 from tools.inference.image_sets import dataset_folder, load_split

@@ -13,8 +13,8 @@ from PIL import Image
 
 from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
-from pipelines.storage.dataset import fingerprint, load_dataset
-from pipelines.storage.open import open_split
+from pipelines.open import load_dataset, open_split
+from pipelines.storage.dataset import fingerprint
 from pipelines.storage.split import Split
 
 QUALITY = 95  # JPEG quality for all candidates, with 4:2:0 chroma subsampling

@@ -15,7 +15,8 @@ from pipelines.build import open_limited
 from pipelines.interfaces import Position
 from pipelines.loader.batches import Batch
 from pipelines.loader.eval_loader import EvalLoader
-from pipelines.storage.dataset import ModelDataset, load_dataset
+from pipelines.open import load_dataset
+from pipelines.storage.dataset import ModelDataset
 from tools.benchmarks.engine import process_memory
 from tools.benchmarks.engine.candidate import Workload
 from train.build import Job, build_all

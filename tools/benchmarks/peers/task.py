@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from configs.schema import AugConfig, EvalConfig
+from pipelines.open import open_split
 from pipelines.storage.dataset import ChannelValues
-from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 from tools.benchmarks.engine.datasets import QUALITY, SPLIT, labels_or_zeros, make_variant
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from configs.schema import AugConfig, AutoAugmentConfig, BlurConfig, ColorJitterConfig, DataConfig, EraseConfig
-from pipelines.storage.open import open_split
+from pipelines.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.candidate import Candidate

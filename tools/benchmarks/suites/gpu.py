@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from configs.schema import AugConfig, AutoAugmentConfig, Config, DataConfig
-from pipelines.storage.dataset import load_dataset
+from pipelines.open import load_dataset
 from tools.benchmarks.engine import datasets, ours, results, roofline
 from tools.benchmarks.engine.candidate import Candidate
 from tools.benchmarks.engine.datasets import limited_batch_size

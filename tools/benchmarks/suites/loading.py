@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.schema import AugConfig, DataConfig, EvalConfig
-from pipelines.storage.open import open_split
+from pipelines.open import open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate

@@ -25,7 +25,7 @@ from configs.load import to_yaml
 from configs.schema import Config
 from configs.utils.files import atomic_write
 from configs.utils.process import die_with_parent
-from pipelines.storage.open import open_split
+from pipelines.open import open_split
 from tools.benchmarks.engine import datasets
 from tools.benchmarks.engine.interleaved import OUT_OF_TIME
 from tools.benchmarks.engine.results import RUNNING, STOPPED, Row, new_row, rounded, skipped_row

@@ -23,10 +23,10 @@ from configs.schema import DataConfig
 from pipelines import build_train_loader, order
 from pipelines.augment import geometry
 from pipelines.interfaces import Position
+from pipelines.open import open_split
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import FORMAT, VERSION
 from pipelines.storage.index import INDEX_COLUMNS, sample_stride
-from pipelines.storage.open import open_split
 from tools.benchmarks.engine import ours
 from tools.benchmarks.engine.interleaved import run_in_subprocess
 from tools.benchmarks.engine.measured_tables import RowTable

@@ -7,8 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from configs.schema import Config
-from pipelines.storage.dataset import load_dataset
-from pipelines.storage.open import open_split
+from pipelines.open import load_dataset, open_split
 from tools.benchmarks import peers
 from tools.benchmarks.engine import ours, roofline
 from tools.benchmarks.engine.candidate import Candidate
