@@ -32,6 +32,7 @@ FLOORS = [
     ("pipelines.cpu",),
     ("pipelines.order",),
     ("pipelines.storage",),
+    ("pipelines.remote",),
     ("pipelines.open",),
     ("pipelines.convert", "pipelines.loader"),
     ("pipelines.gpu",),
@@ -57,6 +58,8 @@ ONLY_IN = {
     "llvmlite": ("pipelines/cpu/*",),
     "torch.distributed": ("train/distributed/*",),
     "h5py": ("tools/sources/*", "tools/benchmarks/peers/torch_loader.py"),
+    "fsspec": ("pipelines/remote/*",),
+    "aiohttp": ("pipelines/remote/*",),
     "wandb": ("train/reporting/*",),
 }
 SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
