@@ -33,6 +33,7 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
     local_world_size: int | None = None,
+    machines: int = 1,
     accumulation_steps: int = 1,
     epochs: int | None = None,
 ) -> TrainLoader:
@@ -47,6 +48,8 @@ def build_train_loader(
         device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
         rank, world_size: Rank of this process, and number of training processes.
         local_world_size: Number of ranks on this machine, which share its CPU cores. If None, use `world_size`.
+        machines: Number of machines, with equally many consecutive ranks. With data.order=sequential-window, each reads
+            its own shards if the number divides data.window_shards.
         accumulation_steps: Batches per optimizer step. len(loader) is a multiple of this number.
         epochs: Number of epochs of the run. The loader gathers the first batches of an epoch at the end of the epoch
             before it, but none after the last epoch. If None, the last epoch is not known.
@@ -77,7 +80,7 @@ def build_train_loader(
     stages: dict[tuple[int, int], Stage] = {}  # equal sizes share a stage
     for (size, batch_size), count in dict(zip(sizes, steps, strict=True)).items():
         sampler = AugmentationSampler(aug, programs, seed, size, split.heights, split.widths, mean, std)
-        plan = TrainBatches(epoch_order, batch_size, count, rank, world_size, accumulation_steps, sampler)
+        plan = TrainBatches(epoch_order, batch_size, count, rank, world_size, accumulation_steps, sampler, machines)
         spec = LoaderSpec(split, data, batch_size, size, device, threads, pixels, aug, programs)
         stages[size, batch_size] = Stage(plan, choose_backend(spec), bad)
     augment = None if aug.custom is None else CustomAugmentation(aug.custom, seed, rank, device)

@@ -6,6 +6,8 @@ contain the same samples for any world size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from pipelines.cpu import batch
@@ -25,31 +27,95 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     return (ordered & mask).astype(np.int64)
 
 
-def window_permutation(shard: np.ndarray, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a sample order for data larger than memory.
+def lane_permutation(shard: np.ndarray, lanes: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a sample order for data larger than memory, which mixes `lanes` shards at a time.
 
-    Shards are shuffled and grouped into windows, and samples are shuffled within their window. The shards of a window
-    can therefore be read ahead and dropped from memory together.
+    The shards are shuffled and dealt to lanes in turn. A lane is a sequence of shards, with the samples of each shard
+    shuffled. Positions 2i and 2i + 1 of the order belong to lane i mod `lanes`, so that every machine can take the
+    pairs of its own lanes, see `train_positions`. Lanes are equally long: what some have too much at their end, and the
+    last shards, if their number is not a multiple of `lanes`, are split over the others.
 
     Args:
         shard: Shard index of each sample, int [samples].
-        window_shards: Number of shards per window.
+        lanes: Number of lanes.
         seed: Seed of the run.
         epoch: Epoch, counted from 0.
 
     Returns:
         Sample indices in reading order, int64 [samples].
     """
-    window = shard_windows(int(shard.max()) + 1, window_shards, seed, epoch)[shard]
-    return np.lexsort((_keys(len(shard), seed, epoch), window))
+    sizes = np.bincount(shard)
+    turns = permutation(len(sizes), seed, epoch)
+    turn = np.empty(len(sizes), np.uint16 if len(sizes) <= 2**16 else np.int64)  # NumPy sorts uint16 in linear time
+    turn[turns] = np.arange(len(sizes))
+    drawn = permutation(len(shard), seed, epoch)
+    by_shard = drawn[np.argsort(turn[shard[drawn]], kind="stable")]
+    ordered = np.empty_like(by_shard)
+    ordered[_lane_positions(sizes[turns], lanes)] = by_shard
+    return ordered
 
 
-def shard_windows(shards: int, window_shards: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the window index of each shard for `window_permutation`: int64 [shards].
+def _lane_positions(sizes: np.ndarray, lanes: int) -> np.ndarray:
+    """Return the position in the order of each sample, counted shard by shard: int64 [samples].
 
-    Windows are numbered from 0 in reading order.
+    `sizes` are the numbers of samples of the shards in the order in which they are dealt, int64 [shards].
     """
-    return np.argsort(permutation(shards, seed, epoch)) // window_shards
+    samples, whole = int(sizes.sum()), len(sizes) // lanes * lanes
+    rounds, left = divmod(samples, 2 * lanes)
+    length = 2 * rounds + np.clip(left - 2 * np.arange(lanes), 0, 2)
+    dealt = sizes[:whole].reshape(-1, lanes)
+    begin = (np.cumsum(dealt, axis=0) - dealt).reshape(-1)  # of each whole shard in its lane
+    lane, offset = np.arange(whole) % lanes, np.arange(samples)
+    offset[: dealt.sum()] += np.repeat(begin - np.cumsum(sizes[:whole]) + sizes[:whole], sizes[:whole])
+    lane = np.repeat(lane, sizes[:whole])
+
+    too_much = np.concatenate([np.flatnonzero(offset[: len(lane)] >= length[lane]), np.arange(len(lane), samples)])
+    lane = np.concatenate([lane, np.empty(samples - len(lane), np.int64)])
+    filled = np.minimum(dealt.sum(axis=0), length)
+    # In the order of reversed bits, so that lanes that follow each other are likely on the same machine.
+    fill = np.array(sorted(range(lanes), key=lambda number: f"{number:032b}"[::-1]))
+    missing = (length - filled)[fill]
+    lane[too_much] = np.repeat(fill, missing)
+    offset[too_much] = np.arange(len(too_much)) + np.repeat(filled[fill] - np.cumsum(missing) + missing, missing)
+    return offset // 2 * (2 * lanes) + 2 * lane + offset % 2
+
+
+class ShardSchedule(NamedTuple):
+    """The shards that the ranks of one machine read in an epoch, in the order of their first use. Steps are batches."""
+
+    shard: np.ndarray  # int64 [K]: shard indices, each once
+    first: np.ndarray  # int64 [K], ascending: step of the shard's first use
+    last: np.ndarray  # int64 [K]: step of its last use
+
+
+def shard_schedule(
+    order: np.ndarray,
+    shard: np.ndarray,
+    steps: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    machines: int = 1,
+) -> ShardSchedule:
+    """Return which shards the machine of a rank needs in an epoch, and when.
+
+    Args:
+        order: Sample indices of the epoch, int64 [samples].
+        shard: Shard index of each sample, int [samples].
+        steps: Batches per rank.
+        batch_size, rank, world_size, machines: See `train_positions`.
+    """
+    machine_batch = batch_size * world_size // machines
+    used = order[: steps * machine_batch * machines]
+    if machines > 1:
+        used = used.reshape(-1, machines, 2)[:, rank // (world_size // machines)].reshape(-1)
+    needed, place = shard[used], np.arange(len(used))
+    first = np.full(shard.max(initial=-1) + 1, len(used))
+    last = np.zeros_like(first)
+    first[needed[::-1]] = place[::-1]  # the last assignment to an index counts
+    last[needed] = place
+    shards = np.argsort(first)[: np.count_nonzero(first < len(used))]
+    return ShardSchedule(shards, first[shards] // machine_batch, last[shards] // machine_batch)
 
 
 def _keys(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -78,19 +144,37 @@ def batches_per_epoch(samples: int, batch_size: int, world_size: int, accumulati
     return samples // (batch_size * world_size * accumulation_steps) * accumulation_steps
 
 
-def train_batch(order: np.ndarray, batch: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+def train_batch(
+    order: np.ndarray, batch: int, batch_size: int, rank: int, world_size: int, machines: int = 1
+) -> np.ndarray:
     """Return the sample indices of one batch of a rank: int64 [batch_size].
-
-    For each batch index, the batches of all ranks are consecutive in `order`.
 
     Args:
         order: Sample indices of the epoch, int64 [samples].
+        batch, batch_size, rank, world_size, machines: See `train_positions`.
+    """
+    if machines == 1:
+        start = (batch * world_size + rank) * batch_size
+        return order[start : start + batch_size]
+    return order[train_positions(batch, batch_size, rank, world_size, machines)]
+
+
+def train_positions(batch: int, batch_size: int, rank: int, world_size: int, machines: int = 1) -> np.ndarray:
+    """Return the positions of one batch of a rank in the order of the epoch: int64 [batch_size].
+
+    For each batch index, the batches of all ranks are consecutive in the order. With several machines, pair i of
+    positions, 2i and 2i + 1, belongs to machine i mod `machines`. The ranks of a machine share its positions in
+    contiguous parts.
+
+    Args:
         batch: Index of the batch within the epoch.
         batch_size: Number of samples per rank.
         rank, world_size: Rank of this process, and number of training processes.
+        machines: Number of machines, with equally many consecutive ranks and an even number of samples per batch.
     """
-    start = (batch * world_size + rank) * batch_size
-    return order[start : start + batch_size]
+    machine, local_rank = divmod(rank, world_size // machines)
+    place = local_rank * batch_size + np.arange(batch_size)  # within the machine's part
+    return batch * world_size * batch_size + 2 * (place // 2 * machines + machine) + place % 2
 
 
 def eval_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:

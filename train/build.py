@@ -24,6 +24,7 @@ from pipelines.loader.train_loader import TrainLoader
 from pipelines.open import load_dataset
 from pipelines.storage.dataset import DatasetInfo, ModelDataset
 from train.checkpoint.finetune import load_finetune, without_pretrained
+from train.distributed.collectives import count_machines
 from train.distributed.process_group import Ranks, get_world_size
 from train.engine.execution import build_plan
 from train.engine.hard_samples import build_proxy, check_proxy
@@ -93,6 +94,7 @@ class Job:
             rank=ranks.rank,
             world_size=ranks.world_size,
             local_world_size=ranks.local_world_size,
+            machines=count_machines(ranks),
             accumulation_steps=config.train.accumulation_steps,
             epochs=config.train.epochs,
         )

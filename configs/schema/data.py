@@ -56,9 +56,11 @@ class DataConfig(Section):
     which is recorded in the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
     order: Literal["random", "sequential-window"] = "random"
     """Training order in each epoch: a random permutation of all samples (random), or shards in random order with
-    samples shuffled within a window of shards (sequential-window)."""
+    data.window_shards of them read at a time and their samples shuffled, for data larger than memory
+    (sequential-window)."""
     window_shards: int = Field(default=8, ge=1)
-    """Shards per shuffle window, for the sequential-window order."""
+    """Shards that each batch takes equal parts of, for the sequential-window order. If it is a multiple of the number
+    of machines, each machine reads only its share of the shards."""
     prefetch: Neutral[int] = Field(default=3, ge=1, le=16)
     """Batches to prepare ahead of training."""
     threads: Neutral[int | None] = Field(default=None, ge=1)

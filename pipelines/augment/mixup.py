@@ -1,7 +1,7 @@
 """Draw the parameters of mixup and CutMix: the share of each sample, and the box that its neighbor fills.
 
-The samples at positions 2i and 2i + 1 of an epoch's order are neighbors. On each rank, a batch is a contiguous part of
-the order with an even length, so mixing does not depend on how a global batch is split into ranks and forward passes.
+The samples at positions 2i and 2i + 1 of an epoch's order are neighbors. The batches of a rank have both of them, so
+mixing does not depend on how a global batch is split into machines, ranks and forward passes.
 `train.engine` mixes the images and labels.
 """
 
@@ -46,8 +46,7 @@ def mix_table(
     samples: int,
     size: int,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    positions: np.ndarray | None = None,
     accumulation_steps: int = 1,
 ) -> np.ndarray:
     """Draw how the samples of one batch on this rank are mixed.
@@ -58,7 +57,7 @@ def mix_table(
         epoch, step: Epoch, and index of the batch within the epoch; both are counted from 0.
         samples: Number of samples in the batch.
         size: Height and width of the images, pixels.
-        rank, world_size: Rank of this process, and number of ranks.
+        positions: Positions of the samples in the epoch's order, int64 [samples]. If None, those of a single rank.
         accumulation_steps: Batches per optimizer step.
 
     Returns:
@@ -68,7 +67,8 @@ def mix_table(
     """
     if mix.off_epoch is not None and epoch >= mix.off_epoch:
         return identity_table(samples)
-    positions = (step * world_size + rank) * samples + np.arange(samples)  # positions in the epoch's order
+    if positions is None:
+        positions = step * samples + np.arange(samples)
     if mix.mode == "batch":
         one = draw_mixes(mix, np.array([step // accumulation_steps]), seed, epoch, size)
         return np.repeat(one, samples, axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from pipelines import order
 from pipelines.augment import mixup
 from pipelines.augment.sampler import AugmentationSampler
 from pipelines.interfaces import Draws
-from pipelines.loader.epoch_order import TrainOrder
+from pipelines.loader.epoch_order import ReadAhead, TrainOrder
 
 
 class Batch(NamedTuple):
@@ -85,6 +86,8 @@ class TrainBatches(BatchPlan):
         rank, world_size: Rank of this process, and number of ranks.
         accumulation_steps: Batches per optimizer step.
         sampler: Sampler that draws the augmentation.
+        machines: Number of machines, with equally many consecutive ranks. With order sequential-window, each reads its
+            own shards if the number divides data.window_shards.
     """
 
     def __init__(
@@ -96,24 +99,36 @@ class TrainBatches(BatchPlan):
         world_size: int,
         accumulation_steps: int,
         sampler: AugmentationSampler,
+        machines: int = 1,
     ) -> None:
         self.samples, self.batch_size = steps * batch_size, batch_size
+        splits_pairs = batch_size * world_size // machines % 2
         self._order, self._rank, self._world_size = epoch_order, rank, world_size
+        self._machines = machines if epoch_order.lanes and not splits_pairs else 1
+        lanes = epoch_order.lanes // gcd(epoch_order.lanes, self._machines)  # of this machine
+        self._read_ahead = ReadAhead(epoch_order.split, lanes) if lanes else None
         self._accumulation_steps = accumulation_steps
         self._sampler = sampler
         self._mixes = mixup.mixing_enabled(sampler.aug.mix)
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
-        batch = order.train_batch(self._order(epoch), step, self.batch_size, self._rank, self._world_size)
-        if self._order.read_ahead is not None:
-            self._order.read_ahead(epoch, batch)
-        return batch
+        if self._read_ahead is not None:
+            self._read_ahead(epoch, step, self.schedule(epoch))
+        return order.train_batch(
+            self._order(epoch), step, self.batch_size, self._rank, self._world_size, self._machines
+        )
+
+    def schedule(self, epoch: int) -> order.ShardSchedule:
+        """Return which shards this machine reads in an epoch, and in which batches."""
+        return self._order.schedule(epoch, self.steps, self.batch_size, self._rank, self._world_size, self._machines)
 
     def draws(self, epoch: int, samples: np.ndarray) -> Draws:
         return self._sampler(epoch, samples)
 
     def prepare(self, epoch: int) -> None:
         self._order(epoch)
+        if self._read_ahead is not None:
+            self.schedule(epoch)
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
         if not self._mixes:
@@ -125,8 +140,7 @@ class TrainBatches(BatchPlan):
             step,
             samples,
             size,
-            rank=self._rank,
-            world_size=self._world_size,
+            positions=order.train_positions(step, samples, self._rank, self._world_size, self._machines),
             accumulation_steps=self._accumulation_steps,
         )
 

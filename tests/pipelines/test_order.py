@@ -20,8 +20,8 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def global_batch(positions: np.ndarray, step: int, batch_size: int, world_size: int) -> np.ndarray:
-    parts = [order.train_batch(positions, step, batch_size, rank, world_size) for rank in range(world_size)]
+def global_batch(positions: np.ndarray, step: int, batch_size: int, world_size: int, machines: int = 1) -> np.ndarray:
+    parts = [order.train_batch(positions, step, batch_size, rank, world_size, machines) for rank in range(world_size)]
     assert {len(part) for part in parts} == {batch_size}
     return np.concatenate(parts)
 
@@ -92,32 +92,114 @@ def test_steps_are_whole_optimizer_steps_that_fit(samples: int, batch: int, worl
     assert steps * batch * world_size <= samples < (steps + accumulation) * batch * world_size
 
 
-def test_window_order_has_samples_once_and_keeps_windows_together() -> None:
-    shard = np.repeat(np.arange(7), [50, 50, 50, 50, 50, 50, 13])
-    drawn = order.window_permutation(shard, 3, seed=5, epoch=2)
+def shards_of(*sizes: int) -> np.ndarray:
+    """Return the shard of each sample, int32 [samples]."""
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=20).filter(any),
+    lanes=st.integers(1, 12),
+    epoch=st.integers(0, 9),
+)
+def test_lane_order_is_a_permutation_for_any_shards(sizes: list[int], lanes: int, epoch: int) -> None:
+    shard = shards_of(*sizes)
+    drawn = order.lane_permutation(shard, lanes, 5, epoch)
+    assert drawn.dtype == np.int64
     np.testing.assert_array_equal(np.sort(drawn), np.arange(len(shard)))
-    met: list[int] = []
-    for number in shard[drawn]:
-        if number not in met:
-            met.append(int(number))
-    assert sorted(met) == list(range(7))
-    begin = 0
-    for window in (met[0:3], met[3:6], met[6:7]):
-        length = int(np.isin(shard, window).sum())
-        samples = drawn[begin : begin + length]
-        assert set(shard[samples]) == set(window)
-        if len(window) > 1:  # mixed, not one shard after the other
-            assert np.count_nonzero(np.diff(shard[samples])) > length // 3
-        begin += length
+    np.testing.assert_array_equal(drawn, order.lane_permutation(shard, lanes, 5, epoch))
 
 
-def test_window_order_depends_on_epoch_and_shuffles_shards() -> None:
-    shard = np.repeat(np.arange(40), 5)
-    first, second = (order.window_permutation(shard, 4, seed=5, epoch=epoch) for epoch in (0, 1))
-    windows = [set(shard[drawn[:20]].tolist()) for drawn in (first, second)]
-    assert windows[0] != windows[1]
-    assert windows[0] != {0, 1, 2, 3}
-    np.testing.assert_array_equal(first, order.window_permutation(shard, 4, seed=5, epoch=0))
+EQUAL, SHORT_LAST, NO_MULTIPLE, UNEQUAL = [60] * 24, [60] * 23 + [7], [60] * 20, [58, 60, 57, 60] * 6
+
+
+@pytest.mark.parametrize(("sizes", "least"), [(EQUAL, 8), (SHORT_LAST, 7), (NO_MULTIPLE, 4), (UNEQUAL, 7)])
+def test_every_batch_mixes_all_lanes_to_the_end_of_the_epoch(sizes: list[int], least: int) -> None:
+    shard = shards_of(*sizes)
+    for epoch in range(5):
+        drawn = order.lane_permutation(shard, 8, 5, epoch)
+        batches = shard[drawn[: len(shard) // 32 * 32]].reshape(-1, 32)
+        assert min(len(set(batch)) for batch in batches.tolist()) >= least  # the last four shards are split over lanes
+        assert max(np.bincount(batch).max() for batch in batches) <= 8  # 4 from each lane, of which two may share one
+
+
+@pytest.mark.parametrize("sizes", [EQUAL, SHORT_LAST, NO_MULTIPLE, UNEQUAL])
+def test_few_more_shards_than_lanes_are_open_at_a_time(sizes: list[int]) -> None:
+    shard = shards_of(*sizes)
+    schedule = order.shard_schedule(order.lane_permutation(shard, 8, 5, 2), shard, len(shard) // 16, 16)
+    for step in range(len(shard) // 16):
+        assert np.count_nonzero((schedule.first <= step) & (schedule.last >= step)) <= 16  # 8 end while 8 begin
+    used = schedule.last - schedule.first + 1
+    assert np.median(used) <= 60 * 8 / 16 + 1
+
+
+def test_lane_order_shuffles_within_shards_and_differs_between_epochs() -> None:
+    shard = shards_of(*[500] * 40)
+    orders = [order.lane_permutation(shard, 4, 5, epoch) for epoch in range(4)]
+    for i, drawn in enumerate(orders):
+        within = drawn[shard[drawn] == 7]
+        assert abs(np.corrcoef(within, np.arange(500))[0, 1]) < 5 / np.sqrt(500)  # five standard deviations of chance
+        for other in orders[:i]:
+            assert set(shard[drawn[:8]]) != set(shard[other[:8]])
+            assert abs(np.corrcoef(within, other[shard[other] == 7])[0, 1]) < 5 / np.sqrt(500)
+            assert abs(np.corrcoef(drawn, other)[0, 1]) < 5 / np.sqrt(40)  # of shards, not of samples
+
+
+@pytest.mark.parametrize("sizes", [EQUAL, SHORT_LAST, [60] * 3], ids=["equal", "short last", "few shards"])
+@pytest.mark.parametrize("batch_size", [48, 24])
+def test_global_batches_are_the_same_for_any_ranks_and_machines(batch_size: int, sizes: list[int]) -> None:
+    shard = shards_of(*sizes)
+    drawn = order.lane_permutation(shard, 8, seed=3, epoch=1)
+    for step in range(len(shard) // batch_size):
+        expected = np.sort(drawn[step * batch_size : (step + 1) * batch_size])
+        for world_size, machines in [(1, 1), (3, 1), (2, 2), (4, 2), (3, 3), (6, 3), (4, 4), (12, 4), (12, 6)]:
+            found = global_batch(drawn, step, batch_size // world_size, world_size, machines)
+            np.testing.assert_array_equal(np.sort(found), expected)
+
+
+@pytest.mark.parametrize("machines", [1, 2, 3, 4])
+def test_neighbours_are_in_the_same_batch_on_any_machines(machines: int) -> None:
+    for rank in range(12):
+        positions = order.train_positions(3, 10, rank, 12, machines)
+        np.testing.assert_array_equal(positions[::2] % 2, 0)
+        np.testing.assert_array_equal(positions[1::2], positions[::2] + 1)
+
+
+@pytest.mark.parametrize("epoch", range(3))
+@pytest.mark.parametrize(("machines", "world_size"), [(2, 2), (2, 8), (4, 4), (8, 8)])
+def test_each_machine_reads_only_its_share_of_the_shards(machines: int, world_size: int, epoch: int) -> None:
+    for shards, most in ((24, 24), (20, 20 + 4 * (machines - 1))):  # 20: four shards are split over the eight lanes
+        shard = shards_of(*[64] * shards)
+        drawn = order.lane_permutation(shard, 8, 5, epoch)
+        batch_size = 64 // world_size
+        steps = order.batches_per_epoch(len(shard), batch_size, world_size)
+        parts = [
+            order.shard_schedule(drawn, shard, steps, batch_size, rank, world_size, machines)
+            for rank in range(0, world_size, world_size // machines)
+        ]
+        together = np.concatenate([part.shard for part in parts])
+        assert set(together.tolist()) == set(range(shards))
+        assert len(together) <= most
+        assert max(len(part.shard) for part in parts) <= shards // machines + 4
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("window", [0, 4])
+def test_schedule_has_first_and_last_batch_of_each_shard(window: int, machines: int) -> None:
+    shard = shards_of(50, 0, 50, 50, 47, 50, 50, 13, 50)
+    drawn = order.lane_permutation(shard, window, 5, 2) if window else order.permutation(len(shard), 5, 2)
+    steps = order.batches_per_epoch(len(shard), 6, 4)
+    for machine in range(machines):
+        ranks = range(machine * 4 // machines, (machine + 1) * 4 // machines)
+        uses: dict[int, list[int]] = {}
+        for step in range(steps):
+            for rank in ranks:
+                for number in shard[order.train_batch(drawn, step, 6, rank, 4, machines)].tolist():
+                    uses.setdefault(number, []).append(step)
+        schedule = order.shard_schedule(drawn, shard, steps, 6, ranks[0], 4, machines)
+        found = {number: (first, last) for number, first, last in zip(*(a.tolist() for a in schedule), strict=True)}
+        assert found == {number: (min(steps), max(steps)) for number, steps in uses.items()}
+        assert np.all(np.diff(schedule.first) >= 0)
 
 
 @pytest.mark.parametrize("samples", [3, 107, 10_007])

@@ -14,20 +14,25 @@ from configs.utils.errors import UserError
 from pipelines.storage.dataset import DatasetInfo, fingerprint
 from train.checkpoint.state import Checkpoint, StreamInfo, require_keys
 
+LANES, WINDOWS = "lanes of shards", "windows of shards"  # order of data.order=sequential-window, now and before
+
 
 def stream_info(config: Config, dataset: DatasetInfo, passes: int) -> StreamInfo:
-    """Return the "stream" entry of a checkpoint: global batch size, data set fingerprint and data set details.
+    """Return the "stream" entry of a checkpoint: data set, its details, global batch size, and order if not random.
 
     Args:
         config: Config of the run.
         dataset: Contents of dataset.json.
         passes: Number of micro-batches per optimizer step, summed over all ranks.
     """
-    return {
+    stream: StreamInfo = {
         "data set": fingerprint(dataset),
         "global batch": config.data.batch_size * passes,
         "data set in detail": _dataset_details(dataset),
     }
+    if config.data.order == "sequential-window":
+        stream["order"] = LANES
+    return stream
 
 
 def _dataset_details(dataset: DatasetInfo) -> dict[str, object]:
@@ -64,7 +69,9 @@ def run_fingerprint(config: Config, stream: StreamInfo) -> dict[str, object]:
         del settings[key]  # compared as global batch sizes, which other ranks and batch sizes can have too
     passes = stream["global batch"] // data.batch_size
     settings["data.stages (epoch, image size, global batch)"] = stage_sizes(data, passes)
-    if data.order != "sequential-window":
+    if data.order == "sequential-window":
+        settings["data.order=sequential-window"] = stream.get("order", WINDOWS)
+    else:
         del settings["data.window_shards"]
     if train.ema.decay is None or config.eval.weights == "ema":  # without an average, eval.weights has no effect
         settings["eval.weights"] = "auto"

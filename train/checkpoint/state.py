@@ -14,9 +14,15 @@ from train.checkpoint.format import FORMAT
 from train.engine.state import TrainState
 
 # Entries of a checkpoint. Files of older versions may lack some; `require_keys` reports those that are needed.
-StreamInfo = TypedDict(
-    "StreamInfo", {"data set": str, "global batch": int, "data set in detail": dict[str, object]}
-)  # see `compatibility.stream_info`
+_Stream = TypedDict("_Stream", {"data set": str, "global batch": int, "data set in detail": dict[str, object]})
+
+
+class StreamInfo(_Stream, total=False):
+    """Facts about the data that a resumed run must share, see `compatibility.stream_info`."""
+
+    order: str
+
+
 Weights = dict[str, torch.Tensor]
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.utils.errors import UserError
+from train.distributed.process_group import Ranks
 
 Result = TypeVar("Result")
 
@@ -72,3 +73,14 @@ def from_all_ranks(value: str) -> list[str]:
     values = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def count_machines(ranks: Ranks) -> int:
+    """Return the number of machines, or 1 if they do not have equally many consecutive ranks.
+
+    All ranks must call this function, and get the same result.
+    """
+    local = ranks.local_world_size
+    found = from_all_ranks(f"{ranks.local_rank} of {local}")
+    is_even = local > 0 and found == [f"{rank % local} of {local}" for rank in range(len(found))]
+    return len(found) // local if is_even and len(found) % local == 0 else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import subprocess
 import sys
 import threading
@@ -32,7 +31,6 @@ from pipelines.loader.epoch_iterator import Loader
 from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.stage import Stage
 from pipelines.loader.train_loader import TrainLoader
-from pipelines.order import shard_windows
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
 
@@ -140,7 +138,7 @@ def test_split_without_labels_gives_minus_one(npy_data: Path) -> None:
         assert torch.equal(torch.cat([labels for _, labels in batches]), torch.full((41,), -1))
 
 
-def test_sequential_window_order_uses_whole_windows(npy_data: Path) -> None:
+def test_sequential_window_reads_as_many_shards_at_a_time(npy_data: Path) -> None:
     split = open_split(npy_data, "train")
     shard_of = dict(zip(rows_of(_stored(split)), split.shard.tolist(), strict=True))
     loader = train(npy_data, 4, order="sequential-window", window_shards=2)
@@ -494,28 +492,6 @@ def test_undecodable_image_is_named(jpeg_copy: Path) -> None:
 def test_split_of_a_single_jpeg_works(use: Callable[[Loader], Any], tmp_path: Path) -> None:
     write(memory_source(train=MemoryRows([jpeg_file(0)])), tmp_path / "out", "jpeg")
     assert use(train(tmp_path / "out", 1, image_size=24))
-
-
-def test_sequential_window_advises_kernel_of_each_window(npy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, frozenset[int]]] = []
-    advise = Split.advise
-    monkeypatch.setattr(
-        Split,
-        "advise",
-        lambda self, shards, advice: (asked.append((advice, frozenset(shards.tolist()))), advise(self, shards, advice)),
-    )
-    loader = train(npy_data, 4, order="sequential-window", window_shards=1)
-    split = open_split(npy_data, "train")
-    count = len(split.files)
-    windows = shard_windows(count, 1, 3, 0)
-    reading = [int(np.flatnonzero(windows == window)[0]) for window in range(count)]
-    for _ in loader:
-        pass
-    needed = [shards for advice, shards in asked if advice == mmap.MADV_WILLNEED]
-    assert needed[:2] == [{reading[0]}, {reading[1]}]
-    assert frozenset().union(*needed) == set(range(count))
-    dropped = [shards for advice, shards in asked if advice == mmap.MADV_DONTNEED and shards]
-    assert dropped == [{shard} for shard in reading[: count - 2]]
 
 
 @pytest.mark.slow

@@ -136,6 +136,15 @@ def test_old_checkpoint_is_compared_by_fingerprint_only() -> None:
         check_same_run(content, config, stream_info(config, other, 1), PATH)
 
 
+def test_windows_of_older_versions_are_refused() -> None:
+    config = config_of("data.order=sequential-window")
+    stream = stream_info(config, data_set_of(), 1)
+    check_same_run(checkpoint_of(config, stream), config, stream, PATH)
+    older = {key: value for key, value in stream.items() if key != "order"}
+    with pytest.raises(UserError, match='sequential-window: "windows of shards" then, "lanes of shards" now'):
+        check_same_run(checkpoint_of(config, older), config, stream, PATH)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("part", ["config", "stream", "position", "progress"])
 def test_checkpoint_without_run_entries_is_refused(part: str) -> None:
     config = config_of()
