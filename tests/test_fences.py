@@ -27,7 +27,7 @@ FLOORS = [
     ("configs.utils",),
     ("configs.schema",),
     ("configs",),
-    ("pipelines.rng", "pipelines.jpeg_format", "pipelines.interfaces"),
+    ("pipelines.rng", "pipelines.jpeg_format", "pipelines.interfaces", "pipelines.cluster"),
     ("pipelines.augment",),
     ("pipelines.cpu",),
     ("pipelines.order",),
@@ -61,6 +61,7 @@ ONLY_IN = {
     "fsspec": ("pipelines/remote/*",),
     "aiohttp": ("pipelines/remote/*",),
     "wandb": ("train/reporting/*",),
+    "ray": ("pipelines/cluster/*",),
 }
 SOURCES = sorted(file.relative_to(ROOT) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py"))
 MODULES = {".".join(source.with_suffix("").parts).removesuffix(".__init__"): source for source in SOURCES}

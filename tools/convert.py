@@ -5,6 +5,7 @@
     zhu convert hdf5 --source medium-imagenet-96.hdf5 --classes classes.txt --out data/medium-imagenet-96
     zhu convert imagefolder --source photos --size 224 --out data/photos
     zhu convert imagefolder --source flowers --val-fraction 0.1 --out data/flowers
+    zhu convert imagefolder --source /nfs/photos --out /nfs/data/photos --engine ray
     zhu convert verify data/cifar10
 
 To resume an interrupted conversion, run the same command again. The result is byte-identical.
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.arguments import new_parser, parse, whole_number
 from configs.utils.console import counted
@@ -26,8 +28,11 @@ from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import path_argument
 from configs.utils.process import handle_signals
 from pipelines.convert.source import SUBSAMPLINGS, Encoding, Options, Source
-from pipelines.open import load_dataset
 from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo
+from tools.common.engine import add_engine, open_cluster
+
+if TYPE_CHECKING:
+    from pipelines.cluster.connection import Cluster
 
 MIB = 2**20
 MAX_SHOWN_DEFECTS = 3
@@ -40,14 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         print(verify(args.folder))
         return 0
     try:
-        with handle_signals([signal.SIGTERM], terminate):  # cleans up as after Ctrl-C
-            return convert(args)
+        with handle_signals([signal.SIGTERM], terminate), open_cluster(args) as cluster:  # cleans up as after Ctrl-C
+            return convert(args, cluster)
     except Terminated:
         print("terminated; to resume, run the same command again", file=sys.stderr)
         return 128 + signal.SIGTERM
 
 
-def convert(args: argparse.Namespace) -> int:
+def convert(args: argparse.Namespace, cluster: Cluster | None) -> int:
     from pipelines.convert.writer import convert_source
 
     started = time.perf_counter()
@@ -61,7 +66,7 @@ def convert(args: argparse.Namespace) -> int:
     options = build_options(args, source)
     is_new = not (args.out / "dataset.json").exists()
     try:
-        dataset = convert_source(source, args.out, options, args.workers, name)
+        dataset = convert_source(source, args.out, options, args.workers, name, cluster)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
@@ -190,6 +195,7 @@ def verify(folder: Path) -> str:
     Raises:
         UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.
     """
+    from pipelines.open import load_dataset
     from pipelines.storage import verify as checks
 
     problems = checks.verify(folder)
@@ -332,8 +338,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--shard-mib", type=count, default=Options.shard_mib, help="size of a shard in MiB (default: %(default)s)"
     )
     parser.add_argument(
-        "--workers", type=count, default=cores, help="worker processes (default: the available cores, %(default)s)"
+        "--workers",
+        type=count,
+        help=f"worker processes (default: the available cores, {cores}; with --engine ray, the CPUs of the cluster)",
     )
+    add_engine(parser)
     parser.add_argument(
         "--seed",
         type=seed,

@@ -102,10 +102,15 @@ def lock_output(out: Path, request: dict[str, object]) -> Iterator[Path]:
                 f"{out} contains an unfinished conversion of another source, or of this one before it was changed, or "
                 "with other options; choose another --out or delete the folder"
             )
-        for left in [*out.glob("*.tmp"), *spool.rglob("*.tmp")]:  # files of a killed conversion may fill the disk
-            left.unlink(missing_ok=True)
+        remove_temporary(out)  # files of a killed conversion may fill the disk
         atomic_write(record, lambda file: file.write(json.dumps(request).encode()), sync=False)
         yield spool
+
+
+def remove_temporary(out: Path) -> None:
+    """Remove the temporary files that killed workers left."""
+    for left in [*out.glob("*.tmp"), *(out / ".spool").rglob("*.tmp")]:
+        left.unlink(missing_ok=True)
 
 
 def _read_request(record: Path) -> object:

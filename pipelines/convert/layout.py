@@ -55,9 +55,10 @@ class SplitLayout:
     def shard_file(self, shard: int) -> Path:
         return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
-    def is_written(self, shard: int) -> bool:
+    def is_written(self, shard: int, present: set[str]) -> bool:
+        """Return True if the files of a shard are among the names of files `present` in `spool` and `out`."""
         file = self.shard_file(shard)
-        return self.shard_table(shard).exists() and file.exists() and file.with_suffix(".idx").exists()
+        return {self.shard_table(shard).name, file.name, file.with_suffix(".idx").name} <= present
 
     def block_size(self, block: int) -> int:
         """Return the number of rows of a block. The last block may be smaller than `block_rows`."""

@@ -20,7 +20,7 @@ from configs.utils.files import atomic_write, sync_folder
 from pipelines.convert.encode import Defect, Encoded, encode
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.source import SplitSource
-from pipelines.convert.spool import Table, load_table, spool_damage_hint, write_payloads, write_table
+from pipelines.convert.spool import WRITER, Table, load_table, spool_damage_hint, write_payloads, write_table
 from pipelines.order import permutation
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import EXTENSIONS
@@ -37,6 +37,20 @@ class SplitInput:
 
 
 SplitInputs = dict[str, SplitInput]  # by name of the split
+
+
+def first_rows(splits: SplitInputs) -> dict[str, str]:
+    """Return a hash of the first row of each split, to compare what several machines read.
+
+    Raises:
+        UserError: The source cannot be read.
+        OSError: The source cannot be read.
+    """
+    return {name: _hash(next(iter(split.rows.read(0, 1)))) for name, split in splits.items()}
+
+
+def _hash(row: np.ndarray | bytes) -> str:
+    return hashlib.sha256(row if isinstance(row, bytes) else row.tobytes()).hexdigest()
 
 
 def partition(splits: SplitInputs, task: tuple[str, int]) -> int:
@@ -147,8 +161,8 @@ def merge(splits: SplitInputs, task: tuple[str, int]) -> int:
 
     index = tar_format.index_text(samples["row"], extension, offsets, sizes, label_digits)
     file = layout.shard_file(shard)
-    atomic_write(file.with_suffix(".idx"), lambda opened: opened.write(index.encode()), sync=False)
-    atomic_write(file, write_tar)
+    atomic_write(file.with_suffix(".idx"), lambda opened: opened.write(index.encode()), sync=False, writer=WRITER)
+    atomic_write(file, write_tar, writer=WRITER)
     table = {
         "offset": offsets,
         "size": sizes,

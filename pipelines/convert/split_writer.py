@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pipelines.convert.layout import SplitLayout
 from pipelines.convert.shuffle import SplitInputs, merge, partition
 from pipelines.convert.source import Source, SplitSource
 from pipelines.convert.spool import Table, load_table, spool_damage_hint, write_table
-from pipelines.convert.worker_pool import WorkerPool, defer_signals
+from pipelines.convert.worker_pool import Pool, defer_signals
 from pipelines.storage.dataset import FileInfo, QuarantinedSample, ShardInfo, SplitInfo
 from pipelines.storage.index import INDEX_COLUMNS
 
@@ -38,7 +39,7 @@ class WrittenSplit:
     reencoded: dict[str, int]  # reason -> number of files re-encoded to jpeg, most frequent first
 
 
-def write_split(source: Source, layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> WrittenSplit:
+def write_split(source: Source, layout: SplitLayout, pool: Pool[SplitInputs]) -> WrittenSplit:
     """Run both passes of the shuffle for one split and write the split's index.
 
     Raises:
@@ -71,9 +72,10 @@ def write_split(source: Source, layout: SplitLayout, pool: WorkerPool[SplitInput
     )
 
 
-def _encode_blocks(layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> list[Table]:
+def _encode_blocks(layout: SplitLayout, pool: Pool[SplitInputs]) -> list[Table]:
     """Run pass 1 for each block that has no table yet, and return the tables of all blocks."""
-    missing = [block for block in range(layout.blocks) if not layout.block_table(block).exists()]
+    present = set(os.listdir(layout.spool))  # NFS would remember for seconds that a file did not exist
+    missing = [block for block in range(layout.blocks) if layout.block_table(block).name not in present]
     with _progress_bar(layout, "read") as bar:
         bar.update(layout.rows - sum(layout.block_size(block) for block in missing))
         for block in pool.imap(partition, [(layout.split, block) for block in missing]):
@@ -81,13 +83,14 @@ def _encode_blocks(layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> list[T
     return [load_table(layout.block_table(block)) for block in range(layout.blocks)]
 
 
-def _merge_shards(layout: SplitLayout, pool: WorkerPool[SplitInputs]) -> tuple[list[Table], list[int]]:
+def _merge_shards(layout: SplitLayout, pool: Pool[SplitInputs]) -> tuple[list[Table], list[int]]:
     """Run pass 2 for the unfinished shards.
 
     Returns:
         The tables of all shards, and the indices of the shards that this call wrote.
     """
-    missing = [shard for shard in range(layout.shard_count) if not layout.is_written(shard)]
+    present = {*os.listdir(layout.spool), *os.listdir(layout.out)}
+    missing = [shard for shard in range(layout.shard_count) if not layout.is_written(shard, present)]
     left = Counter(shard // layout.group_shards for shard in missing)  # unwritten shards of each group
     with _progress_bar(layout, "write") as bar:
         bar.update(layout.rows - sum(layout.shard_size(shard) for shard in missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from configs.utils.errors import UserError
 from configs.utils.files import atomic_write
 
 Table = dict[str, np.ndarray]
+# In the names of temporary files: on a cluster, two nodes may work on one task if one of them is thought to be dead.
+WRITER = f".{secrets.token_hex(4)}"
 
 
 def load_table(file: Path) -> Table:
@@ -25,12 +28,12 @@ def load_table(file: Path) -> Table:
 def write_table(file: Path, table: Table) -> None:
     """Write a .npz file atomically, without flushing its directory."""
     arrays: dict[str, Any] = table  # mypy: np.savez also has a parameter that is not an array
-    atomic_write(file, lambda opened: np.savez(opened, **arrays), sync=False)
+    atomic_write(file, lambda opened: np.savez(opened, **arrays), sync=False, writer=WRITER)
 
 
 def write_payloads(file: Path, payloads: list[bytes]) -> None:
     """Write samples to a file atomically, without flushing its directory."""
-    atomic_write(file, lambda opened: opened.writelines(payloads), sync=False)
+    atomic_write(file, lambda opened: opened.writelines(payloads), sync=False, writer=WRITER)
 
 
 def spool_damage_hint(spool: Path) -> str:

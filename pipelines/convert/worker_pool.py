@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from configs.utils.errors import UserError
 from configs.utils.process import die_with_parent, handle_signals
@@ -20,7 +20,16 @@ from configs.utils.process import die_with_parent, handle_signals
 Shared = TypeVar("Shared")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+SharedByAll = TypeVar("SharedByAll", covariant=True)
 _shared: Any = None  # in a worker, its copy of the shared object
+
+
+class Pool(Protocol[SharedByAll]):
+    """Workers that share an object: processes of this machine (`WorkerPool`) or of a cluster (`RayPool`)."""
+
+    def imap(self, function: Callable[[SharedByAll, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Yield `function(shared, task)` in task order, with a limited number of pending tasks."""
+        ...
 
 
 def _init_worker(shared: str, parent: int) -> None:

@@ -12,8 +12,10 @@ result.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,13 +23,15 @@ import numpy as np
 
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write, sync_folder
+from pipelines.cluster.connection import Cluster
+from pipelines.cluster.pool import RayPool
 from pipelines.convert import checks
 from pipelines.convert.encode import Defect, Encoded, encode
 from pipelines.convert.layout import SplitLayout
-from pipelines.convert.shuffle import SplitInput
+from pipelines.convert.shuffle import SplitInput, SplitInputs, first_rows
 from pipelines.convert.source import Encoding, Options, Source, SplitSource
 from pipelines.convert.split_writer import WrittenSplit, write_split
-from pipelines.convert.worker_pool import WorkerPool
+from pipelines.convert.worker_pool import Pool, WorkerPool
 from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, DatasetInfo, load_dataset
 from pipelines.storage.index import sample_stride
@@ -38,7 +42,9 @@ RULES_VERSION = 2  # version of the encoding rules; must not change within a con
 PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate the size of a JPEG
 
 
-def convert_source(source: Source, out: Path, options: Options, workers: int, name: str) -> DatasetInfo:
+def convert_source(
+    source: Source, out: Path, options: Options, workers: int | None, name: str, cluster: Cluster | None = None
+) -> DatasetInfo:
     """Convert `source` into the folder `out`, showing progress on stderr.
 
     After an interruption at any point, another call with the same arguments finishes the conversion. The result is
@@ -49,8 +55,10 @@ def convert_source(source: Source, out: Path, options: Options, workers: int, na
         out: New or empty folder, or folder of a finished or unfinished conversion with the same `source`, `options` and
             `name`.
         options: Encoding, shard size and seed.
-        workers: Maximum number of processes. A small source is converted in this process.
+        workers: Maximum number of processes, or None for one per available core. A small source is converted in this
+            process.
         name: Name of the data set and prefix of the shard files.
+        cluster: Ray cluster whose nodes do the work; None: this machine.
 
     Returns:
         The content of dataset.json.
@@ -70,7 +78,10 @@ def convert_source(source: Source, out: Path, options: Options, workers: int, na
     checks.check_shapes(layouts)
     checks.check_disk(layouts, out)
     with checks.lock_output(out, {**request, "state": source.state, "rules": RULES_VERSION}) as spool:
-        written = _write_splits(source, layouts, workers)
+        inputs = {split: SplitInput(layouts[split], rows) for split, rows in source.splits.items()}
+        with _open_pool(inputs, spool, workers, cluster) as pool:
+            written = _write_splits(source, layouts, pool)
+        checks.remove_temporary(out)  # of nodes that died
         _write_json(out / "_info.json", _webdataset_info(written))
         sync_folder(out)  # all files are on disk before dataset.json names them
         _write_json(out / "dataset.json", _dataset_content(source, options, request, written))
@@ -102,15 +113,21 @@ def _load_finished(out: Path, request: dict[str, object]) -> DatasetInfo:
     return dataset
 
 
-def _write_splits(source: Source, layouts: dict[str, SplitLayout], workers: int) -> dict[str, WrittenSplit]:
-    """Write the splits, and return them in the order of the source."""
-    if sum(len(rows) for rows in source.splits.values()) < SMALL_SOURCE:
+def _open_pool(
+    inputs: SplitInputs, spool: Path, workers: int | None, cluster: Cluster | None
+) -> AbstractContextManager[Pool[SplitInputs]]:
+    if cluster is not None:
+        return RayPool(cluster, inputs, spool, first_rows, workers)
+    if sum(len(split.rows) for split in inputs.values()) < SMALL_SOURCE:
         workers = 1
-    inputs = {split: SplitInput(layouts[split], rows) for split, rows in source.splits.items()}
-    with WorkerPool(workers, inputs) as pool:
-        # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
-        order = sorted(layouts, key=lambda split: split == "train")
-        written = {split: write_split(source, layouts[split], pool) for split in order}
+    return WorkerPool(len(os.sched_getaffinity(0)) if workers is None else workers, inputs)
+
+
+def _write_splits(source: Source, layouts: dict[str, SplitLayout], pool: Pool[SplitInputs]) -> dict[str, WrittenSplit]:
+    """Write the splits, and return them in the order of the source."""
+    # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
+    order = sorted(layouts, key=lambda split: split == "train")
+    written = {split: write_split(source, layouts[split], pool) for split in order}
     return {split: written[split] for split in source.splits}
 
 
