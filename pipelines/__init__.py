@@ -7,23 +7,25 @@ set needs neither torch nor DALI.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipelines.build import build_eval_loader as build_eval_loader
     from pipelines.build import build_train_loader as build_train_loader
     from pipelines.python_source import write_dataset as write_dataset
+    from pipelines.rng import view_seed as view_seed
 
-__all__ = ["build_eval_loader", "build_train_loader", "write_dataset"]
+MODULES = {
+    "build_eval_loader": "build",
+    "build_train_loader": "build",
+    "view_seed": "rng",
+    "write_dataset": "python_source",
+}
+__all__ = ["build_eval_loader", "build_train_loader", "view_seed", "write_dataset"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'pipelines' has no attribute {name!r}")
-    if name == "write_dataset":
-        from pipelines.python_source import write_dataset
-
-        return write_dataset
-    from pipelines import build
-
-    return getattr(build, name)
+    return getattr(import_module(f"pipelines.{MODULES[name]}"), name)

@@ -12,7 +12,7 @@ from pipelines import order
 from pipelines.assemble import choose_backend, default_threads, load_placed
 from pipelines.augment import mixup, policies
 from pipelines.augment.sampler import AugmentationSampler
-from pipelines.custom_augmentation import CustomAugmentation
+from pipelines.custom_augmentation import build_custom
 from pipelines.loader import bad_samples
 from pipelines.loader.backend import LoaderSpec
 from pipelines.loader.batches import EvalBatches, TrainBatches
@@ -21,6 +21,7 @@ from pipelines.loader.eval_loader import EvalLoader
 from pipelines.loader.stage import Stage
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.open import open_split
+from pipelines.rng import view_seed
 from pipelines.storage.split import Split
 
 
@@ -29,6 +30,7 @@ def build_train_loader(
     aug: AugConfig | None = None,
     *,
     seed: int = 0,
+    draw_seed: int | None = None,
     device: torch.device | str | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -36,15 +38,20 @@ def build_train_loader(
     machines: int = 1,
     accumulation_steps: int = 1,
     epochs: int | None = None,
+    flat_views: bool = False,
 ) -> TrainLoader:
     """Build a loader of shuffled, augmented batches of `data.train_split`.
 
     Every batch has `data.batch_size` samples per rank. The samples of an incomplete last optimizer step are dropped.
 
+    With `data.views` > 1, images are uint8 [B, views, 3, H, W]. View v has the images of a loader with `data.views` 1,
+    the same seed, and `draw_seed=view_seed(draw_seed, v)`.
+
     Args:
         data: Config section `data`. If data.stages is set, image size and batch size depend on the epoch.
         aug: Config section `aug`, or None for the defaults.
         seed: Seed of the sample order and of the augmentation.
+        draw_seed: Seed of the augmentation. If None, `seed`.
         device: Device of the batches. If None, use the current GPU, or the CPU if there is no GPU.
         rank, world_size: Rank of this process, and number of training processes.
         local_world_size: Number of ranks on this machine, which share its CPU cores. If None, use `world_size`.
@@ -53,6 +60,7 @@ def build_train_loader(
         accumulation_steps: Batches per optimizer step. len(loader) is a multiple of this number.
         epochs: Number of epochs of the run. The loader gathers the first batches of an epoch at the end of the epoch
             before it, but none after the last epoch. If None, the last epoch is not known.
+        flat_views: Whether images are [B * views, 3, H, W] with `data.views` > 1, and labels [B * views].
 
     Raises:
         UserError: The split cannot be opened or changes while it is loaded, a setting is incompatible with the split or
@@ -74,16 +82,19 @@ def build_train_loader(
     threads = data.threads or default_threads(local_world_size or world_size)
     pixels = load_placed(data, split, device)  # shared by all stages
     mean, std = split.dataset.mean, split.dataset.std
+    seeds = [view_seed(seed if draw_seed is None else draw_seed, view) for view in range(data.views)]
     programs = policies.build_programs(aug, mean)
     epoch_order = TrainOrder(data, split, seed)
     bad = bad_samples.for_training(split, data)
     stages: dict[tuple[int, int], Stage] = {}  # equal sizes share a stage
     for (size, batch_size), count in dict(zip(sizes, steps, strict=True)).items():
-        sampler = AugmentationSampler(aug, programs, seed, size, split.heights, split.widths, mean, std)
-        plan = TrainBatches(epoch_order, batch_size, count, rank, world_size, accumulation_steps, sampler, machines)
-        spec = LoaderSpec(split, data, batch_size, size, device, threads, pixels, aug, programs)
+        fields = size, split.heights, split.widths, mean, std
+        samplers = [AugmentationSampler(aug, programs, one, *fields) for one in seeds]
+        plan = TrainBatches(epoch_order, batch_size, count, rank, world_size, accumulation_steps, samplers, machines)
+        views = len(seeds), flat_views
+        spec = LoaderSpec(split, data, batch_size, size, device, threads, pixels, aug, programs, *views)
         stages[size, batch_size] = Stage(plan, choose_backend(spec), bad)
-    augment = None if aug.custom is None else CustomAugmentation(aug.custom, seed, rank, device)
+    augment = build_custom(aug.custom, seeds, rank, device)
     return TrainLoader([stages[key] for key in sizes], starts, augment, epochs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -83,3 +83,34 @@ class CustomAugmentation:
             f"aug.custom={self._reference} returns {found}, but must return images as it gets them, uint8 "
             f"{list(images.shape)} on {images.device}, or floats from 0 to 255 of this shape"
         )
+
+
+class CustomViews:
+    """Calls the user's function once for each view of a batch, as a loader with this view alone would.
+
+    Args:
+        functions: The function of each view.
+    """
+
+    def __init__(self, functions: Sequence[CustomAugmentation]) -> None:
+        self._functions = functions
+
+    def __call__(self, images: torch.Tensor, position: Position) -> torch.Tensor:
+        """Return the augmented images, uint8 [B * views, 3, H, W], in the memory of `images`."""
+        for view, function in enumerate(self._functions):
+            part = images[view :: len(self._functions)]
+            part.copy_(function(part.contiguous(memory_format=torch.channels_last), position))
+        return images
+
+
+def build_custom(
+    reference: str | None, seeds: Sequence[int], rank: int, device: torch.device
+) -> Callable[[torch.Tensor, Position], torch.Tensor] | None:
+    """Return the augmentation aug.custom of batches whose views have these seeds of draws, or None if it is not set.
+
+    See `CustomAugmentation` for the other arguments, and for errors.
+    """
+    if reference is None:
+        return None
+    functions = [CustomAugmentation(reference, seed, rank, device) for seed in seeds]
+    return functions[0] if len(functions) == 1 else CustomViews(functions)

@@ -47,6 +47,8 @@ class SampleSource(Protocol):
     def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> StoredImages:
         """Return the samples at `indices`, int64 [B], with the transforms that `draws` describe if the source has any.
 
+        A sample with several views is several times in `indices`, one after the other.
+
         Samples in host memory are valid until the next call with the same `slot`.
 
         Raises:

@@ -38,6 +38,11 @@ def stream(seed: int, epoch: int, purpose: str) -> np.uint64:
     return key
 
 
+def view_seed(seed: int, view: int) -> int:
+    """Return the seed of the draws of a view, counted from 0: `seed` itself for view 0, otherwise a hash of both."""
+    return seed if view == 0 else int(stream(seed, view, "view") >> np.uint64(1))
+
+
 def uniform(samples: np.ndarray, seed: int, epoch: int, purpose: str, draws: int) -> np.ndarray:
     """Draw uniform numbers in [0, 1) for each sample index in `samples`: float64 [len(samples), draws]."""
     base = hash64(samples.astype(np.uint64) ^ stream(seed, epoch, purpose))

@@ -84,7 +84,10 @@ class Job:
         return self.ranks.world_size * self.config.train.accumulation_steps
 
     def train_loader(self) -> TrainLoader:
-        """Build the loader of data.train_split, see `pipelines.build_train_loader`."""
+        """Build the loader of data.train_split, see `pipelines.build_train_loader`.
+
+        With data.views > 1, a step trains on each view as an image of its own, with the label of its sample.
+        """
         config, ranks = self.config, self.ranks
         return build_train_loader(
             config.data,
@@ -97,6 +100,7 @@ class Job:
             machines=count_machines(ranks),
             accumulation_steps=config.train.accumulation_steps,
             epochs=config.train.epochs,
+            flat_views=True,
         )
 
     def val_loader(self) -> EvalLoader:

@@ -79,7 +79,7 @@ def log_start(
     for note in (*trainer.state.notes, *warnings):
         log.info(note)
     if job.ranks.is_first:
-        shapes = [(stage.plan.batch_size, stage.image_size) for stage in trainer.train_loader.stages]
+        shapes = [(stage.batch_images, stage.image_size) for stage in trainer.train_loader.stages]
         for warning in cost_warnings(job.config.model, trainer.state, shapes, job.ranks.local_world_size):
             log.info(f"warning: {warning}")
     if compilation is not None:

@@ -73,7 +73,7 @@ def measure_images_per_s(
     steps = collectives.from_first_rank(lambda: max(1, int(warm_steps / warm_s)))
     groups = max(3, round(seconds))
     times = sorted(run(steps) for _ in range(groups))
-    return steps * accumulation * loader.plan.batch_size * world_size / times[len(times) // 2]
+    return steps * accumulation * loader.stage.batch_images * world_size / times[len(times) // 2]
 
 
 def print_throughput(job: Job) -> None:

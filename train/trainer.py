@@ -146,11 +146,13 @@ class Trainer:
     def _start_epoch(self, position: Position) -> None:
         """Log the start of a stage, make sure that a rewind has a checkpoint, and start the measurements."""
         epoch, done = position.epoch, self.timeline.done(position)
-        stage, images_per_step = self.train_loader.at(epoch), self._global_batch(epoch)
+        stage = self.train_loader.at(epoch)
+        global_batch = stage.plan.batch_size * self.job.passes
+        images_per_step = stage.batch_images * self.job.passes
         if len(self.train_loader.stages) > 1 and stage is not self.stage:
             self.log.info(
                 f"from epoch {epoch + 1}: images of {stage.image_size} x {stage.image_size} pixels, "
-                f"{counted(self.timeline.steps[epoch], 'step')} at global batch {images_per_step}"
+                f"{counted(self.timeline.steps[epoch], 'step')} at global batch {global_batch}"
             )
         self.stage = stage
         self.finite_check.start(done)
@@ -194,11 +196,6 @@ class Trainer:
         """Return True if train.save_every_steps asks for a checkpoint after `done` steps."""
         every = self.config.train.save_every_steps
         return every is not None and done % every == 0
-
-    def _global_batch(self, epoch: int) -> int:
-        """Return the global batch size in `epoch`: images per optimizer step over all ranks."""
-        batch_size = self.train_loader.at(epoch).plan.batch_size
-        return batch_size * self.job.ranks.world_size * self.config.train.accumulation_steps
 
     def _log_step(self, done: int, lr: float, sums: Tensor) -> None:
         loss, _, seen = sums.tolist()

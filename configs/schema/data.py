@@ -39,6 +39,9 @@ class DataConfig(Section):
     """Folder of the converted data set (with dataset.json), such as data/cifar10."""
     batch_size: int = Field(default=128, ge=1)
     """Samples per rank and forward pass."""
+    views: int = Field(default=1, ge=1)
+    """Images of each training sample in a batch, each with its own draws of the augmentation, as for contrastive
+    learning. A forward pass has batch_size * views images, those of a sample next to each other."""
     image_size: int | None = Field(default=None, ge=1)
     """Height and width in pixels of the model's input; null: the stored size (required if stored sizes vary)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"

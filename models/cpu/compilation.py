@@ -79,10 +79,10 @@ def training_images(config: Config, samples: int) -> int:
     train, limit = config.train, config.data.limit
     if limit is not None:
         samples = min(samples, limit) if isinstance(limit, int) else round(samples * limit)
-    images = (train.epochs - train.first_epoch) * samples
+    images = (train.epochs - train.first_epoch) * samples * config.data.views
     if train.max_steps is None:
         return images
-    return min(images, train.max_steps * train.accumulation_steps * config.data.batch_size)
+    return min(images, train.max_steps * train.accumulation_steps * config.data.batch_size * config.data.views)
 
 
 def has_toolchain() -> bool:

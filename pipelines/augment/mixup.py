@@ -21,7 +21,15 @@ def mixing_enabled(mix: MixConfig) -> bool:
 
 
 def check_mixing(data: DataConfig, mix: MixConfig) -> None:
-    """Raise UserError if mixing is enabled and a batch size is odd, since one sample would have no neighbor."""
+    """Raise UserError if mixing is enabled and samples have several views, or a batch size is odd.
+
+    With an odd size, one sample would have no neighbor.
+    """
+    if mixing_enabled(mix) and data.views > 1:
+        raise UserError(
+            f"data.views={data.views} cannot be combined with mixup or CutMix, which would mix the views of a sample "
+            "with each other; use data.views=1, or set aug.mix.mixup and aug.mix.cutmix to 0"
+        )
     sizes = [data_at(data, epoch).batch_size for epoch in stage_starts(data)]
     odd = [size for size in sizes if size % 2]
     if mixing_enabled(mix) and odd:

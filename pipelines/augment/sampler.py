@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,3 +92,18 @@ class AugmentationSampler:
         if cutout > 0:
             draws["cutout"] = geometry.cutout_corners(samples, seed, epoch, size, cutout).astype(np.float32)
         return draws
+
+
+def draw_views(samplers: Sequence[AugmentationSampler], epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
+    """Draw the augmentation of each view of `samples`, int64 [B], with the sampler of the view.
+
+    Returns:
+        The arrays of `AugmentationSampler`, [B * views, ...] each. The views of a sample are next to each other.
+    """
+    drawn = [sampler(epoch, samples) for sampler in samplers]
+    if len(drawn) == 1:
+        return drawn[0]
+    return {
+        name: np.stack([draws[name] for draws in drawn], axis=1).reshape(-1, *drawn[0][name].shape[1:])
+        for name in drawn[0]
+    }

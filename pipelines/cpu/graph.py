@@ -42,8 +42,8 @@ class Images(NamedTuple):
     widths: np.ndarray
     parts: Parts | None = None  # that `content` holds; None: whole images
 
-    def take(self, piece: slice) -> Images:
-        """Return a slice of the batch."""
+    def take(self, piece: slice | np.ndarray) -> Images:
+        """Return a part of the batch: a slice, or the images at these places, int64 [N]."""
         parts = None if self.parts is None else Parts(*(values[piece] for values in self.parts))
         return Images(self.content, self.offsets[piece], self.heights[piece], self.widths[piece], parts)
 

@@ -22,6 +22,7 @@ class CopyBackend(Backend):
         # The thread of a resident split only launches kernels.
         self.threads = min(MAX_COPY_THREADS, spec.threads) if spec.pixels is None else 1
         self.stream = torch.cuda.Stream(spec.device)
+        self.source_views = 1 if spec.pixels is None else spec.views  # a sample is copied to the device once
 
     def source(self, slots: int, slot_size: int) -> SampleSource:
         if self.spec.pixels is not None:
@@ -30,7 +31,7 @@ class CopyBackend(Backend):
 
     def runner(self) -> Runner:
         assert self.stream is not None
-        return CopyRunner(self.spec.device, self.stream)
+        return CopyRunner(self.spec.device, self.stream, self.spec.views // self.source_views)
 
 
 class DevicePixels(SampleSource):
@@ -73,10 +74,11 @@ class CopyRunner:
     Args:
         device: Device of the batches.
         stream: Stream on which the source gathers batches on the device. Copies run on it as well.
+        views: Number of equal images to make of each image.
     """
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        self._device, self._stream = device, stream
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream, views: int = 1) -> None:
+        self._device, self._stream, self._views = device, stream, views
         self._ready: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
 
     def submit(self, images: StoredImages, labels: np.ndarray, draws: Draws) -> None:
@@ -92,8 +94,8 @@ class CopyRunner:
         return []
 
     def transform(self, images: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
-        """Transform images that are on the device, on the current stream. This class leaves them as they are."""
-        return images
+        """Transform images that are on the device, on the current stream. This class only repeats them."""
+        return images if self._views == 1 else images.repeat_interleave(self._views, 0)
 
     def result(self) -> RunnerResult:
         images, labels, copied = self._ready.popleft()

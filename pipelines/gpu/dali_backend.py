@@ -29,7 +29,9 @@ class DaliBackend(Backend):
         self._images = ImageSpec(split.encoding, split.image_shape, self._gathers_on_gpu, split.dataset.mean)
         device_id = spec.device.index if on_gpu else None
         memory = {str(argument): size for argument, size in spec.data.decoder_memory.items()}
-        self._config = PipelineConfig(device_id, spec.batch_size, spec.threads, spec.data.hw_decoder_load, memory)
+        self._config = PipelineConfig(
+            device_id, spec.batch_size * spec.views, spec.threads, spec.data.hw_decoder_load, memory
+        )
         self.image_shape = split.image_shape or (0, 0, 0)
         # One thread suffices to list encoded files or to launch kernels.
         copies = split.encoding == "npy" and not self._gathers_on_gpu

@@ -158,7 +158,8 @@ class TritonBackend(CopyBackend):
         if self.spec.pixels is not None:
             return super().runner()
         assert self.stream is not None
-        return TransformingRunner(self.spec.device, self.stream, self.spec.image_size, self._aug.padding_mode)
+        size, padding_mode = self.spec.image_size, self._aug.padding_mode
+        return TransformingRunner(self.spec.device, self.stream, size, padding_mode, self.spec.views)
 
 
 class ResidentTransforms(SampleSource):
@@ -214,17 +215,19 @@ class ResidentTransforms(SampleSource):
 class TransformingRunner(CopyRunner):
     """Runner that copies batches to a GPU and transforms them there, on the stream of the copies."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream, size: int, padding_mode: PaddingMode) -> None:
-        super().__init__(device, stream)
+    def __init__(
+        self, device: torch.device, stream: torch.cuda.Stream, size: int, padding_mode: PaddingMode, views: int = 1
+    ) -> None:
+        super().__init__(device, stream, views)
         self._size, self._padding_mode = size, padding_mode
 
     def tables(self, draws: Draws) -> list[np.ndarray]:
         table = draws["table"]
-        table[:, 0] = np.arange(len(table))
+        table[:, 0] = np.arange(len(table)) // self._views
         return [table]
 
     def transform(self, images: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
         samples, height, width, channels = images.shape
-        out = images.new_empty((samples, self._size, self._size, channels))
+        out = images.new_empty((samples * self._views, self._size, self._size, channels))
         shape = (height, width, channels)
         return crop_flip_erase(images, tables[0], out, shape=shape, padding_mode=self._padding_mode)

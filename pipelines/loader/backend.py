@@ -35,6 +35,8 @@ class LoaderSpec:
     pixels: torch.Tensor | None  # the whole split in the device's memory, uint8 [samples, H * W * 3], or None
     transforms: AugConfig | EvalConfig  # of training or of evaluation
     programs: Programs | None = None  # augmentation programs of `transforms`
+    views: int = 1  # images per sample
+    flat_views: bool = False  # whether every view has a label of its own
 
     @property
     def only_crops_flips_and_erases(self) -> bool:
@@ -52,6 +54,7 @@ class Backend:
         spec: What to load.
         image_shape: Height, width and channels of a gathered image, or zeros if encoded files are gathered.
         threads: Number of threads that gather samples.
+        source_views: Images per sample that the source writes: those of the batch, or one if the runner repeats it.
         stream: CUDA stream on which the threads gather, or None on a CPU.
     """
 
@@ -60,10 +63,10 @@ class Backend:
     stream: torch.cuda.Stream | None = None
 
     def __init__(self, spec: LoaderSpec) -> None:
-        self.spec = spec
+        self.spec, self.source_views = spec, spec.views
 
     def source(self, slots: int, slot_size: int) -> SampleSource:
-        """Return a source that fills `slots` slots of up to `slot_size` samples each."""
+        """Return a source that fills `slots` slots of up to `slot_size` images each."""
         raise NotImplementedError
 
     def runner(self) -> Runner:
@@ -92,7 +95,14 @@ class CpuBackend(Backend):
         data = self.spec.data
         # A sample is bad or not whatever part of it an epoch reads, so that a resumed run replaces the same samples.
         to_end = data.on_bad_sample == OnBadSample.SKIP
-        return HostJpegs(self.spec.split, buffers, self._graph, fast=data.jpeg_decode == "fast", to_end=to_end)
+        return HostJpegs(
+            self.spec.split,
+            buffers,
+            self._graph,
+            fast=data.jpeg_decode == "fast",
+            to_end=to_end,
+            views=self.spec.views,
+        )
 
     def runner(self) -> Runner:
         return HostRunner()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 
 from pipelines import order
 from pipelines.augment import mixup
-from pipelines.augment.sampler import AugmentationSampler
+from pipelines.augment.sampler import AugmentationSampler, draw_views
 from pipelines.interfaces import Draws
 from pipelines.loader.epoch_order import ReadAhead, TrainOrder
 
@@ -19,8 +20,9 @@ class Batch(NamedTuple):
     """Images and labels on the device.
 
     Attributes:
-        images: uint8 [B, 3, H, W] with channels_last strides.
-        labels: int64 [B]; -1 if the split has no labels.
+        images: uint8 [B, 3, H, W] with channels_last strides. With data.views > 1, [B, views, 3, H, W], or
+            [B * views, 3, H, W] if the loader flattens views; the views of a sample are next to each other in memory.
+        labels: int64 [B], or [B * views] if the loader flattens views; -1 if the split has no labels.
     """
 
     images: torch.Tensor
@@ -62,7 +64,7 @@ class BatchPlan:
         raise NotImplementedError
 
     def draws(self, epoch: int, samples: np.ndarray) -> Draws:
-        """Return the augmentation parameters of `samples`, int64 [N], by name; see `AugmentationSampler`."""
+        """Return the augmentation parameters of each view of `samples`, int64 [N], by name; see `draw_views`."""
         return {}
 
     def prepare(self, epoch: int) -> None:
@@ -85,7 +87,7 @@ class TrainBatches(BatchPlan):
         steps: Batches per epoch on this rank.
         rank, world_size: Rank of this process, and number of ranks.
         accumulation_steps: Batches per optimizer step.
-        sampler: Sampler that draws the augmentation.
+        samplers: Samplers that draw the augmentation, one per view.
         machines: Number of machines, with equally many consecutive ranks. With order sequential-window, each reads its
             own shards if the number divides data.window_shards.
     """
@@ -98,7 +100,7 @@ class TrainBatches(BatchPlan):
         rank: int,
         world_size: int,
         accumulation_steps: int,
-        sampler: AugmentationSampler,
+        samplers: Sequence[AugmentationSampler],
         machines: int = 1,
     ) -> None:
         self.samples, self.batch_size = steps * batch_size, batch_size
@@ -108,8 +110,8 @@ class TrainBatches(BatchPlan):
         lanes = epoch_order.lanes // gcd(epoch_order.lanes, self._machines)  # of this machine
         self._read_ahead = ReadAhead(epoch_order.split, lanes) if lanes else None
         self._accumulation_steps = accumulation_steps
-        self._sampler = sampler
-        self._mixes = mixup.mixing_enabled(sampler.aug.mix)
+        self._samplers = samplers
+        self._mixes = mixup.mixing_enabled(samplers[0].aug.mix)
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
         if self._read_ahead is not None:
@@ -123,7 +125,7 @@ class TrainBatches(BatchPlan):
         return self._order.schedule(epoch, self.steps, self.batch_size, self._rank, self._world_size, self._machines)
 
     def draws(self, epoch: int, samples: np.ndarray) -> Draws:
-        return self._sampler(epoch, samples)
+        return draw_views(self._samplers, epoch, samples)
 
     def prepare(self, epoch: int) -> None:
         self._order(epoch)
@@ -134,8 +136,8 @@ class TrainBatches(BatchPlan):
         if not self._mixes:
             return None
         return mixup.mix_table(
-            self._sampler.aug.mix,
-            self._sampler.seed,
+            self._samplers[0].aug.mix,
+            self._samplers[0].seed,
             epoch,
             step,
             samples,

@@ -241,10 +241,12 @@ class EpochIterator(Iterator[Batch]):
                     self._submit(gathering, again._replace(is_last=one.is_last))
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """Return images uint8 [B, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""
+        """Return images uint8 [N, H, W, 3] and labels int64 [B] as a Batch, or as a MixedBatch if the plan mixes."""
         batch = Batch(images.permute(0, 3, 1, 2), labels)
         if self._loader.augment is not None:
             batch = Batch(self._loader.augment(batch.images, Position(self._epoch, self._step)), labels)
+        if self._stage.splits_views:
+            return Batch(batch.images.unflatten(0, (labels.shape[0], -1)), labels)
         mix = self._stage.plan.mix(self._epoch, self._step, labels.shape[0], images.shape[1])
         if mix is None:
             return batch

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from pipelines.cpu.graph import CpuGraph, Images, whole_parts
+from pipelines.cpu.graph import CpuGraph, Images, Parts, whole_parts
 from pipelines.cpu.jpeg import headers
 from pipelines.cpu.jpeg.decoder import JpegDecoder
 from pipelines.interfaces import Draws, SampleSource
@@ -33,6 +33,7 @@ class HostJpegs(SampleSource):
             graph would reduce it further.
         to_end: Whether to read each file to its end. Otherwise, damage below the part that the graph reads is not
             found.
+        views: Images per sample, which are made from one decoded image, unless `fast` reduces it differently for them.
     """
 
     CHUNK = 2**20  # bytes of decoded pixels per piece
@@ -45,9 +46,10 @@ class HostJpegs(SampleSource):
         *,
         fast: bool = False,
         to_end: bool = True,
+        views: int = 1,
     ) -> None:
         self._split, self._buffers, self._graph, self.monitor = split, buffers, graph, split.monitor
-        self._fast, self.to_end = fast, to_end
+        self._fast, self.to_end, self._views = fast, to_end, views
         self._tools: deque[tuple[JpegDecoder, np.ndarray]] = deque()  # decoders and memory for pixels, one per thread
 
     def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> torch.Tensor:
@@ -59,26 +61,62 @@ class HostJpegs(SampleSource):
         out = self._buffers(slot, len(indices))
         sides = self._split.heights[indices].astype(np.int64), self._split.widths[indices].astype(np.int64)
         parts = whole_parts(*sides) if self._graph is None else self._graph.parts(*sides, draws, self._fast)
-        tops, lefts, bottoms, rights = parts.boxes.T
-        sizes = (bottoms - tops) * (rights - lefts) * 3
+        bounds = np.arange(len(indices) + 1)  # of the images that are made from one decoded image
+        if self._views > 1:
+            bounds, parts = _share_parts(indices, parts)
         decoder, pixels = self._take_tools()
         if self._graph is None:
-            self._decode(indices, Images(out.reshape(-1), np.cumsum(sizes) - sizes, *sides, parts), decoder)
+            size = out[0].size if len(out) else 0
+            whole = Images(out.reshape(-1), np.arange(len(indices)) * size, *sides, parts)
+            self._decode(indices[bounds[:-1]], whole.take(bounds[:-1]), decoder)
+            if self._views > 1:
+                out[:] = out[bounds[:-1].repeat(np.diff(bounds))]
         else:
-            sizes += sizes % 2
-            offsets = np.cumsum(sizes) - sizes + 1  # odd, see `decoder.ODD`
-            piece = (offsets + sizes) // self.CHUNK  # the samples of a piece are decoded, then transformed
-            bounds = [*np.flatnonzero(np.diff(piece, prepend=-1)), len(indices)]
-            space = 1 + max(int(sizes[start:stop].sum()) for start, stop in pairwise(bounds))
-            pixels = pixels if len(pixels) >= space else np.empty(max(space, 2 * self.CHUNK), np.uint8)
-            whole = Images(pixels, offsets, *sides, parts)
-            for some in (slice(start, stop) for start, stop in pairwise(bounds)):
-                images = whole.take(some)
-                images = images._replace(offsets=images.offsets - images.offsets[0] + 1)
-                self._decode(indices[some], images, decoder)
-                self._graph(images, {name: values[some] for name, values in draws.items()}, out[some])
+            whole = Images(pixels, np.empty(0, np.int64), *sides, parts)
+            pixels = self._transform(self._graph, indices, whole, bounds, draws, decoder, out)
         self._tools.append((decoder, pixels))
         return torch.from_numpy(out)
+
+    def _transform(
+        self,
+        graph: CpuGraph,
+        indices: np.ndarray,
+        images: Images,
+        bounds: np.ndarray,
+        draws: Draws,
+        decoder: JpegDecoder,
+        out: np.ndarray,
+    ) -> np.ndarray:
+        """Decode and transform a batch in pieces.
+
+        Args:
+            graph: The transforms.
+            indices: Sample indices, int64 [B].
+            images: The parts to decode, and memory for them, which need not suffice. Offsets are ignored.
+            bounds: int64 [N + 1]. The images from bounds[i] to bounds[i + 1] are made from one decoded part.
+            draws: See `SampleSource.fill`.
+            decoder: Decoder that no other thread uses.
+            out: Receives the images, uint8 [B, H, W, 3].
+
+        Returns:
+            The memory of `images`, or larger memory that replaces it.
+        """
+        parts, pixels = images.parts or whole_parts(images.heights, images.widths), images.content
+        tops, lefts, bottoms, rights = parts.boxes[bounds[:-1]].T
+        sizes = (bottoms - tops) * (rights - lefts) * 3
+        sizes += sizes % 2
+        offsets = np.cumsum(sizes) - sizes + 1  # odd, see `decoder.ODD`
+        piece = (offsets + sizes) // self.CHUNK  # the samples of a piece are decoded, then transformed
+        pieces = [*pairwise([*np.flatnonzero(np.diff(piece, prepend=-1)), len(sizes)])]
+        space = 1 + max(int(sizes[start:stop].sum()) for start, stop in pieces)
+        pixels = pixels if len(pixels) >= space else np.empty(max(space, 2 * self.CHUNK), np.uint8)
+        images = images._replace(content=pixels, offsets=offsets.repeat(np.diff(bounds)))
+        for start, stop in pieces:
+            some, firsts = slice(bounds[start], bounds[stop]), bounds[start:stop]
+            images.offsets[some] += 1 - offsets[start]
+            self._decode(indices[firsts], images.take(firsts), decoder)
+            graph(images.take(some), {name: values[some] for name, values in draws.items()}, out[some])
+        return pixels
 
     def defect(self, sample: int) -> str | None:
         height, width = self._split.image_size(sample)
@@ -135,6 +173,20 @@ class HostJpegs(SampleSource):
             part = _cut(decoded, parts.boxes[place].tolist(), int(parts.denominators[place]))
             images.content[images.offsets[place] :][: part.size] = part.reshape(-1)
             place += 1
+
+
+def _share_parts(indices: np.ndarray, parts: Parts) -> tuple[np.ndarray, Parts]:
+    """Widen the parts of consecutive images of the same sample, at the same scale, so that all need the same pixels.
+
+    Returns:
+        The bounds of the runs of such images, int64 [runs + 1], and the parts.
+    """
+    scales = parts.denominators
+    begins = np.flatnonzero((np.diff(indices, prepend=-1) != 0) | (np.diff(scales, prepend=0) != 0))
+    low, high = np.minimum.reduceat(parts.boxes, begins), np.maximum.reduceat(parts.boxes, begins)
+    bounds = np.append(begins, len(indices))
+    boxes = np.concatenate([low[:, :2], high[:, 2:]], axis=1).repeat(np.diff(bounds), axis=0)
+    return bounds, Parts(boxes, scales)
 
 
 def _cut(image: np.ndarray, box: list[int], denominator: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -28,16 +28,27 @@ class HostBatch(NamedTuple):
     """A gathered batch, ready to be submitted to the runner."""
 
     images: StoredImages
-    labels: np.ndarray  # int64 [B]; -1 if the split has no labels
+    labels: np.ndarray  # int64 [B], or [B * views] if views are flat; -1 if the split has no labels
     indices: np.ndarray  # int64 [B]
     draws: Draws
     slot: int
     is_last: bool = True  # whether this is the last batch of the slot's group; after it, the slot is free
 
-    def piece(self, place: slice) -> HostBatch:
-        """Return the samples at `place`, which are not the last of the group."""
-        draws = {name: values[place] for name, values in self.draws.items()}
-        return HostBatch(self.images[place], self.labels[place], self.indices[place], draws, self.slot, is_last=False)
+    def piece(self, start: int, stop: int) -> HostBatch:
+        """Return the samples from `start` to `stop`, which are not the last of the group."""
+        samples = len(self.indices)
+
+        def rows(values: Sized) -> slice:
+            each = len(values) // samples  # rows per sample
+            return slice(start * each, stop * each)
+
+        images, labels, indices = (
+            self.images[rows(self.images)],
+            self.labels[rows(self.labels)],
+            self.indices[start:stop],
+        )
+        draws = {name: values[rows(values)] for name, values in self.draws.items()}
+        return HostBatch(images, labels, indices, draws, self.slot, is_last=False)
 
 
 class Stage:
@@ -52,22 +63,26 @@ class Stage:
         bad: Bad samples found so far, shared by all stages.
 
     Attributes:
+        batch_images: Images per batch, except for a smaller last one: the samples times their views.
+        splits_views: Whether batches have views as a dimension.
         slots: Number of slots.
         slot_waits: For each slot, a function that blocks until the device has finished reading the slot.
     """
 
     def __init__(self, plan: BatchPlan, backend: Backend, bad: BadSamples) -> None:
         self.plan, self.backend, self.bad = plan, backend, bad
-        self.image_size = backend.spec.image_size
-        batch_bytes = plan.batch_size * math.prod(backend.image_shape)
+        spec = backend.spec
+        self.image_size = spec.image_size
+        self.batch_images, self.splits_views = plan.batch_size * spec.views, spec.views > 1 and not spec.flat_views
+        batch_bytes = self.batch_images * math.prod(backend.image_shape)
         self._max_group = max(1, min(MAX_GROUP, GROUP_BYTES // max(batch_bytes, 1)))
-        groups_ahead = -(-max(backend.spec.data.prefetch, IN_FLIGHT) // self._max_group) + 1
+        groups_ahead = -(-max(spec.data.prefetch, IN_FLIGHT) // self._max_group) + 1
         self.slots = groups_ahead + 2 * backend.threads
         self.slot_waits: list[Callable[[], None]] = [no_wait] * self.slots
         self._users: deque[weakref.WeakMethod[Callable[[], None]]] = deque(maxlen=1)  # closes the user of the slots
         # The allocator reuses the source's memory only after this stream has finished using the memory.
         with torch.cuda.stream(backend.stream):
-            self.source = backend.source(self.slots, plan.batch_size * self._max_group)
+            self.source = backend.source(self.slots, plan.batch_size * backend.source_views * self._max_group)
         self.runner = backend.runner()
 
     def __len__(self) -> int:
@@ -116,7 +131,7 @@ class Stage:
         if len(batches) == 1:
             return [group]
         size = self.plan.batch_size
-        pieces = [group.piece(slice(start, start + size)) for start in range(0, len(group.indices), size)]
+        pieces = [group.piece(start, start + size) for start in range(0, len(group.indices), size)]
         pieces[-1] = pieces[-1]._replace(is_last=True)
         return pieces[::-1]
 
@@ -129,14 +144,18 @@ class Stage:
             UserError: A file of the source has changed, or bad samples cannot be replaced.
         """
         stored_labels, stream = self.bad.split.labels, self.backend.stream
+        spec, source_views = self.backend.spec, self.backend.source_views
         while True:
             indices = self.bad.substitute(wanted)
             draws = self.backend.inputs(self.plan.draws(epoch, indices))
             labels = np.full(len(indices), -1) if stored_labels is None else stored_labels[indices]
+            if spec.flat_views:
+                labels = labels.repeat(spec.views)
+            rows = indices if source_views == 1 else indices.repeat(source_views)
             self.slot_waits[slot]()
             try:
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    return HostBatch(self._fill(slot, indices, draws), labels, indices, draws, slot)
+                    return HostBatch(self._fill(slot, rows, draws), labels, indices, draws, slot)
             except Undecodable as found:
                 self.bad.add(found.defects, self.source.defect)
 

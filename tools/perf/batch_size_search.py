@@ -120,7 +120,8 @@ def _trial(batch_size: int, measurement: Measurement, limit_bytes: int | None) -
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch_size})})
+    """Return a config whose batches have `batch_size` images: samples of one view each, as a step costs the same."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch_size, "views": 1})})
 
 
 def doublings(measure_size: Callable[[int], Trial], first: int, maximum: int | None) -> Iterator[Trial]:

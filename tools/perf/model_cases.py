@@ -59,7 +59,7 @@ def build_case(name: str, options: argparse.Namespace) -> ModelCase:
     elif path.suffix in (*CONFIG_SUFFIXES, ".pt") or path.is_dir():
         config, classes, size = load_model_config(path, options)
         label, model, train = str(config.name), config.model, config.train
-        batch_size = config.data.batch_size
+        batch_size = config.data.batch_size * config.data.views
     else:
         raise UserError(
             f"{name!r} is not a model, config file or run folder; use one of {', '.join(list_models())}, timm/NAME, "

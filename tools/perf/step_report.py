@@ -48,7 +48,7 @@ class StepReport:
 
     @property
     def unprofiled_step_ms(self) -> dict[str, float]:
-        images = self.config.data.batch_size * self.ranks
+        images = self.config.data.batch_size * self.config.data.views * self.ranks
         return {mode: significant(1e3 * images / rate) for mode, rate in self.rates.items()}
 
     def content(self) -> dict[str, object]:

@@ -32,6 +32,8 @@ COLUMNS = 10  # maximum number of samples side by side
 def show_samples(config: Config, ranks: Ranks, epochs: Sequence[int], count: int, out: Path | None) -> None:
     """Write samples.png and samples.csv with the first samples of `epochs[0]`, augmented as in each of `epochs`.
 
+    With data.views > 1, the first view is shown.
+
     Args:
         config: Training config.
         ranks: Rank and world size of this process. The world size must be 1.
@@ -79,7 +81,8 @@ def augmented_samples(
     The augmented samples are on the host. Mixed samples have the partners of `epochs[0]` in all epochs, whereas in
     training the partners differ between epochs.
     """
-    data = config.data.model_copy(update={"placement": "host"})  # avoids copying the whole split to the device
+    # Only the first view. On the host, since that avoids copying the whole split to the device.
+    data = config.data.model_copy(update={"placement": "host", "views": 1})
     loader = build_train_loader(
         data, config.aug, seed=config.seed, device=device, accumulation_steps=config.train.accumulation_steps
     )

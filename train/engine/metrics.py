@@ -30,9 +30,9 @@ class ThroughputMeter:
 
         Args:
             steps: Number of optimizer steps of the run so far.
-            loss: Sum of the losses of the `seen` samples.
-            seen: Number of samples trained on in the epoch so far, over all ranks.
-            images_per_step: Global batch size, i.e. images per optimizer step over all ranks.
+            loss: Sum of the losses of the `seen` images.
+            seen: Number of images trained on in the epoch so far, over all ranks.
+            images_per_step: Images per optimizer step over all ranks, i.e. views of samples.
         """
         self._steps, self._loss, self._seen = steps, loss, seen
         self._images_per_step = images_per_step
@@ -45,8 +45,8 @@ class ThroughputMeter:
 
         Args:
             steps: Number of optimizer steps of the run so far.
-            loss: Sum of the losses of the `seen` samples.
-            seen: Number of samples trained on in the epoch so far, over all ranks.
+            loss: Sum of the losses of the `seen` images.
+            seen: Number of images trained on in the epoch so far, over all ranks.
         """
         duration_s = max(time.perf_counter() - self._time_s, 1e-9)
         values = {
@@ -109,7 +109,7 @@ class RunTimer:
         Args:
             steps: Number of optimizer steps of the run so far.
             loader: Data loader that measures the time spent waiting for data.
-            images_per_step: Global batch size, i.e. images per optimizer step over all ranks.
+            images_per_step: Images per optimizer step over all ranks, i.e. views of samples.
         """
         self._steps, self._loader, self._images_per_step = steps, loader, images_per_step
         self._time_s, self._wait_s = time.perf_counter(), loader.wait_s

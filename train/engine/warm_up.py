@@ -52,7 +52,7 @@ def warm_up(state: TrainState, loader: TrainLoader, val_loader: EvalLoader | Non
     if state.plan.needs_warmup or is_data_parallel(state.forward):
         if val_loader is not None:
             warm_up_evaluation(state, val_loader, tta)
-        shapes = dict.fromkeys((stage.plan.batch_size, stage.image_size) for stage in loader.stages)
+        shapes = dict.fromkeys((stage.batch_images, stage.image_size) for stage in loader.stages)
         warm_up_training(state, *(blank_batch(*shape, state.device) for shape in shapes))
         if state.device.type == "cuda":
             torch.cuda.synchronize(state.device)

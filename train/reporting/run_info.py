@@ -54,6 +54,7 @@ def collect_run_info(
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "world_size": ranks.world_size,
         "global_batch": first.plan.batch_size * ranks.world_size * accumulation,
+        **({"views": config.data.views} if config.data.views > 1 else {}),
         "steps_per_epoch": len(first) // accumulation,
         **({"stages": stages} if stages else {}),
         "precision": str(state.plan.amp or torch.float32),
@@ -69,12 +70,13 @@ def summary_line(config: Config, facts: Facts, device: torch.device) -> str:
     train = config.train
     factor = lr_factor(train, facts["global_batch"])
     threads = f" with {counted(facts['cpu_threads'], 'thread')}" if "cpu_threads" in facts else ""
+    views = f" with {config.data.views} views of each sample" if config.data.views > 1 else ""
     rates = f", learning rates x {factor:.4g} ({train.lr_scaling} from train.lr_batch_size={train.lr_batch_size})"
     return (
         f"{config.model.name} ({facts['parameters']:,} parameters) on {facts['dataset']} "
         f"({facts['train_samples']:,} train samples), {counted(config.train.epochs, 'epoch')} of "
         f"{counted(facts['steps_per_epoch'], 'step')} "
-        f"at global batch {facts['global_batch']}, {facts['world_size']} x {device.type}{threads}, "
+        f"at global batch {facts['global_batch']}{views}, {facts['world_size']} x {device.type}{threads}, "
         f"precision {facts['precision']}{rates if train.lr_batch_size is not None else ''}"
     )
 

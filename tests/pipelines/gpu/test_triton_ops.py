@@ -61,7 +61,7 @@ def drawn(samples: int, size: int, *names: str) -> dict[str, np.ndarray]:
 
 def compare(device: str) -> None:
     """Compare all variants with the reference. Runs in a separate process, since Triton reads its mode once."""
-    from pipelines.gpu.triton_ops import ResidentTransforms, draw_table
+    from pipelines.gpu.triton_ops import ResidentTransforms, TransformingRunner, draw_table
 
     random = np.random.default_rng(1)
     every = ("offset", "flip", "erase_box", "erase_color", "cutout")
@@ -79,6 +79,14 @@ def compare(device: str) -> None:
                     assert ours.shape == (samples, size, size, 3)
                     expected = reference(images, indices, draws, size, padding_mode)
                     np.testing.assert_array_equal(ours.cpu().numpy(), expected, str((shape, size, padding_mode, names)))
+                runner = TransformingRunner(torch.device(device), None, size, padding_mode, views=2)
+                draws = drawn(14, size, *names)
+                tables = runner.tables({"table": draw_table(draws, CUTOUT if "cutout" in names else 0, COLOR)})
+                ours = runner.transform(
+                    pixels.view(7, *shape), [torch.from_numpy(table).to(device) for table in tables]
+                )
+                expected = reference(images, np.arange(7).repeat(2), draws, size, padding_mode)
+                np.testing.assert_array_equal(ours.cpu().numpy(), expected)
 
 
 def test_kernel_equals_numpy_when_interpreted() -> None:

@@ -69,7 +69,7 @@ def loading(
                     details["loader_memory_gib"] = round((device_memory_bytes(torch_device) - before) / GIB, 4)
                 yield batch
 
-        return Workload(batches(), data.batch_size, lambda: details)
+        return Workload(batches(), data.batch_size * data.views, lambda: details)
 
     yield {name: workload(changes) for name, changes in (variants or {"": {}}).items()}
 
@@ -109,7 +109,7 @@ def training(config: Config, variants: Variants) -> Iterator[dict[str, Workload]
             precision = str(state.plan.amp or torch.float32).removeprefix("torch.")
             details: Details = {"batch_size": config.data.batch_size, "precision": precision}
             steps = _with_memory(_steps(state, batches(details)), device, details)
-            return Workload(steps, config.data.batch_size * config.train.accumulation_steps, lambda: details)
+            return Workload(steps, loader.stage.batch_images * config.train.accumulation_steps, lambda: details)
 
         workloads = {RESIDENT: workload(lambda details: itertools.repeat(resident_batch))}
         workloads |= {name: workload(partial(_batches, config, changes, device)) for name, changes in variants.items()}
@@ -122,7 +122,7 @@ def _batches(config: Config, changes: Mapping[str, object], device: torch.device
     The loader is built when the first batch is taken, so that a failure affects only this workload.
     """
     data = config.data.model_copy(update=changes)
-    loader = build_train_loader(data, config.aug, seed=config.seed, device=device).single_stage()
+    loader = build_train_loader(data, config.aug, seed=config.seed, device=device, flat_views=True).single_stage()
     for batch in endless_batches(loader):
         details["data_wait_s"] = round(loader.wait_s, 4)
         yield batch
