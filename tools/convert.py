@@ -6,6 +6,7 @@
     zhu convert imagefolder --source photos --size 224 --out data/photos
     zhu convert imagefolder --source flowers --val-fraction 0.1 --out data/flowers
     zhu convert imagefolder --source /nfs/photos --out /nfs/data/photos --engine ray
+    zhu convert cifar10 --download --out s3://bucket/cifar10
     zhu convert verify data/cifar10
 
 To resume an interrupted conversion, run the same command again. The result is byte-identical.
@@ -33,6 +34,7 @@ from tools.common.engine import add_engine, open_cluster
 
 if TYPE_CHECKING:
     from pipelines.cluster.connection import Cluster
+    from pipelines.remote.upload import Uploads
 
 MIB = 2**20
 MAX_SHOWN_DEFECTS = 3
@@ -41,20 +43,23 @@ MAX_SHOWN_PROBLEMS = 3
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(build_parser(), argv)
-    if args.command == "verify":
-        print(verify(args.folder))
-        return 0
+    verifies = args.command == "verify"
     try:
-        with handle_signals([signal.SIGTERM], terminate), open_cluster(args) as cluster:  # cleans up as after Ctrl-C
-            return convert(args, cluster)
+        with handle_signals([signal.SIGTERM], terminate):  # cleans up as after Ctrl-C
+            if verifies:
+                print(verify(args.folder))
+                return 0
+            with open_cluster(args) as cluster:
+                return convert(args, cluster)
     except Terminated:
-        print("terminated; to resume, run the same command again", file=sys.stderr)
+        print("terminated" if verifies else "terminated; to resume, run the same command again", file=sys.stderr)
         return 128 + signal.SIGTERM
 
 
 def convert(args: argparse.Namespace, cluster: Cluster | None) -> int:
     from pipelines.convert.writer import convert_source
 
+    folder, uploads = _output(args)
     started = time.perf_counter()
     name = dataset_name(args)
     try:
@@ -64,9 +69,9 @@ def convert(args: argparse.Namespace, cluster: Cluster | None) -> int:
             f"cannot read the source: {error.strerror or error} ({error.filename}); fix this and start again"
         ) from None
     options = build_options(args, source)
-    is_new = not (args.out / "dataset.json").exists()
+    is_new = not (folder / "dataset.json").exists() if uploads is None else uploads.load() is None
     try:
-        dataset = convert_source(source, args.out, options, args.workers, name, cluster)
+        dataset = convert_source(source, folder, options, args.workers, name, cluster, uploads)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
@@ -75,6 +80,19 @@ def convert(args: argparse.Namespace, cluster: Cluster | None) -> int:
         ) from None
     print(format_summary(dataset, args.out, time.perf_counter() - started if is_new else None))
     return 0
+
+
+def _output(args: argparse.Namespace) -> tuple[Path, Uploads | None]:
+    """Return the folder in which a conversion writes its files, and where it uploads them."""
+    if not isinstance(args.out, str):
+        if args.spool is not None:
+            raise UserError("--spool is for an --out in an object store; omit it, since a folder has its own")
+        return args.out, None
+    from pipelines.remote.upload import Uploads, spool_folder
+
+    uploads = Uploads(args.out)
+    args.out = uploads.url
+    return args.spool or spool_folder(uploads.url), uploads
 
 
 class Terminated(BaseException):
@@ -161,7 +179,7 @@ def dataset_name(args: argparse.Namespace) -> str:
     return name
 
 
-def format_summary(dataset: DatasetInfo, out: Path, seconds: float | None) -> str:
+def format_summary(dataset: DatasetInfo, out: Path | str, seconds: float | None) -> str:
     """Return a summary of a conversion, with a line about the data set and a line about each split.
 
     The first few quarantined samples of a split are listed below its line. `seconds` is the time that the conversion
@@ -181,7 +199,7 @@ def format_summary(dataset: DatasetInfo, out: Path, seconds: float | None) -> st
         lines.append(printable(line))
         lines += [printable(f"    {defect.name}: {defect.reason}") for defect in defects[:MAX_SHOWN_DEFECTS]]
         if len(defects) > MAX_SHOWN_DEFECTS:
-            lines.append(f"    … {len(defects) - MAX_SHOWN_DEFECTS:,} more in {out / 'dataset.json'}")
+            lines.append(f"    … {len(defects) - MAX_SHOWN_DEFECTS:,} more in {out}/dataset.json")
     samples = sum(split.samples for split in dataset.splits.values())
     classes = counted(len(dataset.classes), "class", "classes")
     head = f"{out}: {counted(samples, 'sample')} of {classes} as {dataset.encoding}"
@@ -189,16 +207,23 @@ def format_summary(dataset: DatasetInfo, out: Path, seconds: float | None) -> st
     return "\n".join([f"{printable(head)}{rate}", *lines])
 
 
-def verify(folder: Path) -> str:
+def verify(folder: Path | str) -> str:
     """Verify a data set, and return a sentence stating that it is intact.
+
+    Args:
+        folder: Folder of the data set, or its URL as text.
 
     Raises:
         UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.
     """
-    from pipelines.open import load_dataset
-    from pipelines.storage import verify as checks
+    if isinstance(folder, str):
+        dataset, problems = _verify_url(folder)
+    else:
+        from pipelines.open import load_dataset
+        from pipelines.storage import verify as checks
 
-    problems = checks.verify(folder)
+        problems = checks.verify(folder)
+        dataset = load_dataset(folder)
     if problems:
         more = (
             f" (and {len(problems) - MAX_SHOWN_PROBLEMS:,} more problems)" if len(problems) > MAX_SHOWN_PROBLEMS else ""
@@ -206,9 +231,27 @@ def verify(folder: Path) -> str:
         raise UserError(
             f"{folder} is damaged: {'; '.join(problems[:MAX_SHOWN_PROBLEMS])}{more}; convert the source again"
         )
-    splits = load_dataset(folder).splits.values()
+    splits = dataset.splits.values()
     samples, count = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
     return printable(f"{folder} is intact: {counted(samples, 'sample')} in {counted(count, 'shard')}")
+
+
+def _verify_url(url: str) -> tuple[DatasetInfo, list[str]]:
+    from pipelines.remote import verify as checks
+
+    try:
+        return checks.verify(url)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot fetch {url} to check it: {reason} ({error.filename}); free some space, or set XDG_CACHE_HOME to a "
+            "folder on another disk"
+        ) from None
+
+
+def place_argument(text: str) -> Path | str:
+    """Return a URL as it is, and any other text as a Path like `path_argument`."""
+    return text if "://" in text else path_argument(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -287,7 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_orientation(imagefolder)
     _add_options(imagefolder)
     check = command("verify", "check every byte of a converted data set", "data/cifar10")
-    check.add_argument("folder", type=path_argument, help="folder of the data set")
+    check.add_argument("folder", type=place_argument, help="folder of the data set, or its URL")
     return parser
 
 
@@ -315,7 +358,18 @@ def _fraction(text: str) -> float:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     count, seed = whole_number(1), whole_number(0)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--out", type=path_argument, required=True, help="output folder of the data set")
+    parser.add_argument(
+        "--out",
+        type=place_argument,
+        required=True,
+        help="output folder of the data set, or its URL in an object store, such as s3://bucket/cifar10",
+    )
+    parser.add_argument(
+        "--spool",
+        type=path_argument,
+        metavar="FOLDER",
+        help="folder on a local disk for the unfinished conversion, if --out is a URL (default: in the user's cache)",
+    )
     parser.add_argument("--name", help="name of the data set and its shards (default: from the source)")
     parser.add_argument(
         "--encoding",

@@ -15,7 +15,6 @@ from configs.utils.files import atomic_write, read_small_text
 from configs.utils.process import acquire_lock
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.source import Source
-from pipelines.storage import tar_format
 
 
 def check_classes(source: Source) -> None:
@@ -52,26 +51,40 @@ def check_shapes(layouts: dict[str, SplitLayout]) -> None:
         )
 
 
-def check_disk(layouts: dict[str, SplitLayout], out: Path) -> None:
-    """Raise UserError if the converted data set and its spool files are not expected to fit on the disk of `out`."""
+def check_disk(layouts: dict[str, SplitLayout], out: Path, kept_shards: int | None = None) -> None:
+    """Raise UserError if the converted data set and its spool files are not expected to fit on the disk of `out`.
+
+    `kept_shards` is the number of finished shards that are on the disk at a time, or None for all.
+    """
     need = 64 * 2**20
-    for layout in layouts.values():
-        need += layout.rows * (layout.payload_bytes + 4 * tar_format.BLOCK)
-    spool = max(layout.rows * layout.payload_bytes // layout.groups for layout in layouts.values())
+    if kept_shards is None:
+        need += sum(layout.rows * layout.stored_bytes for layout in layouts.values())
+        spool = max(layout.rows * layout.payload_bytes // layout.groups for layout in layouts.values())
+    else:  # a split's spool is complete before its first shard is written
+        need += max(
+            min(layout.rows, kept_shards * layout.shard_rows) * layout.stored_bytes for layout in layouts.values()
+        )
+        spool = max(layout.rows * layout.payload_bytes for layout in layouts.values())
     present = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if need + spool - present > free:
         raise UserError(
             f"{out} has {free / 2**20:,.0f} MiB free, the conversion needs about "
-            f"{(need + spool - present) / 2**20:,.0f} MiB; free some space or choose another --out"
+            f"{(need + spool - present) / 2**20:,.0f} MiB; free some space or choose another "
+            f"{'--out' if kept_shards is None else '--spool'}"
         )
 
 
 @contextmanager
-def lock_output(out: Path, request: dict[str, object]) -> Iterator[Path]:
+def lock_output(out: Path, request: dict[str, object], option: str = "--out") -> Iterator[Path]:
     """Create and lock the spool folder of this conversion and yield its path.
 
-    `request` is recorded in the folder, and temporary files of an interrupted conversion are deleted.
+    Temporary files of an interrupted conversion are deleted.
+
+    Args:
+        out: Folder of the conversion.
+        request: What is converted, which is recorded in the folder.
+        option: Option of the command that gives `out`, for messages.
 
     Raises:
         UserError: `out` is not a folder or cannot be created, contains anything but an unfinished conversion with the
@@ -80,15 +93,15 @@ def lock_output(out: Path, request: dict[str, object]) -> Iterator[Path]:
     """
     spool = out / ".spool"
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+        raise UserError(f"{option} {out} is a file; name a folder")
     if links := [file for file in (spool, *spool.rglob("*")) if file.is_symlink()]:
         raise UserError(f"{links[0]} is a link, through which a conversion would write elsewhere; remove it")
     if out.is_dir() and any(file != spool for file in out.iterdir()) and not (spool / "request.json").exists():
-        raise UserError(f"--out {out} is not empty and contains no conversion; choose another folder or empty it")
+        raise UserError(f"{option} {out} is not empty and contains no conversion; choose another folder or empty it")
     try:
         spool.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+        raise UserError(f"cannot write to {option} {out}: {error.strerror}") from None
     with (spool / "lock").open("wb") as lock:
         if not acquire_lock(lock):
             raise UserError(f"another process is converting into {out}; wait for it or stop it")
@@ -100,7 +113,7 @@ def lock_output(out: Path, request: dict[str, object]) -> Iterator[Path]:
         if record.exists() and _read_request(record) != request:
             raise UserError(
                 f"{out} contains an unfinished conversion of another source, or of this one before it was changed, or "
-                "with other options; choose another --out or delete the folder"
+                f"with other options; choose another {option} or delete the folder"
             )
         remove_temporary(out)  # files of a killed conversion may fill the disk
         atomic_write(record, lambda file: file.write(json.dumps(request).encode()), sync=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.convert.source import Options
+from pipelines.storage import tar_format
 
 GROUPS = 16  # maximum number of shard groups per split; a group's spool files are deleted once its shards are written
 
@@ -26,6 +27,11 @@ class SplitLayout:
     shuffled: bool
     spool: Path
     out: Path
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes per sample in a shard, at most; an estimate for JPEG."""
+        return self.payload_bytes + 4 * tar_format.BLOCK
 
     @property
     def blocks(self) -> int:
@@ -55,10 +61,19 @@ class SplitLayout:
     def shard_file(self, shard: int) -> Path:
         return self.out / f"{self.dataset}-{self.split}-{shard:06d}.tar"
 
+    def shard_files(self, shard: int) -> tuple[Path, Path]:
+        """Return the files of a shard, the tar last."""
+        file = self.shard_file(shard)
+        return file.with_suffix(".idx"), file
+
+    def upload_mark(self, shard: int) -> Path:
+        """Return the file that exists if the files of a shard were uploaded, and may be deleted here."""
+        return self.spool / f"shard-{shard:06d}.uploaded"
+
     def is_written(self, shard: int, present: set[str]) -> bool:
         """Return True if the files of a shard are among the names of files `present` in `spool` and `out`."""
-        file = self.shard_file(shard)
-        return {self.shard_table(shard).name, file.name, file.with_suffix(".idx").name} <= present
+        is_kept = {file.name for file in self.shard_files(shard)} <= present
+        return self.shard_table(shard).name in present and (is_kept or self.upload_mark(shard).name in present)
 
     def block_size(self, block: int) -> int:
         """Return the number of rows of a block. The last block may be smaller than `block_rows`."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,8 @@ from pipelines.storage.index import INDEX_COLUMNS
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from pipelines.remote.upload import Uploads
+
 
 @dataclass(frozen=True)
 class WrittenSplit:
@@ -39,16 +42,18 @@ class WrittenSplit:
     reencoded: dict[str, int]  # reason -> number of files re-encoded to jpeg, most frequent first
 
 
-def write_split(source: Source, layout: SplitLayout, pool: Pool[SplitInputs]) -> WrittenSplit:
-    """Run both passes of the shuffle for one split and write the split's index.
+def write_split(
+    source: Source, layout: SplitLayout, pool: Pool[SplitInputs], uploads: Uploads | None = None
+) -> WrittenSplit:
+    """Run both passes of the shuffle for one split and write the split's index. Upload the files if `uploads` is given.
 
     Raises:
         UserError: The source cannot be read, a row is rejected (see `partition`), no image can be decoded, the spool is
-            damaged, or a worker was killed.
+            damaged, a worker was killed, or an upload failed.
     """
     layout.spool.mkdir(exist_ok=True)
     blocks = _encode_blocks(layout, pool)
-    tables, fresh = _merge_shards(layout, pool)
+    tables, fresh = _merge_shards(layout, pool, uploads)
     shards = [_shard_info(layout, shard, table) for shard, table in enumerate(tables)]
     quarantined = _quarantined_samples(source.splits[layout.split], blocks)
     samples = _check_count(layout, shards, quarantined)
@@ -83,8 +88,10 @@ def _encode_blocks(layout: SplitLayout, pool: Pool[SplitInputs]) -> list[Table]:
     return [load_table(layout.block_table(block)) for block in range(layout.blocks)]
 
 
-def _merge_shards(layout: SplitLayout, pool: Pool[SplitInputs]) -> tuple[list[Table], list[int]]:
-    """Run pass 2 for the unfinished shards.
+def _merge_shards(
+    layout: SplitLayout, pool: Pool[SplitInputs], uploads: Uploads | None
+) -> tuple[list[Table], list[int]]:
+    """Run pass 2 for the unfinished shards, and upload them.
 
     Returns:
         The tables of all shards, and the indices of the shards that this call wrote.
@@ -93,15 +100,26 @@ def _merge_shards(layout: SplitLayout, pool: Pool[SplitInputs]) -> tuple[list[Ta
     missing = [shard for shard in range(layout.shard_count) if not layout.is_written(shard, present)]
     left = Counter(shard // layout.group_shards for shard in missing)  # unwritten shards of each group
     with _progress_bar(layout, "write") as bar:
-        bar.update(layout.rows - sum(layout.shard_size(shard) for shard in missing))
+
+        def finish(shard: int) -> None:
+            files, count = layout.shard_files(shard), partial(bar.update, layout.shard_size(shard))
+            if uploads is None:
+                count()
+            else:
+                uploads.submit(files, layout.upload_mark(shard), count)
+
+        for shard in sorted(set(range(layout.shard_count)) - set(missing)):
+            finish(shard)
         for group in set(range(layout.groups)) - left.keys():
             _release_spool(layout, group)
         for shard in pool.imap(merge, [(layout.split, shard) for shard in missing]):
-            bar.update(layout.shard_size(shard))
+            finish(shard)
             group = shard // layout.group_shards
             left[group] -= 1
             if left[group] == 0:
                 _release_spool(layout, group)
+        if uploads is not None:
+            uploads.wait()
     return [load_table(layout.shard_table(shard)) for shard in range(layout.shard_count)], missing
 
 

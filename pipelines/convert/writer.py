@@ -15,9 +15,11 @@ import json
 import os
 import shutil
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +38,9 @@ from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, DatasetInfo, load_dataset
 from pipelines.storage.index import sample_stride
 
+if TYPE_CHECKING:
+    from pipelines.remote.upload import Uploads
+
 BLOCK_BYTES = 512 * 2**20  # maximum size of a block of source rows, which a worker holds in memory
 SMALL_SOURCE = 4096  # rows; converting fewer takes less time than starting workers
 RULES_VERSION = 2  # version of the encoding rules; must not change within a conversion
@@ -43,9 +48,17 @@ PROBED_ROWS = 32  # samples that are encoded before the conversion, to estimate 
 
 
 def convert_source(
-    source: Source, out: Path, options: Options, workers: int | None, name: str, cluster: Cluster | None = None
+    source: Source,
+    out: Path,
+    options: Options,
+    workers: int | None,
+    name: str,
+    cluster: Cluster | None = None,
+    uploads: Uploads | None = None,
 ) -> DatasetInfo:
     """Convert `source` into the folder `out`, showing progress on stderr.
+
+    With `uploads`, the data set is written to their URL. Each file is uploaded and then deleted from `out`.
 
     After an interruption at any point, another call with the same arguments finishes the conversion. The result is
     byte-identical to that of an uninterrupted conversion.
@@ -59,6 +72,7 @@ def convert_source(
             process.
         name: Name of the data set and prefix of the shard files.
         cluster: Ray cluster whose nodes do the work; None: this machine.
+        uploads: Where to upload the data set, or None to keep it in `out`.
 
     Returns:
         The content of dataset.json.
@@ -66,27 +80,53 @@ def convert_source(
     Raises:
         UserError: `out` contains other files or is in use, the disk is too small, the source is invalid or cannot be
             read, no image of a split can be decoded, npy images differ in shape, a sample is defective and
-            `options.strict` is set, or a worker was killed.
+            `options.strict` is set, a worker was killed, or the URL of `uploads` contains other objects or cannot be
+            written to.
         OSError: A file in `out` cannot be read or written.
     """
     checks.check_classes(source)
     source_entry = {"kind": source.kind, "name": source.name, "fingerprint": source.fingerprint}
     request: dict[str, object] = {"name": name, "options": _options_entry(options), "source": source_entry}
-    if (out / "dataset.json").exists():
-        return _load_finished(out, request)
+    if (finished := _load_finished(out, request, uploads)) is not None:
+        return finished
     layouts = {split: _plan_layout(source, split, options, name, out) for split in source.splits}
     checks.check_shapes(layouts)
-    checks.check_disk(layouts, out)
-    with checks.lock_output(out, {**request, "state": source.state, "rules": RULES_VERSION}) as spool:
+    cores = len(os.sched_getaffinity(0)) if workers is None else workers
+    checks.check_disk(layouts, out, None if uploads is None else 2 * cores + uploads.most)
+    with _lock(out, {**request, "state": source.state, "rules": RULES_VERSION}, uploads) as spool:
         inputs = {split: SplitInput(layouts[split], rows) for split, rows in source.splits.items()}
         with _open_pool(inputs, spool, workers, cluster) as pool:
-            written = _write_splits(source, layouts, pool)
+            written = _write_splits(source, layouts, pool, uploads)
         checks.remove_temporary(out)  # of nodes that died
-        _write_json(out / "_info.json", _webdataset_info(written))
-        sync_folder(out)  # all files are on disk before dataset.json names them
-        _write_json(out / "dataset.json", _dataset_content(source, options, request, written))
-        sync_folder(out)
+        dataset = _finish(out, written, _dataset_content(source, options, request, written), uploads)
         shutil.rmtree(spool)
+    return dataset
+
+
+@contextmanager
+def _lock(out: Path, request: dict[str, object], uploads: Uploads | None) -> Iterator[Path]:
+    """Lock `out` and yield its spool folder, see `checks.lock_output`. Start the uploads if there are any."""
+    if uploads is None:
+        with checks.lock_output(out, request) as spool:
+            yield spool
+        return
+    uploads.check_place(out)
+    request = {**request, "out": uploads.url}
+    with checks.lock_output(out, request, "--spool") as spool, uploads:
+        uploads.start(request)
+        yield spool
+
+
+def _finish(
+    out: Path, written: dict[str, WrittenSplit], content: dict[str, object], uploads: Uploads | None
+) -> DatasetInfo:
+    """Write _info.json, and dataset.json with `content` last. Return the data set."""
+    _write_json(out / "_info.json", _webdataset_info(written))
+    sync_folder(out)  # all files are on disk before dataset.json names them
+    if uploads is not None:
+        return uploads.finish(out, _json(content))
+    _write_json(out / "dataset.json", content)
+    sync_folder(out)
     dataset = load_dataset(out)
     hash_cache.store_hashes(out, dataset, {name: sha for part in written.values() for name, sha in part.fresh.items()})
     return dataset
@@ -100,15 +140,24 @@ def _options_entry(options: Options) -> dict[str, object]:
     return entry
 
 
-def _load_finished(out: Path, request: dict[str, object]) -> DatasetInfo:
-    """Load the data set in `out`. Raises UserError if it was converted by another `request`."""
-    dataset = load_dataset(out)
+def _load_finished(out: Path, request: dict[str, object], uploads: Uploads | None) -> DatasetInfo | None:
+    """Load the data set in `out` or at the URL of `uploads`, or return None if there is none.
+
+    Raises:
+        UserError: It was converted by another `request`.
+    """
+    place = out if uploads is None else uploads.url
+    if uploads is None and not (out / "dataset.json").exists():
+        return None
+    dataset = load_dataset(out) if uploads is None else uploads.load()
+    if dataset is None:
+        return None
     if {key: dataset.content.get(key) for key in request} != request:
         raise UserError(
-            f"{out} already contains the data set {dataset.name!r}, converted from another source or with other "
+            f"{place} already contains the data set {dataset.name!r}, converted from another source or with other "
             "options; choose another --out or delete the folder"
         )
-    print(f"{out} already contains this data set: nothing to do", file=sys.stderr)
+    print(f"{place} already contains this data set: nothing to do", file=sys.stderr)
     shutil.rmtree(out / ".spool", ignore_errors=True)
     return dataset
 
@@ -123,11 +172,13 @@ def _open_pool(
     return WorkerPool(len(os.sched_getaffinity(0)) if workers is None else workers, inputs)
 
 
-def _write_splits(source: Source, layouts: dict[str, SplitLayout], pool: Pool[SplitInputs]) -> dict[str, WrittenSplit]:
+def _write_splits(
+    source: Source, layouts: dict[str, SplitLayout], pool: Pool[SplitInputs], uploads: Uploads | None
+) -> dict[str, WrittenSplit]:
     """Write the splits, and return them in the order of the source."""
     # train is the largest split. It comes last, so that the spool files of other splits are already deleted.
     order = sorted(layouts, key=lambda split: split == "train")
-    written = {split: write_split(source, layouts[split], pool) for split in order}
+    written = {split: write_split(source, layouts[split], pool, uploads) for split in order}
     return {split: written[split] for split in source.splits}
 
 
@@ -169,7 +220,11 @@ def _webdataset_info(written: dict[str, WrittenSplit]) -> dict[str, object]:
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:
-    atomic_write(file, lambda opened: opened.write(json.dumps(content, indent=1).encode() + b"\n"), sync=False)
+    atomic_write(file, lambda opened: opened.write(_json(content)), sync=False)
+
+
+def _json(content: dict[str, object]) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def _plan_layout(source: Source, split: str, options: Options, name: str, out: Path) -> SplitLayout:

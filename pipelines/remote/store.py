@@ -153,18 +153,18 @@ class Store:
         def start() -> Coroutine[object, object, object]:
             return self._files._put_file(str(file), self.join(name), callback=_Progress(add))
 
-        self._check_writable()
+        self.check_writable()
         # The libraries report a multi-part upload part by part, so a slow part must not count as stalled.
         self._request(name, "write", start, stopped, lambda: sent, 10 * STALL_S)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small object, which is replaced if it exists."""
-        self._check_writable()
+        self.check_writable()
         self._request(name, "write", lambda: self._files._pipe_file(self.join(name), content))
 
     def remove(self, name: str) -> None:
         """Remove an object, which may be missing."""
-        self._check_writable()
+        self.check_writable()
         if self.find(name) is not None:
             self._request(name, "remove", lambda: self._files._rm_file(self.join(name)))
 
@@ -194,7 +194,8 @@ class Store:
 
         return self._request("", "list", entries)
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raise UserError if objects of this kind of URL cannot be written."""
         if self._scheme.startswith("http"):
             raise UserError(f"cannot write to {self.url}: web servers are only read; give an s3:// or gs:// URL")
 

@@ -33,7 +33,7 @@ def verify(folder: str | Path) -> list[str]:
     with progress_bar(total=total, desc="verify", unit="B", unit_scale=True, unit_divisor=1024) as bar:
         for name in dataset.splits:
             problems += _verify_split(folder, dataset, name, bar)
-    return problems + _verify_info(folder, dataset)
+    return problems + info_errors(folder, dataset)
 
 
 def _verify_split(folder: Path, dataset: DatasetInfo, name: str, bar: tqdm) -> list[str]:
@@ -49,15 +49,25 @@ def _verify_split(folder: Path, dataset: DatasetInfo, name: str, bar: tqdm) -> l
         split = open_split(folder, name, verify="off")
     except UserError as error:
         return problems or [str(error).removesuffix(f"; {RECONVERT}")]
-    for number, (result, shard) in enumerate(zip(results, shards, strict=True)):
-        if isinstance(result, str):  # already in `problems`
-            continue
-        if result.sha256 != shard.sha256:
-            text = tar_check.diagnose(split, number, result.sha256).text
-            problems.append(f"{shard.file} does not have the sha256 that dataset.json gives: {text}")
-        elif problem := _members_error(split, number):
+    for number, result in enumerate(results):
+        if not isinstance(result, str) and (problem := shard_error(split, number, result.sha256)):
             problems.append(problem)
     return problems
+
+
+def shard_error(split: Split, number: int, sha256: str) -> str | None:
+    """Return the problem of a shard with the size that dataset.json gives, or None if it is intact.
+
+    Args:
+        split: Split that contains the shard. The contents of other shards are not read.
+        number: Index of the shard in the split.
+        sha256: Actual hash of the shard.
+    """
+    shard = split.info.shards[number]
+    if sha256 != shard.sha256:
+        text = tar_check.diagnose(split, number, sha256).text
+        return f"{shard.file} does not have the sha256 that dataset.json gives: {text}"
+    return _members_error(split, number)
 
 
 def _hash_shards(folder: Path, shards: Sequence[ShardInfo], bar: tqdm) -> list[hash_cache.HashedFile | str]:
@@ -115,7 +125,8 @@ def _reason(error: OSError) -> str:
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
-def _verify_info(folder: Path, dataset: DatasetInfo) -> list[str]:
+def info_errors(folder: Path, dataset: DatasetInfo) -> list[str]:
+    """Return the problems of _info.json."""
     try:
         splits = json.loads(_read_start(folder / "_info.json", MAX_BYTES))["splits"]
         lengths = {name: split["shard_lengths"] for name, split in splits.items()}

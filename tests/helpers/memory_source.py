@@ -1,7 +1,8 @@
 """A tiny source of samples in memory. Imports neither torch nor DALI, so that subprocesses start fast.
 
-`python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT]` converts it. With KILL_AT n, the process is
-killed at its n-th flush, rename or removal of a file.
+`python tests/helpers/memory_source.py OUT ENCODING WORKERS [KILL_AT [URL]]` converts it. With KILL_AT n > 0, the
+process is killed at its n-th flush, rename or removal of a file. With URL, OUT is the folder of the unfinished
+conversion.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from pipelines.convert import writer
 from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
+from pipelines.remote.upload import Uploads
 from pipelines.storage.dataset import DatasetInfo
 
 CLASSES = tuple(f"class {number}" for number in range(12))  # two digits in a .cls member
@@ -94,10 +96,17 @@ def tiny_source(encoding: str) -> Source:
     return memory_source(train=train, val=val, test=test)
 
 
-def write(source: Source, out: Path, encoding: str | Encoding = "npy", workers: int = 1, **options: Any) -> DatasetInfo:
+def write(
+    source: Source,
+    out: Path,
+    encoding: str | Encoding = "npy",
+    workers: int = 1,
+    uploads: Uploads | None = None,
+    **options: Any,
+) -> DatasetInfo:
     """Convert a source with shards of 1 MiB."""
     chosen = Encoding(encoding) if isinstance(encoding, str) else encoding  # type: ignore[arg-type]
-    return convert_source(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny")
+    return convert_source(source, out, Options(chosen, **{"shard_mib": 1, **options}), workers, "tiny", uploads=uploads)
 
 
 def kill_at(count: int) -> None:
@@ -124,6 +133,6 @@ def kill_at(count: int) -> None:
 if __name__ == "__main__":
     out, encoding, workers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     writer.SMALL_SOURCE = 0  # use all workers, although one would be faster
-    if len(sys.argv) > 4:
+    if len(sys.argv) > 4 and int(sys.argv[4]) > 0:
         kill_at(int(sys.argv[4]))
-    write(tiny_source(encoding), out, encoding, workers)
+    write(tiny_source(encoding), out, encoding, workers, Uploads(sys.argv[5]) if len(sys.argv) > 5 else None)

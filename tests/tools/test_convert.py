@@ -19,6 +19,7 @@ from PIL import Image
 
 from configs.utils.errors import UserError
 from helpers.cifar_files import write_archive, write_cifar10
+from helpers.object_store import BUCKET, s3_server
 from pipelines.convert.encode import ROTATED
 from pipelines.storage.dataset import load_dataset
 from pipelines.storage.open import open_split
@@ -258,6 +259,30 @@ def test_invalid_arguments_exit_with_2(arguments: list[str], tmp_path: Path, mon
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--quality and --subsampling belong to --encoding jpeg"):
         convert.main(["digits", "--out", str(tmp_path / "x"), "--quality", "90"])
+    with pytest.raises(UserError, match="--spool is for an --out in an object store"):
+        convert.main(["digits", "--out", str(tmp_path / "x"), "--spool", str(tmp_path / "spool")])
+
+
+def test_url_is_converted_into_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with s3_server():
+        url = f"s3://{BUCKET}/digits"
+        for timed in (True, False):
+            assert convert.main(["digits", "--out", f"{url}/", "--workers", "1"]) == 0
+            found = capsys.readouterr()
+            assert found.out.startswith(f"{url}: 1,797 samples of 10 classes as npy")
+            assert ("images/s" in found.out) == timed
+            assert (f"{url} already contains this data set: nothing to do" in found.err) != timed
+        assert convert.main(["verify", url]) == 0
+    assert capsys.readouterr().out == f"{url} is intact: 1,797 samples in 2 shards\n"
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_url_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write to https://host/set: web servers are only read"):
+        convert.main(["imagefolder", "--source", str(tmp_path / "missing"), "--out", "https://host/set"])
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 101])
