@@ -151,7 +151,14 @@ def open_limited(data: DataConfig, name: str, on_bad_sample: OnBadSample = OnBad
     Raises:
         UserError: See `open_split`.
     """
-    split = open_split(data.path, name, verify=data.verify, on_bad_sample=on_bad_sample)
+    split = open_split(
+        data.path,
+        name,
+        verify=data.verify,
+        on_bad_sample=on_bad_sample,
+        cache=data.cache,
+        cache_gib=data.cache_gib,
+    )
     if data.limit is None:
         return split
     samples = len(split)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.arguments import add_config, new_parser, parse_config, whole_number
 from configs.utils.errors import UserError, run_main
-from configs.utils.files import path_text
+from configs.utils.files import is_url, path_text
 from configs.utils.process import importing_torch
 
 
@@ -78,7 +78,7 @@ def main() -> int:
         raise UserError("--extend needs a run to train longer; give --resume auto or --resume PATH")
     if arguments.fast_dev_run and (evaluates_only or arguments.throughput or arguments.resume is not None):
         raise UserError("--fast-dev-run starts a run of its own; leave out --resume, --eval and --throughput")
-    if arguments.prepare:
+    if arguments.prepare and not is_url(config.data.path):
         from train.prepare import prepare_dataset
 
         prepare_dataset(Path(config.data.path), int(os.environ.get("LOCAL_RANK", "0")))

@@ -140,7 +140,7 @@ def picture_encoding(model: TrainedModel) -> Encoding:
 
 
 def predicted_batches(
-    model: TrainedModel, folder: Path, split: str, tta: str | None, batch_size: int | None
+    model: TrainedModel, folder: str | Path, split: str, tta: str | None, batch_size: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the logits and labels of each batch of a split, computed as in evaluation.
 

@@ -36,7 +36,13 @@ class DataConfig(Section):
     """The data set and how it is loaded."""
 
     path: Resumable[Annotated[str, IsPath]] = Field(min_length=1)
-    """Folder of the converted data set (with dataset.json), such as data/cifar10."""
+    """Folder of the converted data set (with dataset.json), such as data/cifar10, or its URL in an object store:
+    s3://…, gs://… or https://…"""
+    cache: Neutral[Annotated[str, IsPath] | None] = None
+    """Folder in which the shards of a URL are cached, on a local disk; null: model-zhu/data in the user's cache."""
+    cache_gib: Neutral[float | None] = Field(default=None, gt=0)
+    """Maximum size of a data set's cached shards in GiB. A smaller cache than the data set needs the sequential-window
+    order; null: no limit."""
     batch_size: int = Field(default=128, ge=1)
     """Samples per rank and forward pass."""
     views: int = Field(default=1, ge=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import filecmp
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import BinaryIO
 
 from configs.utils.errors import UserError
 
+_URL = re.compile("^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 MAX_TEXT_BYTES = 2**26  # limit for text files written by runs; a line of metrics has about 500 bytes
 
 
@@ -29,6 +31,11 @@ def expand_home(path: str) -> str:
     if expanded.startswith("~"):
         raise ValueError("starts with ~, but there is no such user; write ./~ for a file name that starts with ~")
     return expanded
+
+
+def is_url(path: str | Path) -> bool:
+    """Return True if the path of a data set is a URL, such as s3://bucket/set, rather than a folder or file."""
+    return _URL.match(str(path)) is not None
 
 
 def user_cache(name: str) -> Path:

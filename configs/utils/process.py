@@ -7,6 +7,7 @@ import fcntl
 import gc
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 LOCK_POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -55,6 +56,28 @@ def acquire_lock(
             return False
         on_wait()
         time.sleep(LOCK_POLL_S)
+
+
+def lock_byte(file: BinaryIO, place: int, kind: Literal["shared", "exclusive", "none"]) -> bool:
+    """Lock one byte of an open file, or release it, without waiting.
+
+    Return False if another open file, in this process or another one, holds a conflicting lock. Locks belong to the
+    open file: a second call changes its own lock, and closing the file or ending the process releases all of them.
+
+    Args:
+        file: A file open for reading and writing. It may be shorter than `place`.
+        place: Position of the byte.
+        kind: "shared" locks exclude exclusive ones, and "exclusive" locks all others; "none" releases the lock.
+
+    Raises:
+        OSError: The file system does not support locks.
+    """
+    number = {"shared": fcntl.F_RDLCK, "exclusive": fcntl.F_WRLCK, "none": fcntl.F_UNLCK}[kind]
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", number, os.SEEK_SET, place, 1, 0))  # struct flock
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 @contextmanager

@@ -63,6 +63,15 @@ class BatchPlan:
         """Return the indices of the samples of a batch, int64 [B]."""
         raise NotImplementedError
 
+    def shard_schedule(self, epoch: int, shard: np.ndarray) -> order.ShardSchedule:
+        """Return which shards the batches of an epoch read, and when.
+
+        For training, these are the batches of all ranks of this machine. `shard` is the shard of each sample of the
+        split, int [samples].
+        """
+        samples = np.concatenate([self.indices(epoch, step) for step in range(self.steps)])
+        return order.shard_schedule(samples, shard, self.steps, self.batch_size)
+
     def draws(self, epoch: int, samples: np.ndarray) -> Draws:
         """Return the augmentation parameters of each view of `samples`, int64 [N], by name; see `draw_views`."""
         return {}
@@ -119,6 +128,9 @@ class TrainBatches(BatchPlan):
         return order.train_batch(
             self._order(epoch), step, self.batch_size, self._rank, self._world_size, self._machines
         )
+
+    def shard_schedule(self, epoch: int, shard: np.ndarray) -> order.ShardSchedule:
+        return self.schedule(epoch)
 
     def schedule(self, epoch: int) -> order.ShardSchedule:
         """Return which shards this machine reads in an epoch, and in which batches."""

@@ -91,9 +91,13 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
         if device.type == "cpu"
         else torch.empty((len(rows), view.shape[1]), dtype=torch.uint8, device=device)
     )
-    chunk = max(1, 2**28 // view.shape[1])
-    for start in range(0, len(rows), chunk):
-        pixels[start : start + chunk].copy_(mapped.index_select(0, order[start : start + chunk]))
+    is_whole = split.residency is None or not split.residency.evicts
+    chunk = max(1, (2**28 if is_whole else 2**24) // view.shape[1])
+    with split.hold(slice(None if is_whole else 0)):
+        for start in range(0, len(rows), chunk):
+            some = slice(start, start + chunk)
+            with split.hold(some):
+                pixels[some].copy_(mapped.index_select(0, order[some]))
     split.check_unchanged()
     return pixels
 
@@ -101,10 +105,10 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
 def resident_fits(split: Split, device: torch.device) -> bool:
     """Return True if data.placement=auto keeps the split in device memory.
 
-    This requires an npy split whose images all have the same shape. On a GPU, the split may take up to half of the free
-    memory, and on the CPU up to RESIDENT_BYTES_ON_CPU.
+    This requires an npy split whose images all have the same shape, and which fits the cache if it is remote. On a
+    GPU, the split may take up to half of the free memory, and on the CPU up to RESIDENT_BYTES_ON_CPU.
     """
-    if split.encoding != "npy" or split.image_shape is None:
+    if split.encoding != "npy" or split.image_shape is None or (split.residency and split.residency.evicts):
         return False
     limit = RESIDENT_BYTES_ON_CPU
     if device.type == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
@@ -43,11 +43,12 @@ class Gathering:
             for _ in range(stage.backend.threads)
         ]
         self._preparer = Thread(target=_prepare, args=(stage.plan, self._to_prepare), name="prepare", daemon=True)
+        stage.claim_slots(self.close)
+        unfollow = stage.follow(position)
         # Threads do not refer to this object, so that it is finalized when its owner drops it.
         self._stop = weakref.finalize(
-            self, _stop, stage, self.in_flight, self._tasks, self._to_prepare, [*threads, self._preparer]
+            self, _stop, stage, self.in_flight, self._tasks, self._to_prepare, [*threads, self._preparer], unfollow
         )
-        stage.claim_slots(self.close)
         # At exit, `finalize` may be called after DALI has shut its graphs down. Functions of atexit run newest first.
         atexit.register(self._stop)
         self._fill_free_slots()
@@ -66,6 +67,7 @@ class Gathering:
     def add_epoch(self, epoch: int) -> None:
         """Gather the batches of `epoch` after those of the epochs added before."""
         self._epochs.append((epoch, self.stage.groups(0, grow=False)))
+        self.stage.add_epoch(epoch)
         self._fill_free_slots()
 
     def prepare(self, epoch: int) -> None:
@@ -127,7 +129,12 @@ def _prepare(plan: BatchPlan, epochs: Epochs) -> None:
 
 
 def _stop(
-    stage: Stage, in_flight: deque[HostBatch], tasks: Tasks, to_prepare: Epochs, threads: Sequence[Thread]
+    stage: Stage,
+    in_flight: deque[HostBatch],
+    tasks: Tasks,
+    to_prepare: Epochs,
+    threads: Sequence[Thread],
+    unfollow: Callable[[], None],
 ) -> None:
     """Take the batches in flight out of the runner, and end the threads after the groups that they are gathering."""
     while in_flight:
@@ -137,6 +144,7 @@ def _stop(
     with suppress(Empty):
         while True:
             tasks.get_nowait()
+    unfollow()  # wakes threads that wait for a shard
     to_prepare.put(None)
     for _ in threads:
         tasks.put(None)

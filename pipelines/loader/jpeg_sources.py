@@ -214,6 +214,7 @@ class MappedFiles(SampleSource):
     def __init__(self, split: Split, decodes: Callable[[np.ndarray], bool]) -> None:
         self._split, self._decodes, self.monitor = split, decodes, split.monitor
         self._content, self._address, self._size = split.content, split.address, split.size
+        self._copies = split.residency is not None and split.residency.evicts  # DALI reads files after `fill`
         self._sound: set[int] = set()  # suspicious samples that DALI decodes
 
     def fill(self, slot: int, indices: np.ndarray, draws: Draws) -> list[np.ndarray]:
@@ -234,7 +235,8 @@ class MappedFiles(SampleSource):
         if is_suspect.any():
             self._check(indices, np.flatnonzero(is_suspect))
         places = zip(offsets.tolist(), sizes.tolist(), strict=True)
-        return [self._content[offset : offset + size] for offset, size in places]
+        files = [self._content[offset : offset + size] for offset, size in places]
+        return [file.copy() for file in files] if self._copies else files
 
     def _check(self, indices: np.ndarray, suspects: np.ndarray) -> None:
         """Test the suspicious samples of a batch.

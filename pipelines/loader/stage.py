@@ -8,16 +8,19 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from configs.schema import AugConfig
 from configs.utils.errors import UserError
-from pipelines.interfaces import Draws, StoredImages, no_wait
+from pipelines.interfaces import Draws, Position, StoredImages, no_wait
 from pipelines.loader.backend import Backend
 from pipelines.loader.bad_samples import BadSamples, Undecodable
 from pipelines.loader.batches import BatchPlan, ChosenSamples
+from pipelines.storage.split import ReadingPlan
 
 IN_FLIGHT = 2  # maximum number of batches in the runner
 MAX_GROUP = 8  # maximum number of batches that are gathered together
@@ -79,6 +82,10 @@ class Stage:
         groups_ahead = -(-max(spec.data.prefetch, IN_FLIGHT) // self._max_group) + 1
         self.slots = groups_ahead + 2 * backend.threads
         self.slot_waits: list[Callable[[], None]] = [no_wait] * self.slots
+        split = bad.split
+        self._residency = None if backend.spec.pixels is not None else split.residency  # None: all samples are here
+        if self._residency is not None:
+            self._residency.check_space(self._reading_plan(), backend.threads * self._max_group)
         self._users: deque[weakref.WeakMethod[Callable[[], None]]] = deque(maxlen=1)  # closes the user of the slots
         # The allocator reuses the source's memory only after this stream has finished using the memory.
         with torch.cuda.stream(backend.stream):
@@ -97,6 +104,23 @@ class Stage:
         stage = copy.copy(self)
         stage.plan = ChosenSamples(self.plan, samples)
         return stage
+
+    def _reading_plan(self) -> ReadingPlan:
+        spec = self.backend.spec
+        order = spec.data.order if isinstance(spec.transforms, AugConfig) else ""
+        return ReadingPlan(lambda epoch: self.plan.shard_schedule(epoch, spec.split.shard), self.plan.steps, order)
+
+    def follow(self, position: Position) -> Callable[[], None]:
+        """Fetch shards ahead of the batches from a position on, and return a function that ends this."""
+        residency = self._residency
+        if residency is None:
+            return no_wait
+        return partial(residency.unfollow, residency.follow(self._reading_plan(), position.epoch, position.step))
+
+    def add_epoch(self, epoch: int) -> None:
+        """Fetch the shards of another epoch after those of the ones before."""
+        if self._residency is not None:
+            self._residency.add_epoch(epoch)
 
     def claim_slots(self, close: Callable[[], None]) -> None:
         """Call the method `close` of the previous user of the slots, and keep that of the new user.
@@ -126,6 +150,8 @@ class Stage:
         Raises:
             UserError: A file of the source has changed, or bad samples cannot be replaced.
         """
+        if self._residency is not None:
+            self._residency.advance(epoch, steps.start)
         batches = [self.plan.indices(epoch, step) for step in steps]
         group = self.gather(epoch, batches[0] if len(batches) == 1 else np.concatenate(batches), slot)
         if len(batches) == 1:
@@ -157,7 +183,7 @@ class Stage:
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
                     return HostBatch(self._fill(slot, rows, draws), labels, indices, draws, slot)
             except Undecodable as found:
-                self.bad.add(found.defects, self.source.defect)
+                self.bad.add(found.defects, self._defect)
 
     def _fill(self, slot: int, indices: np.ndarray, draws: Draws) -> StoredImages:
         """Fill a slot and return its images.
@@ -167,7 +193,8 @@ class Stage:
             Undecodable: Samples cannot be decoded.
         """
         try:
-            images = self.source.fill(slot, indices, draws)
+            with nullcontext() if self._residency is None else self._residency.hold(self.bad.split.shard[indices]):
+                images = self.source.fill(slot, indices, draws)
         except Exception:
             self.source.check_unchanged()  # report a changed file rather than the sample that it broke
             raise
@@ -189,7 +216,7 @@ class Stage:
         if defects is None:
             raise error
         try:
-            self.bad.add(defects, self.source.defect)
+            self.bad.add(defects, self._defect)
         except UserError as refusal:
             raise refusal from error
 
@@ -198,5 +225,9 @@ class Stage:
 
         This is slow, since the samples are decoded one by one.
         """
-        found = ((sample, self.source.defect(sample)) for sample in host_batch.indices.tolist())
+        found = ((sample, self._defect(sample)) for sample in host_batch.indices.tolist())
         return {sample: reason for sample, reason in found if reason is not None}
+
+    def _defect(self, sample: int) -> str | None:
+        with self.bad.split.hold(slice(sample, sample + 1)):
+            return self.source.defect(sample)

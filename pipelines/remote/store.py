@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -46,7 +45,6 @@ PERMANENT = {
     "ValueError",
     "TypeError",
 }
-_URL = re.compile(r"^([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -71,11 +69,6 @@ class Stopped(Protocol):
     """A flag that ends transfers, such as threading.Event."""
 
     def is_set(self) -> bool: ...
-
-
-def is_url(path: str | Path) -> bool:
-    """Return True if a path of a data set is a URL rather than a folder."""
-    return _URL.match(str(path)) is not None
 
 
 class Store:

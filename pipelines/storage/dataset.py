@@ -124,7 +124,15 @@ def load_dataset(folder: str | Path) -> DatasetInfo:
             file outside the data set. The message says how to fix this.
     """
     path = Path(folder) / "dataset.json"
-    content = _read(path)
+    return parse_content(_read(path), path)
+
+
+def parse_content(content: bytes, path: Path | str) -> DatasetInfo:
+    """Parse and check the content of dataset.json. `path` is its path or URL for messages.
+
+    Raises:
+        UserError: See `load_dataset`.
+    """
     try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")

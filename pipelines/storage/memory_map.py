@@ -30,7 +30,7 @@ class MappedShards(NamedTuple):
     content: np.ndarray  # uint8 [files * slot]
     files: list[np.ndarray]  # views of `content`: the bytes of each file
     fault_address: np.ndarray  # int64 [files]: address of a failed read in each file, or 0 (see `sigbus`)
-    stamps: list[FileStamp]  # stamp of each file when it was mapped
+    stamps: list[FileStamp | None]  # stamp of each file when it was mapped; None: not mapped, reads as zeros
 
 
 def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedShards:
@@ -49,16 +49,32 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
         ValueError: Too many files are mapped (see `sigbus.register`).
         OSError: The SIGBUS handler cannot be installed.
     """
+    mapped = reserve(files[0].parent, sizes, slot)
+    for number, file in enumerate(files):
+        mapped.stamps[number] = map_file(mapped, number, file)
+    return mapped
+
+
+def reserve(folder: Path, sizes: list[int], slot: int) -> MappedShards:
+    """Reserve the address range of `map_files`, without mapping any file.
+
+    Args:
+        folder: Folder of the files, for messages.
+        sizes, slot: See `map_files`.
+
+    Raises:
+        UserError, ValueError, OSError: See `map_files`.
+    """
     from pipelines.storage import sigbus  # deferred: compiles the handler with Numba
 
-    total = slot * len(files)
+    total = slot * len(sizes)
     if total > MAX_COUNT:
-        raise UserError(f"cannot map {total:,} bytes of {files[0].parent}; at most {MAX_COUNT:,} can be addressed")
+        raise UserError(f"cannot map {total:,} bytes of {folder}; at most {MAX_COUNT:,} can be addressed")
 
     # The gaps between files read as zeros, so that printing the whole array does not crash.
-    base = _map(files[0].parent, None, total, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    base = _map(folder, None, total, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     buffer = (ctypes.c_ubyte * total).from_address(base)
-    starts = base + np.arange(len(files), dtype=np.int64) * slot
+    starts = base + np.arange(len(sizes), dtype=np.int64) * slot
     ends = starts - -np.array(sizes, np.int64) // mmap.PAGESIZE * mmap.PAGESIZE
     guarded, fault_address = sigbus.register(np.stack([starts, ends], axis=1))
 
@@ -69,14 +85,27 @@ def map_files(files: tuple[Path, ...], sizes: list[int], slot: int) -> MappedSha
     # All views of `content` keep `buffer` alive, so the files are unmapped once nothing can read them. There is
     # no other owner: views are passed on. At exit, the files stay mapped, since a loader thread may still read.
     weakref.finalize(buffer, unmap).atexit = False
-    stamps = []
-    for start, file, size in zip(starts.tolist(), files, sizes, strict=True):
-        with readable(file), file.open("rb") as opened:
-            _map(file.parent, start, size, _MAP_SHARED | _MAP_FIXED, opened.fileno())
-            stamps.append(FileStamp.from_stat(os.fstat(opened.fileno())))
     content = np.frombuffer(memoryview(buffer), np.uint8)
     views = [content[number * slot : number * slot + size] for number, size in enumerate(sizes)]
-    return MappedShards(content, views, fault_address, stamps)
+    return MappedShards(content, views, fault_address, [None] * len(sizes))
+
+
+def map_file(mapped: MappedShards, number: int, file: Path) -> FileStamp:
+    """Map a file in the place of file `number`, and return its stamp.
+
+    Raises:
+        UserError: The file cannot be read or mapped.
+    """
+    view = mapped.files[number]
+    with readable(file), file.open("rb") as opened:
+        _map(file.parent, view.ctypes.data, view.size, _MAP_SHARED | _MAP_FIXED, opened.fileno())
+        return FileStamp.from_stat(os.fstat(opened.fileno()))
+
+
+def unmap_file(mapped: MappedShards, number: int, folder: Path) -> None:
+    """Unmap file `number`, whose place then reads as zeros, so that its disk space is freed if the file was removed."""
+    view = mapped.files[number]
+    _map(folder, view.ctypes.data, view.size, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED, -1)
 
 
 def _map(folder: Path, address: int | None, size: int, flags: int, descriptor: int) -> int:

@@ -30,13 +30,15 @@ class ShardMonitor:
         split: Name of the split, for messages.
         files: Paths of the shards.
         sha256: Hash of each file when the split was opened, or its hash in dataset.json if data.verify=off.
-        mapped: The mapping of the files.
+        mapped: The mapping of the files. Files that are not mapped yet are watched from `watch` on.
     """
 
     def __init__(self, split: str, files: tuple[Path, ...], sha256: list[str], mapped: MappedShards) -> None:
         self._split, self._files, self._sha256 = split, files, sha256
         self._mapped, self._fault_address = mapped.files, mapped.fault_address
-        self._known: list[tuple[int, int, int] | None] = [stamp.content_key for stamp in mapped.stamps]  # None: removed
+        self._known = [None if stamp is None else stamp.content_key for stamp in mapped.stamps]  # None: removed
+        self._watched = {number for number, stamp in enumerate(mapped.stamps) if stamp is not None}
+        self._copies = len(self._watched) < len(files)  # the files are copies in a cache, which may be removed
         self._lock = threading.Lock()
         self._next = time.monotonic() + POLL_INTERVAL_S
         self._error: str | None = None
@@ -69,6 +71,15 @@ class ShardMonitor:
         if self._error is not None:
             raise UserError(self._error)
 
+    def watch(self, number: int, stamp: FileStamp | None) -> None:
+        """Start to watch a file that was mapped, or stop to watch one that will be unmapped, if `stamp` is None."""
+        with self._lock:
+            if stamp is None:
+                self._watched.discard(number)
+            else:
+                self._known[number] = stamp.content_key
+                self._watched.add(number)
+
     def _fault_error(self) -> str | None:
         for number in np.flatnonzero(self._fault_address).tolist():
             file, known = self._files[number], self._known[number]
@@ -80,8 +91,8 @@ class ShardMonitor:
         return None
 
     def _change_error(self) -> str | None:
-        for number, file in enumerate(self._files):
-            known = self._known[number]
+        for number in sorted(self._watched):
+            file, known = self._files[number], self._known[number]
             try:
                 status = file.stat()
             except OSError as error:
@@ -111,15 +122,18 @@ class ShardMonitor:
 
     def _warn_replaced(self, file: Path, what: str) -> None:
         """Warn that a file was replaced or removed. The mapping still shows the original file."""
+        if self._copies:  # it is fetched again when it is opened the next time
+            return
         warn(
             f"{file.name} of split {self._split!r} {what} while it was in use: this run continues with the "
             "original bytes, but cannot be resumed unless the original file is restored"
         )
 
     def _message(self, number: int, what: str) -> str:
+        how = "remove this copy" if self._copies else "restore the file (check the data set with `zhu convert verify`)"
         return (
             f"{self._files[number]} {what} while it was in use, so the run ends before it saves anything trained on "
-            "changed bytes; restore the file (check the data set with `zhu convert verify`) and resume the run"
+            f"changed bytes; {how} and resume the run"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from pipelines.storage.dataset import RECONVERT, DatasetInfo, load_dataset
 from pipelines.storage.index import check_size, load_index, sample_stride
 from pipelines.storage.memory_map import MappedShards, map_files
 from pipelines.storage.monitor import ShardMonitor
-from pipelines.storage.split import Split
+from pipelines.storage.split import Residency, Split
 
 
 def open_split(
@@ -60,18 +61,19 @@ def open_split(
     index = load_index(folder, dataset, name)
     hashed = hash_cache.shard_hashes(folder, dataset, name) if verify == "changed" else None
     sha256 = [shard.sha256 for shard in shards] if hashed is None else [content.sha256 for content in hashed]
-    slot_bytes = _slot_bytes(dataset, name, int(index["size"][0]))
+    slot_bytes = slot_bytes_of(dataset, name, int(index["size"][0]))
     mapped = map_files(files, [shard.bytes for shard in shards], slot_bytes)
-    split = _build_split(dataset, name, files, index, mapped, slot_bytes, sha256)
+    split = build_split(dataset, name, files, index, mapped, slot_bytes, sha256)
     for number, file in enumerate(files):
-        if hashed is not None and mapped.stamps[number].content_key != hashed[number].stamp.content_key:
+        stamp = mapped.stamps[number]
+        if hashed is not None and stamp is not None and stamp.content_key != hashed[number].stamp.content_key:
             raise UserError(f"{file} was changed while it was being opened; start again when nothing writes to it")
         if sha256[number] != shards[number].sha256:
             _refuse(split, number, sha256[number], on_bad_sample)
     return split
 
 
-def _slot_bytes(dataset: DatasetInfo, name: str, image_bytes: int) -> int:
+def slot_bytes_of(dataset: DatasetInfo, name: str, image_bytes: int) -> int:
     """Return the distance between the starts of mapped shards: a multiple of the page size and, for npy, the stride."""
     split, unit = dataset.splits[name], mmap.PAGESIZE
     if dataset.encoding == "npy":
@@ -79,7 +81,7 @@ def _slot_bytes(dataset: DatasetInfo, name: str, image_bytes: int) -> int:
     return -(-max(shard.bytes for shard in split.shards) // unit) * unit
 
 
-def _build_split(
+def build_split(
     dataset: DatasetInfo,
     name: str,
     files: tuple[Path, ...],
@@ -87,7 +89,10 @@ def _build_split(
     mapped: MappedShards,
     slot_bytes: int,
     sha256: list[str],
+    residency: Callable[[ShardMonitor], Residency] | None = None,
 ) -> Split:
+    """Return the split that consists of these parts. `residency` fetches shards; None: all are mapped."""
+    monitor = ShardMonitor(name, files, sha256, mapped)
     return Split(
         dataset=dataset,
         name=name,
@@ -100,7 +105,8 @@ def _build_split(
         size=index["size"],
         content=mapped.content,
         slot_bytes=slot_bytes,
-        monitor=ShardMonitor(name, files, sha256, mapped),
+        monitor=monitor,
+        residency=residency and residency(monitor),
     )
 
 

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipelines.order import ShardSchedule
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import DatasetInfo, SplitInfo
 from pipelines.storage.memory_map import advise
 from pipelines.storage.monitor import ShardMonitor
+
+
+class Residency(Protocol):
+    """The shards of a split of which only some are on this machine at a time."""
+
+    evicts: bool  # whether shards are unmapped when they are not in use
+
+    def hold(self, shards: np.ndarray) -> AbstractContextManager[None]:
+        """Wait until `shards`, int [N], are mapped, and keep them mapped in the context.
+
+        Raises:
+            UserError: A shard cannot be fetched.
+        """
+        ...
+
+    def follow(self, plan: ReadingPlan, epoch: int, step: int) -> object:
+        """Fetch the shards ahead of batch `step` of `epoch`, and return a key for `unfollow`."""
+        ...
+
+    def add_epoch(self, epoch: int) -> None:
+        """Fetch the shards of another epoch after those of the ones before."""
+        ...
+
+    def advance(self, epoch: int, step: int) -> None:
+        """Report that batch `step` of `epoch` will be held, and that earlier ones are held already or not needed."""
+        ...
+
+    def unfollow(self, key: object) -> None:
+        """End the transfers, and all waiting in `hold`, unless a newer call of `follow` has started others."""
+        ...
+
+    def check_space(self, plan: ReadingPlan, ahead: int) -> None:
+        """Raise UserError if the limit of the cache is too small for the shards that a plan needs at once.
+
+        `ahead` is the maximum number of batches that are being made at a time.
+        """
+        ...
+
+
+class ReadingPlan(NamedTuple):
+    """When the shards of a split are read, for `Residency`."""
+
+    schedule: Callable[[int], ShardSchedule]  # that of an epoch
+    steps: int  # batches per epoch
+    order: str  # data.order, or "" for an evaluation, which repeats epoch 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +78,7 @@ class Split:
     content: np.ndarray  # uint8: all shards, mapped one after another in slots of equal size
     slot_bytes: int  # shard k starts at k * slot_bytes of `content`
     monitor: ShardMonitor  # monitor of `files`; poll it while reading `content`
+    residency: Residency | None = None  # None: all shards are mapped; otherwise, `hold` what is read
 
     def __len__(self) -> int:
         return len(self.address)
@@ -58,6 +108,10 @@ class Split:
         """
         columns = {name: getattr(self, name)[samples] for name in ("shard", "heights", "widths", "address", "size")}
         return replace(self, labels=None if self.labels is None else self.labels[samples], **columns)
+
+    def hold(self, samples: np.ndarray | slice) -> AbstractContextManager[None]:
+        """Return a context in which the shards of samples are mapped. Wait for them if they have to be fetched."""
+        return nullcontext() if self.residency is None else self.residency.hold(self.shard[samples])
 
     def image_bytes(self, sample: int) -> np.ndarray:
         """Return the stored bytes of an image, including the .npy header if there is one: uint8 [bytes]."""
@@ -108,7 +162,17 @@ class Split:
 
     def source_rows(self, samples: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the source rows of samples, which are their `keys`: int64 [samples]."""
-        return (self.keys(samples) - np.uint8(ord("0"))) @ 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
+        powers = 10 ** np.arange(tar_format.KEY_DIGITS - 1, -1, -1)
+        if self.residency is None or not self.residency.evicts:
+            with self.hold(samples):
+                return (self.keys(samples) - np.uint8(ord("0"))) @ powers
+        numbers = np.arange(len(self))[samples]
+        rows = np.empty(len(numbers), np.int64)
+        for shard in np.unique(self.shard[numbers]):
+            places = np.flatnonzero(self.shard[numbers] == shard)
+            with self.hold(numbers[places]):
+                rows[places] = (self.keys(numbers[places]) - np.uint8(ord("0"))) @ powers
+        return rows
 
     def advise(self, shards: np.ndarray, advice: int) -> None:
         """Call madvise(2) on whole shards. Failures are ignored.

@@ -17,12 +17,12 @@ from pipelines.loader.train_loader import TrainLoader
 NO_AUG = AugConfig(flip=0)
 
 
-def data_of(folder: Path, batch_size: int = 24, **options: Any) -> DataConfig:
+def data_of(folder: Path | str, batch_size: int = 24, **options: Any) -> DataConfig:
     return DataConfig(path=str(folder), **{"batch_size": batch_size, "threads": 1, **options})
 
 
 def train(
-    folder: Path,
+    folder: Path | str,
     batch_size: int = 24,
     aug: AugConfig = NO_AUG,
     rank: int = 0,
@@ -54,7 +54,7 @@ def train_loader(folder: Path, batch_size: int = 100, accumulation_steps: int = 
 
 
 def evaluation(
-    folder: Path,
+    folder: Path | str,
     batch_size: int = 24,
     rank: int = 0,
     world_size: int = 1,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.utils.errors import UserError
+from configs.utils.files import is_url
 from pipelines import build_eval_loader
 from tools.inference.export_formats import PredictFunction
 from train.trained_model import TrainedModel
@@ -51,7 +52,7 @@ def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) 
         UserError: The data set cannot be read, or a logit is not finite.
     """
     path = data_path or trained.config.data.path
-    if data_path is not None or (Path(path) / "dataset.json").is_file():
+    if data_path is not None or is_url(path) or (Path(path) / "dataset.json").is_file():
         images = first_images(trained, path, samples)
         kind = trained.config.data.val_split
         source = f"{len(images)} images of split {kind!r} of {path}"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.utils.errors import UserError
+from configs.utils.files import is_url
 from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
 from pipelines.open import load_dataset, open_split
@@ -32,7 +33,7 @@ class ImageSet:
     """N images in stored order, the same for every model."""
 
     split: str
-    folders: tuple[Path, ...]  # the data set that each model reads
+    folders: tuple[str | Path, ...]  # the data set that each model reads
     labels: np.ndarray | None  # int64 [N]
     rows: np.ndarray  # int64 [N]: rows in the source, from 0
     source_rows: int  # N plus the images that could not be read
@@ -51,12 +52,13 @@ class ImageSet:
         return self.files[row] if self.files else f"row {row} of split {self.split!r}"
 
 
-def dataset_folder(model: TrainedModel, data_path: str | None) -> Path:
-    """Return the folder of the data set to read splits from: `data_path` if given, else the run's data.path."""
-    return Path(data_path or model.config.data.path)
+def dataset_folder(model: TrainedModel, data_path: str | None) -> str | Path:
+    """Return the folder or URL of the data set to read splits from: `data_path` if given, else the run's data.path."""
+    path = data_path or model.config.data.path
+    return path if is_url(path) else Path(path)
 
 
-def find_picture_folder(name: str, data: Path) -> Path | None:
+def find_picture_folder(name: str, data: str | Path) -> Path | None:
     """Return the folder of pictures called `name`, or None if the data set in `data` has a split of this name.
 
     Raises UserError if there is neither such a split nor such a folder, or if the folder is a converted data set.
@@ -133,7 +135,7 @@ def _convert(source: Source, out: Path, options: Options) -> None:
 
 
 def load_split(
-    name: str, models: Sequence[TrainedModel], folders: Sequence[Path], files: tuple[str, ...] | None = None
+    name: str, models: Sequence[TrainedModel], folders: Sequence[str | Path], files: tuple[str, ...] | None = None
 ) -> ImageSet:
     """Open a split as an image set.
 
@@ -148,9 +150,12 @@ def load_split(
             different images.
     """
     for folder in folders:
-        if not folder.exists():
+        if isinstance(folder, Path) and not folder.exists():
             raise UserError(f"give the data set with --data-path: {folder.absolute()} does not exist")
-    opened = {folder: open_split(folder, name) for folder in folders}
+    opened = {
+        folder: open_split(folder, name, cache=model.config.data.cache, cache_gib=model.config.data.cache_gib)
+        for model, folder in zip(models, folders, strict=True)
+    }
     rows = {folder: split.source_rows() for folder, split in opened.items()}
     first = opened[folders[0]]
     for model, folder in zip(models, folders, strict=True):

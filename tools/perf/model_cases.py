@@ -11,6 +11,7 @@ from configs.load import load_config, parse_config
 from configs.schema import Config, ModelConfig, OptimizerConfig, TrainConfig
 from configs.utils.code import is_reference
 from configs.utils.errors import UserError
+from configs.utils.files import is_url
 from models import list_models
 from pipelines.open import load_dataset
 from train.checkpoint import store
@@ -95,7 +96,7 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
     size_there: int | None = None
     if path.suffix in CONFIG_SUFFIXES:
         config = load_config(path)
-        if Path(config.data.path).is_dir():
+        if is_url(config.data.path) or Path(config.data.path).is_dir():
             dataset = load_dataset(config.data.path)
             classes_there, size_there = len(dataset.classes), dataset.image_shape and dataset.image_shape[0]
     else:

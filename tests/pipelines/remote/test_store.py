@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from configs.utils.errors import UserError
+from configs.utils.files import is_url
 from helpers.object_store import Answer, ObjectStore, failing, folder_server, put, s3_server, upload
 from pipelines.remote import store as module
-from pipelines.remote.store import StoppedError, Store, is_url
+from pipelines.remote.store import StoppedError, Store
 
 CONTENT = bytes(range(256)) * 2000
 
