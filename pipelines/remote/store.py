@@ -138,13 +138,15 @@ class Store:
     def put(self, name: str, file: Path, *, stopped: Stopped | None = None) -> None:
         """Write a local file as an object, which is replaced if it exists."""
         sent = 0
+        # Compare the MD5 that Google Cloud Storage returns. S3 compares a CRC that is sent along.
+        checked = {"consistency": "md5"} if self._scheme == "gs" else {}
 
         def add(size: int) -> None:
             nonlocal sent
             sent += size
 
         def start() -> Coroutine[object, object, object]:
-            return self._files._put_file(str(file), self.join(name), callback=_Progress(add))
+            return self._files._put_file(str(file), self.join(name), callback=_Progress(add), **checked)
 
         self.check_writable()
         # The libraries report a multi-part upload part by part, so a slow part must not count as stalled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -83,25 +84,30 @@ def _split_errors(
 def _shard_error(
     store: Store, folder: Path, split: Split, stopped: Event, count: Callable[[int], object], number: int
 ) -> str | None:
-    """Fetch a shard into the empty file that is mapped, check it, and empty the file again."""
+    """Fetch a shard into the empty file that is mapped, check it, and remove its bytes."""
     shard = split.info.shards[number]
     file = folder / shard.file
     beside = file.with_suffix(".idx")
-    try:
-        if problem := _fetch(store, folder, shard, stopped, count):
-            return problem
-        _fetch_if_stored(store, folder, beside.name, shard.bytes)
-        return shard_error(split, number, hash_file(file).sha256)
-    finally:
-        _empty(file, shard.bytes)
-        beside.unlink(missing_ok=True)
+    with file.open("r+b") as mapped:
+        try:
+            if problem := _fetch(store, folder, shard, stopped, count):
+                return problem
+            if not os.path.samestat(os.fstat(mapped.fileno()), file.stat()):  # gcsfs removes files of failed transfers
+                with file.open("rb") as fetched:
+                    shutil.copyfileobj(fetched, mapped)
+                mapped.flush()
+            _fetch_if_stored(store, folder, beside.name, shard.bytes)
+            return shard_error(split, number, hash_file(file).sha256)
+        finally:
+            mapped.truncate(0)
+            file.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
 
 def _empty(file: Path, size: int) -> None:
-    """Make a file that has a size, but takes no space. An existing file keeps its inode, so it stays mapped."""
-    with file.open("wb"):
-        pass
-    os.truncate(file, size)
+    """Make a file that has a size, but takes no space."""
+    with file.open("wb") as opened:
+        opened.truncate(size)
 
 
 def _fetch(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from configs.utils.errors import UserError
+from helpers.gcs_server import gcs_server
 from helpers.imports import ROOT
 from helpers.memory_source import MemoryRows, memory_source, tiny_source, write
 from helpers.object_store import BUCKET, Answer, ObjectStore, folder_server, put, s3_server
@@ -24,6 +25,7 @@ from pipelines.remote import store as store_module
 from pipelines.remote import upload as module
 from pipelines.remote.store import Store
 from pipelines.remote.upload import Uploads, spool_folder
+from pipelines.remote.verify import verify
 
 SHARD = "tiny-train-000001.tar"
 
@@ -79,6 +81,29 @@ def test_result_is_byte_identical_to_a_folder(
     assert written(server) == {**dict.fromkeys(files(expected), 1), "_conversion.json": 1}
     (last,) = [path for method, path in list(server.requests) if method == "PUT"][-1:]
     assert last.endswith("/dataset.json")
+
+
+def test_result_in_google_cloud_storage_is_byte_identical(
+    npy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_DELAY_S", 0.01)
+    damages = iter(range(2))
+
+    def fault(method: str, path: str, answer: Answer) -> Answer | None:
+        """Store other bytes than those sent, twice."""
+        if method != "POST" or b'"name": "set/tiny-val' not in answer.body or next(damages, None) is None:
+            return None
+        return answer._replace(body=answer.body.replace(b'"md5Hash": "', b'"md5Hash": "x'))
+
+    with gcs_server() as (server, bucket):
+        server.fault = fault
+        write(tiny_source("npy"), tmp_path / "spool", uploads=Uploads(f"gs://{BUCKET}/set"))
+        assert next(damages, None) is None
+        assert bucket.objects == {f"set/{name}": content for name, content in files(npy_data).items()}
+        assert verify(f"gs://{BUCKET}/set")[1] == []
+        (tmp_path / "large").write_bytes(bytes(6 * 2**20))  # sent in parts
+        Store(f"gs://{BUCKET}/set").put("large", tmp_path / "large")
+        assert bucket.objects["set/large"] == bytes(6 * 2**20)
 
 
 def test_few_finished_shards_are_here_at_a_time(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

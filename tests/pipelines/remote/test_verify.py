@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from configs.utils.errors import UserError
 from helpers.object_store import Answer, ObjectStore, failing, folder_server, s3_server, upload
@@ -110,10 +111,24 @@ def test_few_shards_take_space_at_a_time(
     assert max(sizes) <= most < 2 * max(sizes) < sum(sizes)
 
 
-def test_failing_requests_are_repeated(server: ObjectStore, npy_data: Path) -> None:
-    url = upload(server, npy_data, "failing")
+@pytest.mark.parametrize("removes", [False, True], ids=["", "as gcsfs"])
+def test_failing_requests_are_repeated(
+    removes: bool, server: ObjectStore, npy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_file = s3fs.S3FileSystem._get_file
+
+    async def removing(files: Any, remote: str, local: str, **options: Any) -> None:
+        try:
+            await get_file(files, remote, local, **options)
+        except BaseException:
+            Path(local).unlink(missing_ok=True)
+            raise
+
+    if removes:
+        monkeypatch.setattr(s3fs.S3FileSystem, "_get_file", removing)
+    url = upload(server, npy_data, f"failing-{removes}")
     server.fault = failing(0.3)
-    assert verify(url)[1] == []
+    assert [verify(url)[1] for _ in range(2)] == [[], []]
 
 
 def test_denied_access_ends_the_check(server: ObjectStore, cache: Path, npy_data: Path) -> None:
