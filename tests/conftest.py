@@ -14,6 +14,7 @@ from configs.utils.errors import run_main
 from helpers import own_cache  # noqa: F401 (before anything that copies the environment)
 from helpers.driver import FAULT_LOG, IS_STAND_IN, faults, skip_checks_of_values
 from helpers.memory_source import tiny_source, write
+from helpers.ray_cluster import RayCluster
 from helpers.training import DIGITS, Run, run_script
 from tools import convert
 from train import ddp
@@ -127,6 +128,20 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     result = run_script("--cfg", DIGITS, "--data-path", data, "--output", folder, "--opts", "train.epochs=2")
     assert result.returncode == 0, result.stderr
     return Run(folder / "digits_lenet", data)
+
+
+@pytest.fixture(scope="session")
+def _started_cluster() -> Iterator[RayCluster]:
+    cluster = RayCluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(_started_cluster: RayCluster) -> RayCluster:
+    """A Ray cluster of three nodes with one CPU each. Killed nodes are replaced before the next test."""
+    _started_cluster.restore()
+    return _started_cluster
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class Conversion:
     source: Path
     arguments: tuple[str, ...]
 
-    def command(self, out: Path, workers: int = 3) -> list[str]:
+    def command(self, out: Path, workers: int | None = 3, *more: str) -> list[str]:
         return [
             *SCRIPT,
             *self.arguments,
@@ -43,14 +43,19 @@ class Conversion:
             "x",
             "--shard-mib",
             "1",
-            "--workers",
-            str(workers),
+            *([] if workers is None else ["--workers", str(workers)]),
+            *more,
         ]
 
 
 def contents(folder: Path) -> Contents:
     """Return the contents of all files of a folder, including hidden ones."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def block_count(out: Path) -> int:
+    """Return how many blocks of train an unfinished conversion has encoded."""
+    return len(list((out / ".spool" / "train").glob("block-*.npz")))
 
 
 def write_hdf5(path: Path) -> Path:

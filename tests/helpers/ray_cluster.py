@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, in a process of its own: `python -m helpers.ray_cluster NODES`."""
+"""A Ray cluster of several nodes on this machine, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+NODES = 3
 OBJECT_STORE_BYTES = 80 << 20  # about the minimum
 CPUS = 1  # per node
 
@@ -13,16 +14,16 @@ CPUS = 1  # per node
 class RayCluster:
     """A cluster for tests. It ends with this process, or when it is closed."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(nodes)],
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=Path(__file__).parents[2],
         )
-        self.nodes = nodes
+        self.nodes = NODES
         self.address = self._answer()
 
     def kill_node(self) -> None:
@@ -34,10 +35,14 @@ class RayCluster:
         self._ask("add")
         self.nodes += 1
 
-    def restore(self, nodes: int) -> None:
-        """Add nodes until there are `nodes`."""
-        while self.nodes < nodes:
+    def restore(self) -> None:
+        """Add nodes in place of those that were killed."""
+        while self.nodes < NODES:
             self.add_node()
+
+    def options(self) -> list[str]:
+        """Return the options by which a command uses this cluster."""
+        return ["--engine", "ray", "--address", self.address]
 
     def close(self) -> None:
         self._process.communicate()
@@ -57,14 +62,14 @@ class RayCluster:
         raise AssertionError("the cluster did not start")
 
 
-def serve(nodes: int) -> None:
+def serve() -> None:
     """Start a cluster, and obey the commands on stdin until it is closed."""
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": CPUS, "object_store_memory": OBJECT_STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
     try:
-        others = [cluster.add_node(**options) for _ in range(nodes - 1)]
+        others = [cluster.add_node(**options) for _ in range(NODES - 1)]
         print(f"answer: {cluster.address}", flush=True)
         for line in sys.stdin:
             if line == "kill\n":
@@ -77,4 +82,4 @@ def serve(nodes: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve()

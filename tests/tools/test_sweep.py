@@ -252,12 +252,13 @@ def test_multi_process_runs_end_with_their_parent(digits_run: Run, tmp_path: Pat
     script = f"""
 from pathlib import Path
 from tools.runs.sweep_points import build_points
+from tools.runs.engine.local_runs import LocalRuns
 from tools.runs.run_slots import RunSlot
 from tools.runs.sweep_runner import lock_folder, run_points
 fixed = {settings(digits_run.data, "train.epochs=50")}
 found = build_points(Path({str(DIGITS)!r}), ["seed=1"], [], fixed=fixed, draws=None, seed=0, output={str(tmp_path)!r})
 with lock_folder(Path({str(tmp_path)!r})) as lock:
-    print(list(run_points(found, [RunSlot(processes=2)], lock)))
+    print(list(run_points(found, [RunSlot(processes=2)], LocalRuns(lock))))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=CLEAN, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE

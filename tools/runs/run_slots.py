@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.utils.errors import UserError
+from pipelines.cluster.connection import Node
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
     Raises:
         UserError: A number is below 1, or `gpus_per_run` exceeds the number of GPUs (or 1 if there are none).
     """
-    for name, number in (("gpus-per-run", gpus_per_run), ("parallel", 1 if parallel is None else parallel)):
-        if number < 1:
-            raise UserError(f"--{name} {number} is not a positive whole number; use 1 or more")
+    _check_positive(gpus_per_run=gpus_per_run, parallel=parallel)
     if gpus_per_run > max(1, len(gpus)):
         raise UserError(f"--gpus-per-run {gpus_per_run} exceeds the {len(gpus)} visible GPUs; use fewer")
     starts = range(0, len(gpus) - gpus_per_run + 1, gpus_per_run)
@@ -43,6 +42,48 @@ def make_slots(gpus: Sequence[str], gpus_per_run: int, parallel: int | None) -> 
     cores = len(os.sched_getaffinity(0))
     threads = None if count == 1 else max(1, cores // (count * gpus_per_run))
     return [RunSlot(groups[number % len(groups)], gpus_per_run, threads) for number in range(count)]
+
+
+def make_cluster_slot(
+    nodes: Sequence[Node], gpus_per_run: int, cpus_per_run: int | None, parallel: int | None
+) -> tuple[RunSlot, int, int]:
+    """Return the slot of each run on a cluster, and the CPUs and GPUs that it takes. The cluster chooses the place.
+
+    Args:
+        nodes: The nodes that are alive.
+        gpus_per_run: Number of processes per run, one per GPU.
+        cpus_per_run: CPUs per run. If None, the runs that fit a node divide its CPUs: one per group of GPUs or, without
+            GPUs, one, or as many as `parallel` needs.
+        parallel: Maximum number of concurrent runs, or None.
+
+    Raises:
+        UserError: A number is below 1, or no node has enough CPUs or GPUs.
+    """
+    _check_positive(gpus_per_run=gpus_per_run, cpus_per_run=cpus_per_run, parallel=parallel)
+    has_gpus = any(node.gpus for node in nodes)
+    usable = [node for node in nodes if (node.gpus if has_gpus else 1) >= gpus_per_run]
+    if not usable:
+        most = max((node.gpus for node in nodes), default=0)
+        raise UserError(
+            f"--gpus-per-run {gpus_per_run} exceeds the {most} GPUs of the cluster's largest node; use fewer"
+        )
+    if cpus_per_run is None:
+        spread = -(-(parallel or 1) // len(usable))
+        runs = [node.gpus // gpus_per_run if has_gpus else spread for node in usable]
+        cpus_per_run = min(max(1, node.cpus // count) for node, count in zip(usable, runs, strict=True))
+    elif cpus_per_run > (most := max(node.cpus for node in usable)):
+        raise UserError(
+            f"--cpus-per-run {cpus_per_run} exceeds the {most} CPUs of the cluster's largest node; use fewer"
+        )
+    slot = RunSlot((), gpus_per_run, max(1, cpus_per_run // gpus_per_run))
+    return slot, cpus_per_run, gpus_per_run if has_gpus else 0
+
+
+def _check_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {number} is not a positive whole number; use 1 or more")
 
 
 def visible_gpus() -> list[str]:

@@ -1,44 +1,26 @@
-"""Run the processes of a sweep: start runs in free slots, collect their outcomes, and terminate them with the sweep.
-
-Processes must be started by a thread that outlives them, since `die_with_parent` signals a child when the *thread* that
-started it ends.
-"""
+"""Run the points of a sweep: start runs in free slots, collect their outcomes, and terminate them with the sweep."""
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from configs.load import to_yaml
 from configs.utils.errors import UserError
-from configs.utils.process import acquire_lock, die_with_parent, handle_signals
+from configs.utils.process import acquire_lock, handle_signals
 from tools.common.tables import write_text
 from tools.runs.records import compared_settings, format_setting, read_run
 from tools.runs.run_slots import RunSlot
 from tools.runs.sweep_points import Point
 from train.checkpoint.resume import resolve_resume
 
-TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "ddp.py"
 LOCK_WAIT_S = 5.0  # children of a killed sweep hold its lock until they end
-TERMINATE_GRACE_S = 30.0  # between SIGTERM and SIGKILL, as in torchrun
 POLL_S = 0.1
-TORCHRUN_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 @dataclass(frozen=True)
@@ -48,13 +30,20 @@ class RunOutcome:
     time_s: float
 
 
-@dataclass
-class _RunProcess:
-    point: Point
-    slot: RunSlot
-    process: subprocess.Popen[bytes]
-    log_start: int  # offset in bytes, after the output of earlier attempts
-    started_at: float
+class Engine(Protocol):
+    """Where runs are trained, see `tools.runs.engine`."""
+
+    def start(self, point: Point, slot: RunSlot) -> None:
+        """Start to train the config at `config_path(point)`, with the output in `log_path(point)`."""
+        ...
+
+    def ended(self) -> list[tuple[RunOutcome, RunSlot]]:
+        """Return the outcomes of runs that have ended since the last call, and their slots."""
+        ...
+
+    def terminate(self) -> None:
+        """End all runs, and return when they have ended."""
+        ...
 
 
 @contextmanager
@@ -115,103 +104,43 @@ def log_path(point: Point) -> Path:
     return Path(point.config.output) / f"{point.name}.log"
 
 
-def run_points(points: Sequence[Point], slots: Sequence[RunSlot], lock: int) -> Generator[RunOutcome, None, None]:
-    """Run each point in a separate process, with one run per slot at a time, and yield each outcome when a run ends.
+def run_points(points: Sequence[Point], slots: Sequence[RunSlot], engine: Engine) -> Generator[RunOutcome, None, None]:
+    """Train each point, with one run per slot at a time, and yield each outcome when a run ends.
 
-    All processes have ended when the generator ends or is closed.
+    All runs have ended when the generator ends or is closed.
 
     Args:
         points: The points to run.
         slots: One slot per concurrent run.
-        lock: File descriptor of the folder's lock. The processes inherit it.
+        engine: Trains the runs.
 
     Raises:
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP was received and is not ignored.
     """
-    waiting, free, children = list(points), list(slots), list[_RunProcess]()
+    waiting, free, running = list(points), list(slots), 0
     # The handler does not raise, since Python drops exceptions that are raised during a fork.
     signals: list[int] = []
     with handle_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda number, _: signals.append(number)):
         try:
-            while waiting or children:
+            while waiting or running:
                 while waiting and free and not signals:
-                    children.append(_start(waiting.pop(0), free.pop(0), lock))
+                    point, slot = waiting.pop(0), free.pop(0)
+                    _write_config(point, slot)
+                    engine.start(point, slot)
+                    running += 1
                 time.sleep(POLL_S)
                 if signals:
                     raise KeyboardInterrupt
-                for child in [child for child in children if child.process.poll() is not None]:
-                    children.remove(child)
-                    free.append(child.slot)
-                    yield RunOutcome(child.point, _failure_line(child), time.monotonic() - child.started_at)
+                for outcome, slot in engine.ended():
+                    running -= 1
+                    free.append(slot)
+                    yield outcome
         finally:
-            _terminate(children)
+            engine.terminate()
 
 
-def command_line(point: Point, slot: RunSlot) -> list[str]:
-    """Return the command that trains a point with the copy of its config in the output folder."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={slot.processes}"]
-    launcher = [sys.executable, *(torchrun if slot.processes > 1 else []), str(TRAIN_SCRIPT)]
-    return [*launcher, "--cfg", str(config_path(point)), "--resume", "auto"]
-
-
-def _start(point: Point, slot: RunSlot, lock: int) -> _RunProcess:
+def _write_config(point: Point, slot: RunSlot) -> None:
     config = point.config
     if slot.threads is not None and config.data.threads is None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"threads": slot.threads})})
     write_text(config_path(point), to_yaml(config))
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
-    if slot.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
-    if slot.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(slot.threads)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until exec, the sweep's handler would swallow it
-        die_with_parent(signal.SIGTERM, parent)  # torchrun forwards it to its processes
-
-    with log_path(point).open("ab") as log:
-        log_start = log.tell()  # read before the child writes, since it shares the position
-        process = subprocess.Popen(
-            command_line(point, slot),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=(lock,),
-            start_new_session=True,  # so that Ctrl-C only reaches the sweep
-            preexec_fn=before_exec,
-        )
-    return _RunProcess(point, slot, process, log_start, time.monotonic())
-
-
-def _failure_line(child: _RunProcess) -> str | None:
-    """Return how a run failed and the log line that explains the failure, or None if the run finished.
-
-    The log line is the last one that starts with an error message, or the last line of all if there is none.
-    """
-    code = child.process.returncode
-    if code == 0:
-        return None
-    with log_path(child.point).open("rb") as file:
-        file.seek(child.log_start)
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if re.match(r"(\[rank\d+\]: *)?(error: |[\w.]*(Error|Exception)\b)", line)]
-    end = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    return f"{end}: {(telling or lines or ['it printed nothing'])[-1]}"
-
-
-def _terminate(children: Sequence[_RunProcess]) -> None:
-    for child in children:
-        child.process.terminate()
-    give_up_at = time.monotonic() + TERMINATE_GRACE_S
-    for child in children:
-        try:
-            child.process.wait(max(0.0, give_up_at - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(child.process.pid, signal.SIGKILL)
-            child.process.wait()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +15,17 @@ from helpers.converter import (
     ROOT,
     Contents,
     Conversion,
+    block_count,
     contents,
     conversions,
-    kill_group,
     run,
     said,
     start,
     wait_for,
 )
 from helpers.ray_cluster import RayCluster
-from helpers.training import restore_signal_handlers
 
 pytestmark = pytest.mark.slow
-NODES = 3
 CAN_MOUNT = shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 TASKS = """
 import os, sys, time
@@ -65,19 +59,6 @@ run_main(main)
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[RayCluster]:
-    cluster = RayCluster(NODES)
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture
-def cluster(started: RayCluster) -> RayCluster:
-    started.restore(NODES)
-    return started
-
-
-@pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversion]:
     return conversions(tmp_path_factory.mktemp("sources"))
 
@@ -92,20 +73,11 @@ def local(sources: dict[str, Conversion], tmp_path_factory: pytest.TempPathFacto
     return {encoding: contents(out / encoding) for encoding in sources}
 
 
-def command(conversion: Conversion, out: Path, cluster: RayCluster, *more: str) -> list[str]:
-    *arguments, _, _ = conversion.command(out)  # without --workers
-    return [*arguments, "--engine", "ray", "--address", cluster.address, *more]
-
-
-def blocks(out: Path) -> int:
-    return len(list((out / ".spool" / "train").glob("block-*.npz")))
-
-
 def test_conversion_on_a_cluster_is_byte_identical(
     cluster: RayCluster, sources: dict[str, Conversion], local: dict[str, Contents], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert run(command(sources["npy"], out, cluster, "--workers", "2")) == (0, "")
+    assert run(sources["npy"].command(out, None, *cluster.options(), "--workers", "2")) == (0, "")
     assert contents(out) == local["npy"]
 
 
@@ -113,8 +85,8 @@ def test_node_that_dies_in_a_conversion_changes_no_byte(
     cluster: RayCluster, sources: dict[str, Conversion], local: dict[str, Contents], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = start(command(sources["jpeg"], out, cluster))
-    wait_for(lambda: blocks(out) > 2, process)
+    process = start(sources["jpeg"].command(out, None, *cluster.options()))
+    wait_for(lambda: block_count(out) > 2, process)
     cluster.kill_node()
     assert not (out / "dataset.json").exists()
     printed, error = process.communicate(timeout=120)
@@ -124,68 +96,14 @@ def test_node_that_dies_in_a_conversion_changes_no_byte(
     assert contents(out) == local["jpeg"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_conversion_continues_on_one_machine(
-    number: int,
-    code: int,
-    cluster: RayCluster,
-    sources: dict[str, Conversion],
-    local: dict[str, Contents],
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out"
-    process = start(command(sources["npy"], out, cluster), preexec_fn=restore_signal_handlers)
-    wait_for(lambda: blocks(out) > 2, process)
-    process.send_signal(number)
-    error = said(process.communicate(timeout=60)[1])
-    assert (process.returncode, error.count("\n")) == (code, 0), error
-    assert not (out / "dataset.json").exists()
-    assert run(sources["npy"].command(out))[0] == 0
-    assert contents(out) == local["npy"]
-
-
-def test_killed_conversion_ends_its_tasks_and_continues_on_the_cluster(
-    cluster: RayCluster, sources: dict[str, Conversion], local: dict[str, Contents], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    process = start(sources["npy"].command(out))
-    wait_for(lambda: blocks(out) > 2, process)
-    kill_group(process)
-    before = blocks(out)
-    for _ in range(2):
-        process = start(command(sources["npy"], out, cluster))
-        wait_for(lambda: blocks(out) > before, process)
-        kill_group(process)
-        assert not (out / "dataset.json").exists()
-    give_up_at = time.monotonic() + 30
-    while workers_with(out):
-        assert time.monotonic() < give_up_at
-        time.sleep(0.1)
-    assert run(command(sources["npy"], out, cluster)) == (0, "")
-    assert contents(out) == local["npy"]
-
-
 @pytest.mark.skipif(not CAN_MOUNT, reason="needs unshare -rm")
 def test_output_that_only_this_machine_sees_is_refused(
     cluster: RayCluster, sources: dict[str, Conversion], tmp_path: Path
 ) -> None:
     mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path)]
-    code, error = run([*mount, *command(sources["npy"], tmp_path / "out", cluster)])
+    code, error = run([*mount, *sources["npy"].command(tmp_path / "out", None, *cluster.options())])
     assert code == 2
     assert re.fullmatch(rf"error: node .* does not see the files in {tmp_path}/out/.spool; use a folder on a .*", error)
-
-
-def workers_with(folder: Path) -> list[str]:
-    """Return the task processes with an open file in the folder."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            target = os.readlink(link)
-        except OSError:
-            continue
-        if target.startswith(str(folder)):
-            found.append(target)
-    return found
 
 
 def test_unusable_image_ends_a_strict_conversion_as_on_one_machine(
@@ -196,7 +114,7 @@ def test_unusable_image_ends_a_strict_conversion_as_on_one_machine(
     assert expected[0] == 2
     assert "fix or remove it, or omit --strict" in expected[1]
     shutil.rmtree(out)
-    assert run(command(sources["jpeg"], out, cluster, "--strict")) == expected
+    assert run(sources["jpeg"].command(out, None, *cluster.options(), "--strict")) == expected
 
 
 @pytest.mark.parametrize(

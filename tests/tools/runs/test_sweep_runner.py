@@ -13,6 +13,8 @@ from configs.load import load_config
 from configs.utils.errors import UserError
 from helpers.sweeps import points_of
 from tools.runs import sweep_runner
+from tools.runs.engine import processes
+from tools.runs.engine.local_runs import LocalRuns
 from tools.runs.run_slots import RunSlot
 from tools.runs.sweep_runner import RunOutcome, run_points
 
@@ -24,14 +26,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Replace every run by a script, which gets the point's name as sys.argv[1]."""
 
     def use(script: str) -> None:
-        monkeypatch.setattr(sweep_runner, "command_line", lambda point, _: [sys.executable, "-c", script, point.name])
+        monkeypatch.setattr(processes, "command_line", lambda file, _: [sys.executable, "-c", script, file.stem])
 
     return use
 
 
 def run_fakes(folder: Path, slots: list[RunSlot], *axes: str) -> dict[str, RunOutcome]:
     with sweep_runner.lock_folder(folder) as lock:
-        outcomes = run_points(points_of(*axes, output=str(folder)), slots, lock)
+        outcomes = run_points(points_of(*axes, output=str(folder)), slots, LocalRuns(lock))
         return {outcome.point.name: outcome for outcome in outcomes}
 
 
