@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from configs.arguments import new_parser, parse, whole_number
 from configs.utils.console import counted
 from configs.utils.errors import UserError, printable, run_main
-from configs.utils.files import path_argument
+from configs.utils.files import is_url, path_argument
 from configs.utils.process import handle_signals
 from pipelines.convert.source import SUBSAMPLINGS, Encoding, Options, Source
 from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo
@@ -251,7 +251,7 @@ def _verify_url(url: str) -> tuple[DatasetInfo, list[str]]:
 
 def place_argument(text: str) -> Path | str:
     """Return a URL as it is, and any other text as a Path like `path_argument`."""
-    return text if "://" in text else path_argument(text)
+    return text if is_url(text) else path_argument(text)
 
 
 def build_parser() -> argparse.ArgumentParser:

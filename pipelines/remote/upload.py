@@ -7,16 +7,16 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write, user_cache
 from pipelines.remote.store import Store
-from pipelines.storage.dataset import MAX_BYTES, DatasetInfo, load_dataset
+from pipelines.storage.dataset import DatasetInfo, parse_content
 
 MAX_UPLOADS = 4  # shards that are uploaded at a time
 TRIES = 3  # uploads of a file whose object differs from it
@@ -61,8 +61,10 @@ class Uploads:
         """Return the finished data set at the URL, or None if there is none."""
         if self.store.find("dataset.json") is None:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            return fetch_dataset(self.store, Path(folder))
+        return self._read()
+
+    def _read(self) -> DatasetInfo:
+        return parse_content(self.store.read("dataset.json"), self.store.join("dataset.json"))
 
     def check_place(self, folder: Path) -> None:
         """Raise UserError if there are objects at the URL that an unfinished conversion in `folder` did not write."""
@@ -133,8 +135,7 @@ class Uploads:
         self.store.write("dataset.json", content)
         with suppress(UserError):  # deleting may not be allowed
             self.store.remove(UNFINISHED)
-        with tempfile.TemporaryDirectory() as temporary:
-            return fetch_dataset(self.store, Path(temporary))
+        return self._read()
 
     def _wait_for_one(self) -> None:
         ended, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
@@ -188,23 +189,3 @@ def spool_folder(url: str) -> Path:
     except RuntimeError:  # no home folder
         root = Path(tempfile.gettempdir()) / "model-zhu-convert"
     return root / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-
-
-@contextmanager
-def shown_as(url: str, folder: Path) -> Iterator[None]:
-    """Name `url` instead of `folder` in a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace(str(folder), url)) from None
-
-
-def fetch_dataset(store: Store, folder: Path) -> DatasetInfo:
-    """Fetch dataset.json into `folder` and check it.
-
-    Raises:
-        UserError: It is missing or invalid.
-    """
-    store.fetch("dataset.json", folder / "dataset.json", MAX_BYTES)
-    with shown_as(store.url, folder):
-        return load_dataset(folder)
