@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.cpu import batch, programs, sigbus_handler
+from pipelines.cpu import batch, planes, programs, sigbus_handler
 from pipelines.cpu.graph import whole_parts
 from pipelines.cpu.jpeg import headers
 from pipelines.cpu.jpeg.decoder import JpegDecoder
@@ -20,6 +20,10 @@ def compile_all() -> None:
     batch.crop_flip(content, image_offsets, 1, 1, offset, flip, False, out)
     boxes, denominators = whole_parts(sides, sides)
     batch.resize(content, image_offsets, sides, sides, boxes, corner, corner + 1, False, True, out)
+    planes.join_planes(content, image_offsets, 1, out)
+    planes.add_channel_sums(out.reshape(-1, 3), np.zeros((2, 3), np.int64))
+    planes.decompress_lzf(content, content)
+    planes.fletcher32(content)
     batch.sort_hashes(np.zeros(1, np.uint64), np.empty(1, np.uint64))
     headers.find_mismatches(content, image_offsets, sizes, sizes, sizes, np.empty(1, bool))
     file = content, image_offsets, sides, sides, sides, boxes, denominators
