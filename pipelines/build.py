@@ -156,6 +156,7 @@ def open_limited(data: DataConfig, name: str, on_bad_sample: OnBadSample = OnBad
         name,
         verify=data.verify,
         on_bad_sample=on_bad_sample,
+        classes=data.classes,
         cache=data.cache,
         cache_gib=data.cache_gib,
     )

@@ -17,9 +17,9 @@ from PIL import Image
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError, readable
 from configs.utils.warnings import warn
-from pipelines.convert.source import SPLIT_NAMES, Encoding, Options, Source
+from pipelines.convert.source import Encoding, Options, Source
 from pipelines.convert.writer import convert_source
-from pipelines.storage.dataset import DatasetInfo
+from pipelines.storage.dataset import SPLIT_NAMES, DatasetInfo
 
 IMAGES = (
     "a PIL image, a NumPy array uint8 [H, W], [H, W, 1] or [H, W, 3], a torch tensor uint8 [H, W], [1, H, W] or "

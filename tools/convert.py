@@ -29,7 +29,7 @@ from configs.utils.errors import UserError, printable, run_main
 from configs.utils.files import is_url, path_argument
 from configs.utils.process import handle_signals
 from pipelines.convert.source import SUBSAMPLINGS, Encoding, Options, Source
-from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo
+from pipelines.storage.dataset import MAX_PIXELS, DatasetInfo, is_hdf5, safe_name
 from tools.common.engine import add_engine, open_cluster
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def open_source(args: argparse.Namespace) -> Source:
             source = download(EDITIONS[args.command].archive, EDITIONS[args.command].md5, source)
         return open_cifar(args.command, source)
     if args.command == "hdf5":
-        from tools.sources.hdf5 import KeyTemplates, open_hdf5
+        from pipelines.hdf5.file import KeyTemplates
+        from tools.sources.hdf5 import open_hdf5
 
         keys = KeyTemplates(args.images_key, args.labels_key)
         return open_hdf5(args.source, args.classes, args.max_pixels, keys)
@@ -168,7 +169,7 @@ def dataset_name(args: argparse.Namespace) -> str:
         name: str = args.name
     elif args.command in ("hdf5", "imagefolder"):
         stem = args.source.stem if args.command == "hdf5" else args.source.resolve().name
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:100]
+        name = safe_name(stem)
     else:
         name = args.command
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
@@ -216,24 +217,25 @@ def verify(folder: Path | str) -> str:
     Raises:
         UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.
     """
+    in_place = isinstance(folder, Path) and is_hdf5(folder)
     if isinstance(folder, str):
         dataset, problems = _verify_url(folder)
     else:
         from pipelines.open import load_dataset
-        from pipelines.storage import verify as checks
+        from pipelines.open import verify as find_problems
 
-        problems = checks.verify(folder)
+        problems = find_problems(folder)
         dataset = load_dataset(folder)
     if problems:
+        repair = "fetch the file again" if in_place else "convert the source again"
         more = (
             f" (and {len(problems) - MAX_SHOWN_PROBLEMS:,} more problems)" if len(problems) > MAX_SHOWN_PROBLEMS else ""
         )
-        raise UserError(
-            f"{folder} is damaged: {'; '.join(problems[:MAX_SHOWN_PROBLEMS])}{more}; convert the source again"
-        )
+        raise UserError(f"{folder} is damaged: {'; '.join(problems[:MAX_SHOWN_PROBLEMS])}{more}; {repair}")
     splits = dataset.splits.values()
     samples, count = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
-    return printable(f"{folder} is intact: {counted(samples, 'sample')} in {counted(count, 'shard')}")
+    where = "read in place, and its sha256 is recorded" if in_place else f"in {counted(count, 'shard')}"
+    return printable(f"{folder} is intact: {counted(samples, 'sample')} {where}")
 
 
 def _verify_url(url: str) -> tuple[DatasetInfo, list[str]]:
@@ -329,8 +331,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_orientation(imagefolder)
     _add_options(imagefolder)
-    check = command("verify", "check every byte of a converted data set", "data/cifar10")
-    check.add_argument("folder", type=place_argument, help="folder of the data set, or its URL")
+    check = command("verify", "check every byte of a converted data set, or of an HDF5 file", "data/cifar10")
+    check.add_argument("folder", type=place_argument, help="folder of the data set, its URL, or an HDF5 file")
     return parser
 
 

@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         **replacements,
     )
     data = {point.config.data.path for point in points}
-    for path in data:
-        load_dataset(path)  # fails once here instead of in every run
+    for path, classes in {(point.config.data.path, point.config.data.classes) for point in points}:
+        load_dataset(path, classes)  # fails once here instead of in every run
     processes = ["--nproc", str(arguments.gpus_per_run)] if arguments.gpus_per_run > 1 else []
     command = ["zhu", "train", *processes, str(arguments.cfg)]
     with open_cluster(arguments) as cluster:

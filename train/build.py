@@ -65,7 +65,7 @@ class Job:
                 setting, the number of class weights is wrong, or settings of train.proxy or aug.mix are incompatible
                 with others.
         """
-        dataset = load_dataset(config.data.path)
+        dataset = load_dataset(config.data.path, config.data.classes)
         check_classes(config, dataset)
         if trains:
             config = with_timm_defaults(config)

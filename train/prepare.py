@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs.utils.errors import UserError
 from configs.utils.process import acquire_lock, die_with_parent
-from pipelines.storage.dataset import convert_hint, known_conversion
+from pipelines.storage.dataset import convert_hint, is_hdf5, known_conversion
 
 CONVERT = Path(__file__).parents[1] / "tools" / "convert.py"
 POLL_S = 0.1
@@ -34,6 +34,8 @@ def prepare_dataset(folder: Path, local_rank: int) -> None:
     Raises:
         UserError: The source of the data set is unknown, or the conversion fails.
     """
+    if is_hdf5(folder):  # read in place
+        return
     file = folder / "dataset.json"
     while local_rank > 0 and not file.exists():
         time.sleep(POLL_S)

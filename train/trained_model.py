@@ -17,7 +17,7 @@ from configs.utils.errors import UserError
 from configs.utils.warnings import warn
 from pipelines import build_eval_loader
 from pipelines.convert.source import Encoding
-from pipelines.storage.dataset import ModelDataset
+from pipelines.storage.dataset import ModelDataset, is_hdf5
 from train.build import build_all
 from train.checkpoint import store
 from train.checkpoint.code import find_code
@@ -58,6 +58,8 @@ class TrainedModel:
     def eval_data_config(self, folder: str | Path) -> DataConfig:
         """Return the run's data settings for whole splits of `folder`, at the image size of training."""
         changes = {"path": str(folder), "image_size": self.dataset.image_size, "limit": None}
+        if not is_hdf5(Path(folder)):  # shards, which have their own class names
+            changes["classes"] = None
         return self.config.data.model_copy(update=changes)
 
 

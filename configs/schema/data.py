@@ -37,7 +37,10 @@ class DataConfig(Section):
 
     path: Resumable[Annotated[str, IsPath]] = Field(min_length=1)
     """Folder of the converted data set (with dataset.json), such as data/cifar10, or its URL in an object store:
-    s3://…, gs://… or https://…"""
+    s3://…, gs://… or https://…; or an HDF5 file, which is read in place."""
+    classes: Resumable[Annotated[str, IsPath] | None] = None
+    """For an HDF5 file, a text file with one class name per line; null: 0, 1, … up to the highest label of train. A
+    converted data set contains its class names."""
     cache: Neutral[Annotated[str, IsPath] | None] = None
     """Folder in which the shards of a URL are cached, on a local disk; null: model-zhu/data in the user's cache."""
     cache_gib: Neutral[float | None] = Field(default=None, gt=0)
@@ -62,7 +65,8 @@ class DataConfig(Section):
     training device (device, for npy encoding only); auto: device if the split is small enough, otherwise host."""
     verify: Resumable[Literal["changed", "off"]] = "changed"
     """Shards to verify by sha256 at startup. changed: those that are new or have changed since their last check,
-    which is recorded in the user's cache; off: none, only file sizes, for huge data sets on slow storage."""
+    which is recorded in the user's cache; off: none, only file sizes, for huge data sets on slow storage. An HDF5 file
+    is not hashed at startup: changed warns if it is not the one that `zhu convert verify` has recorded."""
     order: Literal["random", "sequential-window"] = "random"
     """Training order in each epoch: a random permutation of all samples (random), or shards in random order with
     data.window_shards of them read at a time and their samples shuffled, for data larger than memory

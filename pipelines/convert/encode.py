@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from pipelines import jpeg_format
-from pipelines.convert import greyscale, memory_limit, stderr_capture
+from pipelines import jpeg_format, memory_limit
+from pipelines.convert import greyscale, stderr_capture
 from pipelines.convert.source import SUBSAMPLINGS, Encoding
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False

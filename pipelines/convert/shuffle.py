@@ -21,9 +21,9 @@ from pipelines.convert.encode import Defect, Encoded, encode
 from pipelines.convert.layout import SplitLayout
 from pipelines.convert.source import SplitSource
 from pipelines.convert.spool import WRITER, Table, load_table, spool_damage_hint, write_payloads, write_table
-from pipelines.order import permutation
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import EXTENSIONS
+from pipelines.storage.index import stored_order
 
 SAMPLE_COLUMNS = ("position", "row", "size", "height", "width")  # arrays of a block's table with one item per sample
 
@@ -208,8 +208,6 @@ def _shard_samples(layout: SplitLayout, shard: int) -> tuple[Table, list[memoryv
 @lru_cache(maxsize=1)
 def _positions(rows: int, seed: int, shuffled: bool) -> np.ndarray:
     """Return the position of each source row after shuffling, or its own index if not `shuffled`: int64 [rows]."""
-    if not shuffled:
-        return np.arange(rows)
     positions = np.empty(rows, np.int64)
-    positions[permutation(rows, seed, epoch=0)] = np.arange(rows)
+    positions[stored_order(rows, seed, shuffled)] = np.arange(rows)
     return positions

@@ -6,22 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from pipelines.storage.dataset import MAX_PIXELS
+from pipelines.storage.dataset import MAX_PIXELS, SHARD_MIB, STORING_SEED
 
 if TYPE_CHECKING:
     import numpy as np
 
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}  # Pillow's numbers
-SPLIT_NAMES = {  # usual names of splits
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 class SplitSource(Protocol):
@@ -81,6 +71,6 @@ class Options:
     """Options of a conversion. Two conversions of one source with equal options give byte-identical shards."""
 
     encoding: Encoding
-    shard_mib: int = 512
-    seed: int = 0
+    shard_mib: int = SHARD_MIB
+    seed: int = STORING_SEED
     strict: bool = False  # whether to raise UserError for a defective sample instead of quarantining it

@@ -36,7 +36,7 @@ from pipelines.convert.split_writer import WrittenSplit, write_split
 from pipelines.convert.worker_pool import Pool, WorkerPool
 from pipelines.storage import hash_cache, tar_format
 from pipelines.storage.dataset import FORMAT, VERSION, DatasetInfo, load_dataset
-from pipelines.storage.index import sample_stride
+from pipelines.storage.index import channel_statistics, rows_per_shard
 
 if TYPE_CHECKING:
     from pipelines.remote.upload import Uploads
@@ -186,7 +186,8 @@ def _dataset_content(
     source: Source, options: Options, request: dict[str, object], written: dict[str, WrittenSplit]
 ) -> dict[str, object]:
     """Return the content of dataset.json."""
-    mean, std = _mean_std(written["train"] if "train" in written else next(iter(written.values())))
+    counted = written["train"] if "train" in written else next(iter(written.values()))
+    mean, std = channel_statistics(counted.sums, counted.pixels)
     shapes = set().union(*(part.shapes for part in written.values()))
     content = {
         "format": FORMAT,
@@ -195,8 +196,8 @@ def _dataset_content(
         "classes": source.classes,
         "encoding": options.encoding.name,
         "image_shape": [*shapes.pop(), 3] if len(shapes) == 1 else None,
-        "mean": mean,
-        "std": std,
+        "mean": list(mean),
+        "std": list(std),
         "splits": {split: asdict(part.info) for split, part in written.items()},
         "unordered": source.unordered,
     }
@@ -243,7 +244,6 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
         size = payload + len(tar_format.npy_header(shape))
     else:
         payload = size = max(1, sum(len(sample.payload) for sample in probed) // len(probed))
-    stride = sample_stride(size, labelled, len(source.classes))
     held = max(rows.bytes_per_row, payload) + 256
     return SplitLayout(
         dataset=name,
@@ -254,7 +254,7 @@ def _plan_layout(source: Source, split: str, options: Options, name: str, out: P
         payload_bytes=payload,
         rows=len(rows),
         block_rows=max(1, min(BLOCK_BYTES // held, max(256, -(-len(rows) // 16)))),
-        shard_rows=max(1, options.shard_mib * 2**20 // stride),
+        shard_rows=rows_per_shard(size, labelled, len(source.classes), options.shard_mib),
         shuffled=split == "train",
         spool=out / ".spool" / split,
         out=out,
@@ -285,11 +285,3 @@ def _probe(rows: SplitSource, encoding: Encoding, source: Source, split: str) ->
     if not found:
         raise UserError(f"no image of split {split!r} of {source.name} could be decoded ({reason}); check the source")
     return found
-
-
-def _mean_std(written: WrittenSplit) -> tuple[list[float], list[float]]:
-    """Return the per-channel mean and standard deviation over all pixels of a split, for pixels scaled to 0..1."""
-    mean = written.sums[0] / written.pixels
-    variance = np.maximum(written.sums[1] / written.pixels - mean**2, 0)
-    std = np.maximum(np.sqrt(variance), 1.0)  # avoids a division by 0 for a constant channel
-    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

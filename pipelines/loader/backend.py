@@ -16,7 +16,7 @@ from pipelines.cpu.graph import CpuGraph
 from pipelines.interfaces import Draws, Runner, RunnerResult, SampleSource, StoredImages, no_wait
 from pipelines.loader.buffers import LentBuffers, SlotBuffers
 from pipelines.loader.jpeg_sources import HostJpegs
-from pipelines.loader.sources import HostPixels
+from pipelines.loader.sources import HostPixels, ReadPixels
 from pipelines.storage.split import Split
 
 MAX_COPY_THREADS = 2  # copying is bound by memory bandwidth beyond this
@@ -144,10 +144,12 @@ def build_graph(spec: LoaderSpec) -> CpuGraph | None:
     )
 
 
-def pixels_on_host(spec: LoaderSpec, buffers: SlotBuffers | LentBuffers, graph: CpuGraph | None = None) -> HostPixels:
+def pixels_on_host(spec: LoaderSpec, buffers: SlotBuffers | LentBuffers, graph: CpuGraph | None = None) -> SampleSource:
     """Return a source of the pixels of an npy split, either resident in memory or in the mapped files."""
     split, shape = spec.split, spec.split.image_shape or (0, 0, 0)
     if spec.pixels is not None:
         starts = np.arange(len(split)) * math.prod(shape)
         return HostPixels(spec.pixels.numpy().reshape(-1), starts, shape, buffers, graph)
+    if (reader := split.pixel_reader(is_random=True)) is not None:
+        return ReadPixels(reader, shape, buffers, graph, split.monitor)
     return HostPixels(split.content, split.pixel_starts(), shape, buffers, graph, split.monitor)

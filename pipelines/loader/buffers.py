@@ -84,20 +84,22 @@ def load_resident(split: Split, device: torch.device) -> torch.Tensor:
         UserError: A shard has changed since the split was opened.
         ValueError: The split is not stored as npy.
     """
-    view, rows = split.pixel_rows()
-    mapped, order = torch.from_numpy(view), torch.from_numpy(rows)
-    pixels = (
-        torch.from_numpy(_on_huge_pages((len(rows), view.shape[1])))
-        if device.type == "cpu"
-        else torch.empty((len(rows), view.shape[1]), dtype=torch.uint8, device=device)
-    )
+    if split.encoding != "npy" or split.image_shape is None:
+        raise ValueError(f"split {split.name!r} stores {split.encoding}, not pixels")
+    shape = (len(split), math.prod(split.image_shape))
+    on_cpu = device.type == "cpu"
+    pixels = torch.from_numpy(_on_huge_pages(shape)) if on_cpu else torch.empty(shape, dtype=torch.uint8, device=device)
     is_whole = split.residency is None or not split.residency.evicts
-    chunk = max(1, (2**28 if is_whole else 2**24) // view.shape[1])
+    step = max(1, (2**28 if is_whole else 2**24) // shape[1])
     with split.hold(slice(None if is_whole else 0)):
-        for start in range(0, len(rows), chunk):
-            some = slice(start, start + chunk)
-            with split.hold(some):
-                pixels[some].copy_(mapped.index_select(0, order[some]))
+        for start in range(0, len(split), step):
+            samples = np.arange(start, min(start + step, len(split)))
+            part = pixels[start : start + step]
+            read = part if on_cpu else torch.empty((len(samples), shape[1]), dtype=torch.uint8)
+            with split.hold(samples):
+                split.read_pixels(samples, read.numpy().reshape(-1, *split.image_shape))
+            if not on_cpu:
+                part.copy_(read)
     split.check_unchanged()
     return pixels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,8 +23,21 @@ MAX_SIDE = 2**16  # pixels
 MAX_COUNT = 2**46  # bytes or samples; half of the address space of a process
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a JPEG of 4 KB can claim 65,535 x 65,535
 HDF5_SUFFIXES = (".hdf5", ".h5")
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # the usual ones
 MAX_LOOKED_AT = 100  # files per folder whose names are examined for a hint
+SPLIT_NAMES = {  # usual names of splits
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+SHARD_MIB = 512  # default size of a shard
+STORING_SEED = 0  # default seed of the order in which a train split is stored
 # Name of a data set in the configs, and also the command that converts it -> options of the command.
 DEFAULT_SOURCES: dict[str, list[str]] = {"digits": [], "cifar10": ["--download"], "cifar100": ["--download"]}
 CIFAR = {"cifar10": "cifar-10", "cifar100": "cifar-100"}  # command -> prefix of the official file names
@@ -115,6 +129,10 @@ class DatasetInfo(ModelDataset):
     reencoded: dict[str, dict[str, int]]  # split -> reason -> number of images; empty in npy and older data sets
     content: JsonObject = field(repr=False)  # the JSON object, with fields unknown to this version
 
+    def identity(self) -> JsonObject:
+        """Return the entries that describe the samples: classes, encoding, image shape and splits."""
+        return {key: self.content[key] for key in ("classes", "encoding", "image_shape", "splits")}
+
 
 def load_dataset(folder: str | Path) -> DatasetInfo:
     """Load and check dataset.json.
@@ -167,12 +185,26 @@ def _read(path: Path) -> bytes:
 
 
 def fingerprint(dataset: DatasetInfo) -> str:
-    """Return the sha256 of the entries that describe the samples: classes, encoding, image shape and splits.
+    """Return the sha256 of a data set's identity. Data sets with equal fingerprints give the same batches."""
+    return hashlib.sha256(json.dumps(dataset.identity(), sort_keys=True).encode()).hexdigest()
 
-    A run gets the same batches from data sets with equal fingerprints.
-    """
-    content = {key: dataset.content[key] for key in ("classes", "encoding", "image_shape", "splits")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+def safe_name(stem: str) -> str:
+    """Return the name of a data set that was read from a file called `stem`: letters, digits, `.`, `_` and `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).lstrip("._-")[:100]
+
+
+def is_hdf5(path: Path) -> bool:
+    """Return True if a path names an HDF5 file, by its suffix or its content."""
+    if path.is_dir():
+        return False
+    if path.suffix.lower() in HDF5_SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
+    except OSError:
+        return False
 
 
 def parse_dataset(content: JsonObject) -> DatasetInfo:
@@ -312,7 +344,8 @@ def convert_hint(folder: str | Path) -> str:
     use = "" if out == path else f", and give {out} as the data set"
     if known_conversion(path) and not path.exists():
         use = ", or start training with --prepare, which does this first"
-    return f"convert it first: {shlex.join(words)}{use}"
+    in_place = f"name the HDF5 file itself as the data set (data.path={source[1]}), or " if command == "hdf5" else ""
+    return f"{in_place}convert it first: {shlex.join(words)}{use}"
 
 
 def _command(path: Path) -> tuple[str, list[str], Path]:

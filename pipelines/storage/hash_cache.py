@@ -73,7 +73,7 @@ def shard_hashes(folder: Path, dataset: DatasetInfo, split: str) -> list[HashedF
         UserError: A file cannot be read, or is being changed.
     """
     shards = dataset.splits[split].shards
-    record = HashCache(folder, dataset)
+    record = HashCache(folder, shard_names(dataset))
     found = record.lookup(shards)
     if None in found:
         with record.exclusive() as heartbeat:
@@ -86,6 +86,11 @@ def shard_hashes(folder: Path, dataset: DatasetInfo, split: str) -> list[HashedF
             finally:
                 record.save(warn_on_error=True)
     return [content for content in found if content is not None]
+
+
+def shard_names(dataset: DatasetInfo) -> set[str]:
+    """Return the names of all shards of a data set."""
+    return {shard.file for split in dataset.splits.values() for shard in split.shards}
 
 
 def _hash_shards(
@@ -114,7 +119,7 @@ def _hash_shards(
 
 def store_hashes(folder: Path, dataset: DatasetInfo, sha256: dict[str, str]) -> None:
     """Add the hashes of new files to the cache. `sha256` maps file names to hashes. Failures are ignored."""
-    record = HashCache(folder, dataset)
+    record = HashCache(folder, shard_names(dataset))
     time.sleep(TIMESTAMP_TICK_NS / 1e9)
     with suppress(OSError), record.exclusive():
         for name, digest in sha256.items():
@@ -123,11 +128,15 @@ def store_hashes(folder: Path, dataset: DatasetInfo, sha256: dict[str, str]) -> 
 
 
 class HashCache:
-    """The cache file of one data set. The cache is empty if there is no usable cache folder."""
+    """The cache file of one data set. The cache is empty if there is no usable cache folder.
 
-    def __init__(self, folder: Path, dataset: DatasetInfo) -> None:
-        self._folder = folder
-        self._names = {shard.file for split in dataset.splits.values() for shard in split.shards}
+    Args:
+        folder: Folder of the data set.
+        names: Names of all entries; others are removed. For shards, the names of the files.
+    """
+
+    def __init__(self, folder: Path, names: set[str]) -> None:
+        self._folder, self._names = folder, names
         self._new: dict[str, HashedFile] = {}
         self._saved_s = time.monotonic()
         self._path: Path | None = None
@@ -141,7 +150,7 @@ class HashCache:
         The result is None for a shard that is not cached, has changed since it was hashed, or has a cached hash that
         differs from dataset.json.
         """
-        known = self._load()
+        known = self.load()
         found: list[HashedFile | None] = []
         for shard in shards:
             content = None
@@ -167,7 +176,7 @@ class HashCache:
         try:
             if self._path is None:
                 raise OSError(0, "there is no home folder")
-            known = {name: entries for name, entries in self._load().items() if name in self._names}
+            known = {name: entries for name, entries in self.load().items() if name in self._names}
             for name, content in self._new.items():
                 others = [entry for entry in known.get(name, []) if entry != content]
                 known[name] = [*others, content][-MAX_ENTRIES:]
@@ -183,7 +192,7 @@ class HashCache:
                     f"({error.strerror}), so every start reads all shards; set XDG_CACHE_HOME to a writable folder"
                 )
 
-    def _load(self) -> dict[str, list[HashedFile]]:
+    def load(self) -> dict[str, list[HashedFile]]:
         """Return the entries of the cache file. A missing, damaged or oversized file counts as empty."""
         try:
             if self._path is None or self._path.stat().st_size > MAX_CACHE_BYTES:

@@ -13,8 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from configs.utils.errors import UserError, readable
+from pipelines.order import permutation
 from pipelines.storage import tar_format
-from pipelines.storage.dataset import MAX_SIDE, RECONVERT, DatasetInfo, ShardInfo, refuse_external_link
+from pipelines.storage.dataset import (
+    MAX_SIDE,
+    RECONVERT,
+    SHARD_MIB,
+    ChannelValues,
+    DatasetInfo,
+    ShardInfo,
+    refuse_external_link,
+)
 
 INDEX_COLUMNS = {
     "shard": np.int32,
@@ -25,6 +34,31 @@ INDEX_COLUMNS = {
     "width": np.int32,
 }
 _UNREADABLE = (ValueError, KeyError, OSError, EOFError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile)
+
+
+def channel_statistics(sums: np.ndarray, pixels: int) -> tuple[ChannelValues, ChannelValues]:
+    """Return the per-channel mean and standard deviation over all pixels of a split, for pixels scaled to 0..1.
+
+    Args:
+        sums: Per-channel sums of the values (0 to 255) and of their squares, int64 [2, 3].
+        pixels: Number of pixels.
+    """
+    mean = sums[0] / pixels
+    variance = np.maximum(sums[1] / pixels - mean**2, 0)
+    std = np.maximum(np.sqrt(variance), 1.0)  # avoids a division by 0 for a constant channel
+    rounded = [[round(float(value) / 255, 6) for value in values] for values in (mean, std)]
+    (red, green, blue), (red_std, green_std, blue_std) = rounded
+    return (red, green, blue), (red_std, green_std, blue_std)
+
+
+def rows_per_shard(size: int, labelled: bool, classes: int, shard_mib: int = SHARD_MIB) -> int:
+    """Return the number of source rows of a shard. The arguments are those of `sample_stride`."""
+    return max(1, shard_mib * 2**20 // sample_stride(size, labelled, classes))
+
+
+def stored_order(rows: int, seed: int, shuffled: bool) -> np.ndarray:
+    """Return the source row of each sample in stored order, int64 [rows]. Only a `shuffled` split differs in order."""
+    return permutation(rows, seed, epoch=0) if shuffled else np.arange(rows)
 
 
 def sample_stride(size: int, labelled: bool, classes: int) -> int:

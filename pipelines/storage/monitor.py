@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,12 @@ class ShardMonitor:
     Args:
         split: Name of the split, for messages.
         files: Paths of the shards.
-        sha256: Hash of each file when the split was opened, or its hash in dataset.json if data.verify=off.
+        sha256: Hash of each file when the split was opened, or its hash in dataset.json if data.verify=off. None: the
+            hash is not known, so that any new modification time counts as a change.
         mapped: The mapping of the files. Files that are not mapped yet are watched from `watch` on.
     """
 
-    def __init__(self, split: str, files: tuple[Path, ...], sha256: list[str], mapped: MappedShards) -> None:
+    def __init__(self, split: str, files: tuple[Path, ...], sha256: Sequence[str | None], mapped: MappedShards) -> None:
         self._split, self._files, self._sha256 = split, files, sha256
         self._mapped, self._fault_address = mapped.files, mapped.fault_address
         self._known = [None if stamp is None else stamp.content_key for stamp in mapped.stamps]  # None: removed
@@ -108,6 +110,10 @@ class ShardMonitor:
             elif found[1] != known[1]:
                 done = "truncated" if found[1] < known[1] else "extended"
                 return self._message(number, f"was {done} from {known[1]:,} to {found[1]:,} bytes")
+            elif self._sha256[number] is None:
+                return self._message(
+                    number, "has a new modification time, and no hash of its content is recorded to compare it with,"
+                )
             elif self._digest(number) != self._sha256[number]:
                 return self._message(number, "was overwritten with other bytes")
             self._known[number] = found

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipelines.cpu import batch
 from pipelines.order import ShardSchedule
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import DatasetInfo, SplitInfo
@@ -60,6 +61,19 @@ class ReadingPlan(NamedTuple):
     schedule: Callable[[int], ShardSchedule]  # that of an epoch
     steps: int  # batches per epoch
     order: str  # data.order, or "" for an evaluation, which repeats epoch 0
+
+
+class PixelReader(Protocol):
+    """Reader of pixels that are not stored in the order HWC, or are compressed. Thread-safe."""
+
+    @property
+    def piece_bytes(self) -> int | None:
+        """Bytes of pixels to read at once, so that they stay in the CPU cache. None: all of a batch."""
+        ...
+
+    def read(self, samples: np.ndarray, out: np.ndarray) -> None:
+        """Write the images of `samples`, int64 [B], to `out`, uint8 [B, H, W, 3], contiguous."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,20 @@ class Split:
         rows = (len(self.content) - first - pixels) // stride + 1
         view = np.lib.stride_tricks.as_strided(self.content[first:], (rows, pixels), (stride, 1))
         return view, (self.address - tar_format.BLOCK) // stride
+
+    def pixel_reader(self, *, is_random: bool = False) -> PixelReader | None:
+        """Return what reads the pixels of an npy split, or None if `content` has them from `pixel_starts` on.
+
+        `is_random` is whether single samples will be read in random order, which may be slow.
+        """
+        return None
+
+    def read_pixels(self, samples: np.ndarray, out: np.ndarray) -> None:
+        """Write images of an npy split to `out`, uint8 [B, H, W, 3], contiguous. `samples` are int64 [B]."""
+        if (reader := self.pixel_reader()) is not None:
+            reader.read(samples, out)
+        else:
+            batch.copy(self.content, self.pixel_starts()[samples], out)
 
     def pixel_starts(self) -> np.ndarray:
         """Return the byte offset of each sample's pixels in `content`, for npy splits only: int64 [samples]."""

@@ -39,7 +39,7 @@ def verify(folder: str | Path) -> list[str]:
 def _verify_split(folder: Path, dataset: DatasetInfo, name: str, bar: tqdm) -> list[str]:
     shards = dataset.splits[name].shards
     results = _hash_shards(folder, shards, bar)
-    record = hash_cache.HashCache(folder, dataset)
+    record = hash_cache.HashCache(folder, hash_cache.shard_names(dataset))
     for result, shard in zip(results, shards, strict=True):
         if not isinstance(result, str):
             record.add(shard.file, result)

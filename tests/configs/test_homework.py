@@ -645,7 +645,7 @@ def test_evaluation_needs_checkpoint_and_flag_overrides_config(
         ("DATASET: cifar10", "zhu convert cifar10 --download --out data/cifar10"),
         ("DATASET: medium_imagenet", "zhu convert hdf5 --source FILE.hdf5 --out data/medium-imagenet-224"),
         ("DATA_PATH: raw", "zhu convert hdf5 --source raw/pixels.hdf5 --out data/pixels, and give data/pixels"),
-        ("DATA_PATH: raw/pixels.hdf5", "zhu convert hdf5 --source raw/pixels.hdf5 --out data/pixels, and give"),
+        ("DATA_PATH: raw/pixels.hdf5", "cannot read raw/pixels.hdf5 as HDF5"),
     ],
 )
 def test_unconverted_data_set_error_names_convert_command(

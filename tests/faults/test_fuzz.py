@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import helpers.fuzz as kinds
 from configs.utils.errors import UserError, printable
-from pipelines.convert import memory_limit
+from pipelines import memory_limit
 
 EXAMPLE_SECONDS = 20  # limit of one example on a busy machine
 EXAMPLE_BYTES = 1 << 30

@@ -52,7 +52,7 @@ def expected_logits(trained: TrainedModel, data_path: str | None, samples: int) 
         UserError: The data set cannot be read, or a logit is not finite.
     """
     path = data_path or trained.config.data.path
-    if data_path is not None or is_url(path) or (Path(path) / "dataset.json").is_file():
+    if data_path is not None or is_url(path) or Path(path).exists():
         images = first_images(trained, path, samples)
         kind = trained.config.data.val_split
         source = f"{len(images)} images of split {kind!r} of {path}"

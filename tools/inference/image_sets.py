@@ -153,7 +153,13 @@ def load_split(
         if isinstance(folder, Path) and not folder.exists():
             raise UserError(f"give the data set with --data-path: {folder.absolute()} does not exist")
     opened = {
-        folder: open_split(folder, name, cache=model.config.data.cache, cache_gib=model.config.data.cache_gib)
+        folder: open_split(
+            folder,
+            name,
+            classes=model.eval_data_config(folder).classes,
+            cache=model.config.data.cache,
+            cache_gib=model.config.data.cache_gib,
+        )
         for model, folder in zip(models, folders, strict=True)
     }
     rows = {folder: split.source_rows() for folder, split in opened.items()}

@@ -90,7 +90,7 @@ def build_targets(arguments: argparse.Namespace, on_gpu: bool, limit_bytes: int 
     models: list[tuple[str, Config]] = []
     for file in arguments.cfg:
         config = config_at(load_config(file, arguments.opts, **{"data.path": arguments.data_path}), epoch=0)
-        check_classes(config, load_dataset(config.data.path))
+        check_classes(config, load_dataset(config.data.path, config.data.classes))
         models.append((str(config.name), config))
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "model.yaml"

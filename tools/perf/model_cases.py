@@ -96,8 +96,8 @@ def load_model_config(path: Path, options: argparse.Namespace) -> tuple[Config, 
     size_there: int | None = None
     if path.suffix in CONFIG_SUFFIXES:
         config = load_config(path)
-        if is_url(config.data.path) or Path(config.data.path).is_dir():
-            dataset = load_dataset(config.data.path)
+        if is_url(config.data.path) or Path(config.data.path).exists():
+            dataset = load_dataset(config.data.path, config.data.classes)
             classes_there, size_there = len(dataset.classes), dataset.image_shape and dataset.image_shape[0]
     else:
         path, content = store.load_newest(find_checkpoints(path))

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.utils.errors import UserError
-from pipelines.convert.source import SPLIT_NAMES, Source, SplitSource
+from pipelines.convert.source import Source, SplitSource
+from pipelines.storage.dataset import SPLIT_NAMES
 from tools.sources.folder_scan import EXTENSIONS, Scan, join_path, note, note_missing_classes
 from tools.sources.image_files import Files, ImageFolderSplit, is_in_numeric_order
 from tools.sources.label_table import read_labels

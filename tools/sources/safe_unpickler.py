@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from configs.utils.errors import UserError
-from pipelines.convert import memory_limit
+from pipelines import memory_limit
 
 LOADING_BYTES = 256 << 20  # memory for labels, file names and the unpickler itself
 COPIES = 3  # of the pixels; Python 3 stores them in protocol 2 as UTF-8 text, which is decoded and encoded as Latin-1

@@ -38,7 +38,11 @@ def test_suggested_command_is_accepted_by_convert(
     for file in files:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).touch()
-    sentence = convert_hint(folder)
+    in_place, colon, sentence = convert_hint(folder).partition("convert it first: ")
+    file = options.get("source", "FILE.hdf5")
+    is_hdf5 = options["command"] == "hdf5"
+    assert in_place == (f"name the HDF5 file itself as the data set (data.path={file}), or " if is_hdf5 else "")
+    sentence = colon + sentence
     sentence, _, prepare = sentence.partition(", or start training with --prepare, which does this first")
     command, _, use = sentence.removeprefix("convert it first: zhu convert ").partition(", and give ")
     assert prepare == ""

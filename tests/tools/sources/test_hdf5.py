@@ -17,8 +17,9 @@ import pytest
 from configs.utils.errors import UserError
 from helpers.sources import labels_of
 from pipelines.convert.source import Source
-from tools.sources import hdf5, hdf5_checks
-from tools.sources.hdf5 import KeyTemplates, load_class_names, open_hdf5
+from pipelines.hdf5 import arrays, checks
+from pipelines.hdf5.file import KeyTemplates, load_class_names
+from tools.sources.hdf5 import open_hdf5
 
 ROWS, HEIGHT, WIDTH = 23, 6, 5
 MAX_PIXELS = 1_000
@@ -60,7 +61,7 @@ STORAGES: list[dict[str, Any]] = [
 def test_every_layout_and_storage_gives_the_same_images(
     tmp_path: Path, channels_first: bool, storage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5, "READ_BYTES", 5 * HEIGHT * WIDTH * 3)  # several reads per split
+    monkeypatch.setattr(arrays, "READ_BYTES", 5 * HEIGHT * WIDTH * 3)  # several reads per split
     source = open_hdf5(write_hdf5(tmp_path / "x.hdf5", channels_first, **storage), None, MAX_PIXELS)
     for split in ("train", "val", "test"):
         np.testing.assert_array_equal(read_all(source, split), pixels())
@@ -74,7 +75,7 @@ def test_every_layout_and_storage_gives_the_same_images(
 
 
 def test_yielded_images_do_not_change_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5, "READ_BYTES", 2 * HEIGHT * WIDTH * 3)
+    monkeypatch.setattr(arrays, "READ_BYTES", 2 * HEIGHT * WIDTH * 3)
     rows = open_hdf5(write_hdf5(tmp_path / "x.hdf5", channels_first=False), None, MAX_PIXELS).splits["train"]
     kept = list(rows.read(0, len(rows)))
     np.testing.assert_array_equal(kept, pixels())
@@ -221,7 +222,7 @@ def test_damaged_files_give_an_error_or_bytes(tmp_path: Path, storage: dict[str,
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "u1", "i8", "?"])
 def test_one_hot_labels_are_read_in_blocks(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hdf5_checks, "ONE_HOT_BYTES", 100)
+    monkeypatch.setattr(checks, "ONE_HOT_BYTES", 100)
     replace = {"labels-train": np.eye(6, dtype=dtype)[np.arange(ROWS) % 4]}
     source = open_hdf5(write_hdf5(tmp_path / "x.hdf5", replace=replace), None, MAX_PIXELS)
     assert labels_of(source, "train") == (np.arange(ROWS) % 4).tolist()

@@ -97,7 +97,7 @@ def training(config: Config, variants: Variants) -> Iterator[dict[str, Workload]
         variants: Maps the name of each end-to-end workload to its overrides of `config.data`.
     """
     with process_group(Ranks()) as device:
-        job = Job(config, load_dataset(config.data.path), Ranks(), device)
+        job = Job(config, load_dataset(config.data.path, config.data.classes), Ranks(), device)
         loader = job.train_loader().single_stage()
         state = job.build_state(loader.image_size, pretrained=False)
         warm_up(state, loader)
@@ -173,7 +173,7 @@ def _images(config: Config, device: torch.device) -> tuple[Batch, ModelDataset]:
     for batch in itertools.islice(endless_batches(loader), -(-count // data.batch_size)):
         read.append(Batch(batch.images.clone(), batch.labels.clone()))  # the loader's buffers are reused
     images, labels = (torch.cat(parts)[:count] for parts in zip(*read, strict=True))
-    return Batch(images, labels), load_dataset(config.data.path)
+    return Batch(images, labels), load_dataset(config.data.path, config.data.classes)
 
 
 def _noise(config: Config, device: torch.device) -> tuple[Batch, ModelDataset]:

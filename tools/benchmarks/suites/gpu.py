@@ -198,7 +198,7 @@ def _batch_size_rows(settings: Settings, config: Config, trials: list[Trial], li
     """
     reserved_s = (1 - BATCH_SIZES_SHARE) * (settings.part_s or 0)
     deadline = settings.deadline and settings.deadline - reserved_s
-    flops = roofline.training_flops(config.model, len(load_dataset(config.data.path).classes), 224)
+    flops = roofline.training_flops(config.model, len(load_dataset(config.data.path, config.data.classes).classes), 224)
     for trial in search_fastest(config, settings.seconds, settings.rounds, deadline):
         trials.append(trial)
         fields: dict[str, object] = {"batch_size": trial.batch_size, "error": trial.error}

@@ -45,7 +45,7 @@ def training_table(
             arguments = (peer, task, config, settings.workers, settings.seconds / 4)
             cases.append(Case(Candidate(name, training_loops.training, arguments), common))
         absent = absent_rows(peers.LOOPS, task.encoding)
-    classes = config.model.num_classes or len(load_dataset(config.data.path).classes)
+    classes = config.model.num_classes or len(load_dataset(config.data.path, config.data.classes).classes)
     details: Entry = {"image_size": size, "model": config.model.name}
     flops = cache(partial(roofline.training_flops, config.model, classes, size))  # needed after every round
     return InterleavedTable(f"training {title}", "training", cases, details, partial(_add_bounds, flops), absent)

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from pipelines.convert import memory_limit
+from pipelines import memory_limit
 
 MIB = 1 << 20
 LARGE = 8192 * MIB  # more than what earlier tests have freed and the process has kept

@@ -1,0 +1,1 @@
+"""Read HDF5 files: in place, as a data set, and as the source of a conversion."""
