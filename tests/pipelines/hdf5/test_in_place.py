@@ -112,6 +112,15 @@ def test_two_ranks_and_a_resume_give_the_same_batches(
             assert_same(copies(again), batches[2:])
 
 
+@pytest.mark.parametrize("storage", ["contiguous", "gzip"])
+def test_views_are_those_of_the_conversion(storage: str, tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "x.hdf5", storage=storage_of(storage, "channels first"))
+    options = {"views": 2, "placement": "host"}
+    ours, theirs = (copies(train(at, aug=CROP_FLIP, **options)) for at in (path, converted(path)))
+    assert ours[0].images.shape == (24, 2, 3, 32, 32)
+    assert_same(ours, theirs)
+
+
 def test_resident_pixels_are_those_of_the_conversion(file: Path, conversion: Path) -> None:
     ours, theirs = (load_resident(open_split(path, "train"), torch.device("cpu")) for path in (file, conversion))
     assert torch.equal(ours, theirs)

@@ -184,13 +184,13 @@ def test_resident_split_ignores_later_changes(npy_copy: Path) -> None:
 def test_split_that_changes_while_loading_into_memory_is_refused(
     npy_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixel_rows = type(open_split(npy_copy, "train")).pixel_rows
+    read_pixels = Split.read_pixels
 
-    def changed(split: object) -> object:
+    def changed(split: Split, samples: np.ndarray, out: np.ndarray) -> None:
         truncate(npy_copy / NAME)
-        return pixel_rows(split)  # type: ignore[arg-type]
+        read_pixels(split, samples, out)
 
-    monkeypatch.setattr("pipelines.storage.split.Split.pixel_rows", changed)
+    monkeypatch.setattr(Split, "read_pixels", changed)
     with pytest.raises(UserError, match=rf"{NAME} was truncated"):
         train(npy_copy, 16, placement="device")
 
