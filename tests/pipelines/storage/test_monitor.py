@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.utils import warnings as notes
@@ -19,6 +20,7 @@ from pipelines.interfaces import Position
 from pipelines.loader.train_loader import TrainLoader
 from pipelines.storage import monitor
 from pipelines.storage.open import open_split
+from pipelines.storage.split import Split
 
 BOTH = pytest.mark.parametrize("encoding", ["npy", "jpeg"])
 NAME = "tiny-train-000001.tar"
