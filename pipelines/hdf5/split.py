@@ -105,7 +105,8 @@ def map_split(dataset: Hdf5Dataset, name: str, *, verify: Literal["changed", "of
     sha256 = FileRecord(path).recorded_sha256(stamp, warns=verify == "changed")
     slot_bytes = -(-stamp.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     mapped = map_files((path,), [stamp.bytes], slot_bytes)
-    if mapped.stamps[0].content_key != stamp.content_key:
+    mapped_as = mapped.stamps[0]
+    if mapped_as is None or mapped_as.content_key != stamp.content_key:
         raise UserError(f"{path} was changed while it was being opened; start again when nothing writes to it")
     return _build_split(dataset, name, mapped.content, ShardMonitor(name, (path,), [sha256], mapped))
 

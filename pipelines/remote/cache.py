@@ -24,7 +24,7 @@ from configs.utils.files import atomic_write, user_cache
 from configs.utils.process import lock_byte
 from pipelines.remote.store import LOCAL_ERRORS, Stopped, Store, shown_size
 from pipelines.storage.dataset import DatasetInfo, FileInfo, ShardInfo
-from pipelines.storage.hash_cache import FileStamp, HashCache, HashedFile, hash_file
+from pipelines.storage.hash_cache import FileStamp, HashCache, HashedFile, hash_file, shard_names
 
 TRIES = 3  # transfers of an object that does not have its sha256
 PART = ".part"  # end of the name of a file that is being fetched
@@ -100,7 +100,7 @@ class DatasetCache:
 
     @cached_property
     def _hashes(self) -> HashCache:
-        return HashCache(self.folder, self._dataset)
+        return HashCache(self.folder, shard_names(self._dataset))
 
     def verified(self, shards: list[ShardInfo]) -> list[HashedFile | None]:
         """Return the shards that are here with the content that dataset.json names, as checked before."""
