@@ -136,6 +136,8 @@ def log_results(trainer: Trainer, position: Position, *, is_kept: bool = True) -
         log.detail(f"epochs and last evaluation {clock.training_s:.2f} s")
         log.update_summary({"training_s": clock.training_s})
     log.detail(f"whole command {clock.command_s:.2f} s")
+    if (residency := trainer.train_loader.split.residency) is not None:
+        log.detail(f"fetched {residency.fetched_bytes / 2**20:,.1f} MiB of {config.data.path}")
     log.update_summary({"command_s": clock.command_s})
     which = " of the moving average" if uses_ema(state.ema, config.eval.weights) else ""
     if position.epoch < config.train.epochs:

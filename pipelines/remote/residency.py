@@ -85,6 +85,10 @@ class RemoteShards:
         self._uses_lock = threading.Lock()
         cache.readers.add(self)
 
+    @property
+    def fetched_bytes(self) -> int:
+        return self._cache.fetched_bytes
+
     # Batches
 
     def hold(self, shards: np.ndarray) -> AbstractContextManager[None]:
@@ -214,6 +218,8 @@ class RemoteShards:
             self._start_threads()
 
     def advance(self, epoch: int, step: int) -> None:
+        if not self.evicts and self._attached.all():  # there is nothing more to do
+            return
         with self._changed:
             self._position = epoch, step = max(self._position, (epoch, step))
             self._epochs = [one for one in self._epochs if one >= epoch]
@@ -292,6 +298,8 @@ class RemoteShards:
     # Threads
 
     def _start_threads(self) -> None:
+        if self._here.all() and not (self.evicts or self._demanded):
+            return
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         wanted = FETCHES if self._plan is not None else min(FETCHES, len(self._demanded))
         for _ in range(wanted - len(self._threads)):

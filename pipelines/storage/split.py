@@ -23,6 +23,11 @@ class Residency(Protocol):
 
     evicts: bool  # whether shards are unmapped when they are not in use
 
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that this process has received for the data set."""
+        ...
+
     def hold(self, shards: np.ndarray) -> AbstractContextManager[None]:
         """Wait until `shards`, int [N], are mapped, and keep them mapped in the context.
 

@@ -280,7 +280,13 @@ def fetching() -> list[threading.Thread]:
 def test_an_iterator_that_is_dropped_ends_the_transfers(url: str, server: ObjectStore, tmp_path: Path) -> None:
     server.fault = lambda method, path, answer: answer._replace(pause_s=20.0) if ".tar" in path else None
     remote = train(url, cache=str(tmp_path), placement="host")
-    ending = threading.Timer(0.5, remote.end_iteration)
+
+    def end() -> None:
+        while not cached(tmp_path):  # until the iterator waits for shards
+            time.sleep(0.01)
+        remote.end_iteration()
+
+    ending = threading.Thread(target=end)
     ending.start()
     with pytest.raises(StoppedError):
         next(iter(remote))
