@@ -30,6 +30,7 @@ ENABLING = ("data.order=sequential-window", "train.ema.decay=0.9", "train.loss=b
 OTHER_VALUES: dict[str, object] = {
     "aug.auto.policy": "randaugment",
     "aug.custom": "own.py:augment",
+    "data.cache": "/cache",
     "data.stages": [{"epoch": 3, "image_size": 40}],
     "eval.weights": "raw",
     "train.keep_checkpoints": "every:2",
