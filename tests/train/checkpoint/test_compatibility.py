@@ -31,6 +31,7 @@ OTHER_VALUES: dict[str, object] = {
     "aug.auto.policy": "randaugment",
     "aug.custom": "own.py:augment",
     "data.cache": "/cache",
+    "data.classes": "classes.txt",
     "data.stages": [{"epoch": 3, "image_size": 40}],
     "eval.weights": "raw",
     "train.keep_checkpoints": "every:2",
