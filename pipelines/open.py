@@ -27,13 +27,13 @@ def load_dataset(path: str | Path, classes: str | Path | None = None) -> Dataset
     if is_url(path):
         from pipelines.remote import open as remote
 
-        _refuse_classes(path, classes)
+        refuse_classes(path, classes)
         return remote.load_dataset(str(path))
     if is_hdf5(Path(path)):
         from pipelines.hdf5 import open as hdf5  # imports h5py
 
         return hdf5.load_dataset(Path(path), None if classes is None else Path(classes))
-    _refuse_classes(path, classes)
+    refuse_classes(path, classes)
     return shards_info.load_dataset(path)
 
 
@@ -61,19 +61,23 @@ def open_split(
     if is_url(path):
         from pipelines.remote import open as remote
 
-        _refuse_classes(path, classes)
+        refuse_classes(path, classes)
         return remote.open_split(str(path), name, cache, cache_gib)
     if is_hdf5(Path(path)):
         from pipelines.hdf5 import open as hdf5  # imports h5py
 
         file = None if classes is None else Path(classes)
         return hdf5.open_split(Path(path), name, verify=verify, classes_file=file)
-    _refuse_classes(path, classes)
+    refuse_classes(path, classes)
     return shards.open_split(path, name, verify=verify, on_bad_sample=on_bad_sample)
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, classes: str | Path | None = None) -> list[str]:
     """Return the problems found in a data set, one sentence each.
+
+    Args:
+        path: Path of the data set, a folder of shards or an HDF5 file.
+        classes: data.classes, for an HDF5 file.
 
     Raises:
         UserError: See `pipelines.storage.verify.verify` and `pipelines.hdf5.open.verify`.
@@ -81,13 +85,15 @@ def verify(path: str | Path) -> list[str]:
     if is_hdf5(Path(path)):
         from pipelines.hdf5 import open as hdf5  # imports h5py
 
-        return hdf5.verify(Path(path))
+        return hdf5.verify(Path(path), None if classes is None else Path(classes))
     from pipelines.storage import verify as checks
 
+    refuse_classes(path, classes)
     return checks.verify(path)
 
 
-def _refuse_classes(path: str | Path, classes: str | Path | None) -> None:
+def refuse_classes(path: str | Path, classes: str | Path | None) -> None:
+    """Raise UserError if names of classes are given for another data set than an HDF5 file."""
     if classes is not None:
         raise UserError(
             f"data.classes={classes} names the classes of an HDF5 file, but {path} is none; leave it out, or convert "

@@ -130,7 +130,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder / "digits_lenet", data)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _started_cluster() -> Iterator[RayCluster]:
     cluster = RayCluster()
     yield cluster

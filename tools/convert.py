@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with handle_signals([signal.SIGTERM], terminate):  # cleans up as after Ctrl-C
             if verifies:
-                print(verify(args.folder))
+                print(verify(args.folder, args.classes))
                 return 0
             with open_cluster(args) as cluster:
                 return convert(args, cluster)
@@ -208,24 +208,28 @@ def format_summary(dataset: DatasetInfo, out: Path | str, seconds: float | None)
     return "\n".join([f"{printable(head)}{rate}", *lines])
 
 
-def verify(folder: Path | str) -> str:
+def verify(folder: Path | str, classes: Path | None = None) -> str:
     """Verify a data set, and return a sentence stating that it is intact.
 
     Args:
-        folder: Folder of the data set, or its URL as text.
+        folder: Folder of the data set, its URL as text, or an HDF5 file.
+        classes: data.classes, for an HDF5 file.
 
     Raises:
-        UserError: The data set is damaged, or `folder` is not a data set. The message contains the first problems.
+        UserError: The data set is damaged, `folder` is not a data set, or `classes` is given for another one than an
+            HDF5 file. The message contains the first problems.
     """
+    from pipelines.open import load_dataset, refuse_classes
+
     in_place = isinstance(folder, Path) and is_hdf5(folder)
     if isinstance(folder, str):
+        refuse_classes(folder, classes)
         dataset, problems = _verify_url(folder)
     else:
-        from pipelines.open import load_dataset
         from pipelines.open import verify as find_problems
 
-        problems = find_problems(folder)
-        dataset = load_dataset(folder)
+        problems = find_problems(folder, classes)
+        dataset = load_dataset(folder, classes)
     if problems:
         repair = "fetch the file again" if in_place else "convert the source again"
         more = (
@@ -333,6 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(imagefolder)
     check = command("verify", "check every byte of a converted data set, or of an HDF5 file", "data/cifar10")
     check.add_argument("folder", type=place_argument, help="folder of the data set, its URL, or an HDF5 file")
+    check.add_argument("--classes", type=path_argument, help="data.classes, for an HDF5 file")
     return parser
 
 

@@ -44,7 +44,7 @@ def open_split(
     return map_split(load_dataset(path, classes_file), name, verify=verify)
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, classes_file: Path | None = None) -> list[str]:
     """Return the problems found in a file, one sentence each, and record its sha256 in the user's cache.
 
     Every chunk must decompress, and all labels must be in range. Apart from this, HDF5 files contain no hash of their
@@ -53,7 +53,7 @@ def verify(path: Path) -> list[str]:
     Raises:
         UserError: The file cannot be opened; see `contents.load_contents`.
     """
-    dataset = load_dataset(path)
+    dataset = load_dataset(path, classes_file)
     problems = []
     for name in dataset.splits:
         split = map_split(dataset, name)

@@ -124,16 +124,15 @@ class TrainBatches(BatchPlan):
 
     def indices(self, epoch: int, step: int) -> np.ndarray:
         if self._read_ahead is not None:
-            self._read_ahead(epoch, step, self.schedule(epoch))
+            self._read_ahead(epoch, step, self._schedule(epoch))
         return order.train_batch(
             self._order(epoch), step, self.batch_size, self._rank, self._world_size, self._machines
         )
 
     def shard_schedule(self, epoch: int, shard: np.ndarray) -> order.ShardSchedule:
-        return self.schedule(epoch)
+        return self._schedule(epoch)
 
-    def schedule(self, epoch: int) -> order.ShardSchedule:
-        """Return which shards this machine reads in an epoch, and in which batches."""
+    def _schedule(self, epoch: int) -> order.ShardSchedule:
         return self._order.schedule(epoch, self.steps, self.batch_size, self._rank, self._world_size, self._machines)
 
     def draws(self, epoch: int, samples: np.ndarray) -> Draws:
@@ -142,7 +141,7 @@ class TrainBatches(BatchPlan):
     def prepare(self, epoch: int) -> None:
         self._order(epoch)
         if self._read_ahead is not None:
-            self.schedule(epoch)
+            self._schedule(epoch)
 
     def mix(self, epoch: int, step: int, samples: int, size: int) -> np.ndarray | None:
         if not self._mixes:

@@ -17,7 +17,7 @@ from helpers.loaders import NO_AUG, assert_same, copies, evaluation, train
 from pipelines.hdf5 import chunks, statistics
 from pipelines.interfaces import Position
 from pipelines.loader.buffers import load_resident
-from pipelines.open import load_dataset, open_split
+from pipelines.open import load_dataset, open_split, verify
 from pipelines.storage.index import rows_per_shard
 
 CROP_FLIP = AugConfig(crop="pad", flip=0.5)
@@ -175,6 +175,7 @@ def test_classes_come_from_a_file(tmp_path: Path) -> None:
     names.write_text("ant\nbee\ncat\ndog\neel\n")
     assert load_dataset(path, names).classes == ("ant", "bee", "cat", "dog", "eel")
     assert open_split(path, "val", classes=names).classes[4] == "eel"
+    assert verify(path, names) == []
     names.write_text("ant\n")
     with pytest.raises(UserError, match=r"labels-train\[1\] is 3; labels must be whole numbers within 0 to 0"):
         load_dataset(path, names)

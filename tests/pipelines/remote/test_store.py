@@ -31,7 +31,7 @@ def s3(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "files" / "a.bin").write_bytes(CONTENT)
     server.fault = None
     monkeypatch.setattr(module, "MAX_DELAY_S", 0.01)
-    return Store(upload(server, tmp_path / "files"))
+    return Store(upload(server, tmp_path / "files", tmp_path.name))
 
 
 def test_urls_are_told_from_folders() -> None:
