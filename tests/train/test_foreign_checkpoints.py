@@ -87,7 +87,7 @@ def test_homework_checkpoint_evaluates_like_its_network(
     network = lenet_of_200().eval()
     path = homework_checkpoint(tmp_path / "ckpt_best.pth", network)
     as_cifar = replace(load_dataset(str(npy_data)), source=SourceInfo("cifar10", "", ""))
-    monkeypatch.setattr("train.build.load_dataset", lambda _: as_cifar)
+    monkeypatch.setattr("train.build.load_dataset", lambda *_: as_cifar)
     code, out, err = call("--cfg", write(), "--data-path", npy_data, "--eval", "--resume", path)
     assert code == 0, err
     loader = build_eval_loader(DataConfig(path=str(npy_data)), EvalConfig(), device="cpu")
