@@ -31,7 +31,7 @@ def s3(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "files" / "a.bin").write_bytes(CONTENT)
     server.fault = None
     monkeypatch.setattr(module, "MAX_DELAY_S", 0.01)
-    return Store(upload(server, tmp_path / "files", tmp_path.name))
+    return Store(upload(server, tmp_path / "files"))
 
 
 def test_urls_are_told_from_folders() -> None:
@@ -39,7 +39,8 @@ def test_urls_are_told_from_folders() -> None:
     assert not any(map(is_url, ("data/cifar10", "/s3://x", Path("s3"), "~/s3:/x")))
 
 
-def test_objects_are_read_fetched_listed_and_written(s3: Store, tmp_path: Path) -> None:
+def test_objects_are_read_fetched_listed_and_written(s3: Store, server: ObjectStore, tmp_path: Path) -> None:
+    s3 = Store(upload(server, tmp_path / "files", "alone"))  # other tests write to the same server
     s3.fetch("a.bin", tmp_path / "copy", len(CONTENT))
     assert (tmp_path / "copy").read_bytes() == CONTENT == s3.read("a.bin")
     s3.put("b.bin", tmp_path / "copy")

@@ -16,7 +16,7 @@ TIMES = ("training_time_s", "images_per_s", "memory_gib")
 POINTS = ["train.lr=1e-3", "train.lr=6e-3", "aug.flip=0.5", "model.name=nothing"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_sweep_on_a_cluster_gives_the_local_table(cluster: RayCluster, digits_run: Run, tmp_path: Path) -> None:
     variants = [word for number, point in enumerate(POINTS) for word in ("--variant", f"v{number}: {point}")]
     local, remote = tmp_path / "local", tmp_path / "remote"
