@@ -113,13 +113,13 @@ class Stage:
     def follow(self, position: Position) -> Callable[[], None]:
         """Fetch shards ahead of the batches from a position on, and return a function that ends this."""
         residency = self._residency
-        if residency is None:
+        if residency is None or residency.is_complete:
             return no_wait
         return partial(residency.unfollow, residency.follow(self._reading_plan(), position.epoch, position.step))
 
     def add_epoch(self, epoch: int) -> None:
         """Fetch the shards of another epoch after those of the ones before."""
-        if self._residency is not None:
+        if self._residency is not None and not self._residency.is_complete:
             self._residency.add_epoch(epoch)
 
     def claim_slots(self, close: Callable[[], None]) -> None:
@@ -150,7 +150,7 @@ class Stage:
         Raises:
             UserError: A file of the source has changed, or bad samples cannot be replaced.
         """
-        if self._residency is not None:
+        if self._residency is not None and not self._residency.is_complete:
             self._residency.advance(epoch, steps.start)
         batches = [self.plan.indices(epoch, step) for step in steps]
         group = self.gather(epoch, batches[0] if len(batches) == 1 else np.concatenate(batches), slot)
@@ -193,7 +193,7 @@ class Stage:
             Undecodable: Samples cannot be decoded.
         """
         try:
-            with nullcontext() if self._residency is None else self._residency.hold(self.bad.split.shard[indices]):
+            with nullcontext() if self._residency is None else self.bad.split.hold(indices):
                 images = self.source.fill(slot, indices, draws)
         except Exception:
             self.source.check_unchanged()  # report a changed file rather than the sample that it broke

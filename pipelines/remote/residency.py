@@ -70,6 +70,7 @@ class RemoteShards:
         self._attached, self._fetching = np.zeros((2, len(shards)), bool)
         self._users = np.zeros(len(shards), np.int64)  # contexts of `hold`
         self._no_earlier = np.zeros(len(shards))  # time of the next attempt, after one that failed
+        self.is_complete = False
         self._errors: dict[int, BaseException] = {}
         self._demanded: dict[int, float] = {}  # shards that batches wait for, and when they were first without space
         self._received = 0  # bytes
@@ -152,6 +153,7 @@ class RemoteShards:
             if FileStamp.from_stat(file.stat()) == stamp == map_file(self._mapped, number, file):
                 self._monitor.watch(number, stamp)
                 self._attached[number] = True
+                self.is_complete = not self.evicts and bool(self._attached.all())
                 return True
         self._here[number] = False
         self._lock(number, "none")

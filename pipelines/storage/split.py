@@ -22,6 +22,7 @@ class Residency(Protocol):
     """The shards of a split of which only some are on this machine at a time."""
 
     evicts: bool  # whether shards are unmapped when they are not in use
+    is_complete: bool  # whether all shards are mapped and stay so, so that the methods have nothing to do
 
     @property
     def fetched_bytes(self) -> int:
@@ -130,7 +131,9 @@ class Split:
 
     def hold(self, samples: np.ndarray | slice) -> AbstractContextManager[None]:
         """Return a context in which the shards of samples are mapped. Wait for them if they have to be fetched."""
-        return nullcontext() if self.residency is None else self.residency.hold(self.shard[samples])
+        if self.residency is None or self.residency.is_complete:
+            return nullcontext()
+        return self.residency.hold(self.shard[samples])
 
     def image_bytes(self, sample: int) -> np.ndarray:
         """Return the stored bytes of an image, including the .npy header if there is one: uint8 [bytes]."""
