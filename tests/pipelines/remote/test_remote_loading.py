@@ -280,6 +280,7 @@ def fetching() -> list[threading.Thread]:
 def test_an_iterator_that_is_dropped_ends_the_transfers(url: str, server: ObjectStore, tmp_path: Path) -> None:
     server.fault = lambda method, path, answer: answer._replace(pause_s=20.0) if ".tar" in path else None
     remote = train(url, cache=str(tmp_path), placement="host")
+    earlier = fetching()  # of loaders of other tests, which end when they have been idle for a while
 
     def end() -> None:
         while not cached(tmp_path):  # until the iterator waits for shards
@@ -291,7 +292,7 @@ def test_an_iterator_that_is_dropped_ends_the_transfers(url: str, server: Object
     with pytest.raises(StoppedError):
         next(iter(remote))
     ending.join()
-    assert fetching() == []
+    assert set(fetching()) <= set(earlier)
     assert cached(tmp_path) == []
 
 
