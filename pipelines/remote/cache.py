@@ -43,7 +43,7 @@ class Reader(Protocol):
         ...
 
     def release(self) -> None:
-        """Give up files that are not being read, since there is no space for one that is needed now."""
+        """Release the files that are not being read, to make space for one that is needed now."""
         ...
 
     def forget(self, name: str) -> None:
@@ -201,7 +201,7 @@ class DatasetCache:
                 self._hashes.save()
 
     def _make_room(self, file: ShardInfo | FileInfo, part: Path) -> None:
-        """Create an empty file that stands for a file of the cache, and remove others if the cache would be too large.
+        """Reserve space for a file by creating `part`, and remove other files if the cache would exceed its limit.
 
         Raises NoSpaceError if that is not possible.
         """

@@ -9,7 +9,7 @@ from configs.utils.errors import UserError
 from pipelines.remote.cache import DatasetCache, open_cache
 from pipelines.remote.residency import POLL_S, RemoteShards
 from pipelines.remote.store import Store
-from pipelines.storage.dataset import MAX_BYTES, DatasetInfo, parse_content
+from pipelines.storage.dataset import DatasetInfo, parse_content
 from pipelines.storage.index import load_index
 from pipelines.storage.memory_map import reserve
 from pipelines.storage.open import build_split, slot_bytes_of
@@ -22,12 +22,13 @@ def load_dataset(url: str) -> DatasetInfo:
     Raises:
         UserError: It cannot be read, is invalid, or has an unsupported format version.
     """
-    return _load(Store(url))[0]
+    return read_dataset(Store(url))[0]
 
 
-def _load(store: Store) -> tuple[DatasetInfo, bytes]:
+def read_dataset(store: Store) -> tuple[DatasetInfo, bytes]:
+    """Return dataset.json, parsed and as stored. Raises UserError like `load_dataset`."""
     content = store.read("dataset.json")
-    return parse_content(content[: MAX_BYTES + 1], store.join("dataset.json")), content
+    return parse_content(content, store.join("dataset.json")), content
 
 
 def open_split(url: str, name: str, cache: str | None = None, cache_gib: float | None = None) -> Split:
@@ -45,7 +46,7 @@ def open_split(url: str, name: str, cache: str | None = None, cache_gib: float |
         ValueError, OSError: See `map_files`.
     """
     store = Store(url)
-    dataset, content = _load(store)
+    dataset, content = read_dataset(store)
     if name not in dataset.splits:
         raise UserError(f"{store.url} has no split {name!r}; it has {', '.join(dataset.splits)}")
     files = open_cache(store, content, dataset, cache, cache_gib)

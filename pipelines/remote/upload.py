@@ -15,8 +15,9 @@ from threading import Event
 
 from configs.utils.errors import UserError
 from configs.utils.files import atomic_write, user_cache
+from pipelines.remote.open import read_dataset
 from pipelines.remote.store import Store
-from pipelines.storage.dataset import DatasetInfo, parse_content
+from pipelines.storage.dataset import DatasetInfo
 
 MAX_UPLOADS = 4  # shards that are uploaded at a time
 TRIES = 3  # uploads of a file whose object differs from it
@@ -61,10 +62,7 @@ class Uploads:
         """Return the finished data set at the URL, or None if there is none."""
         if self.store.find("dataset.json") is None:
             return None
-        return self._read()
-
-    def _read(self) -> DatasetInfo:
-        return parse_content(self.store.read("dataset.json"), self.store.join("dataset.json"))
+        return read_dataset(self.store)[0]
 
     def check_place(self, folder: Path) -> None:
         """Raise UserError if there are objects at the URL that an unfinished conversion in `folder` did not write."""
@@ -135,7 +133,7 @@ class Uploads:
         self.store.write("dataset.json", content)
         with suppress(UserError):  # deleting may not be allowed
             self.store.remove(UNFINISHED)
-        return self._read()
+        return read_dataset(self.store)[0]
 
     def _wait_for_one(self) -> None:
         ended, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)

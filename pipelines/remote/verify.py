@@ -14,8 +14,9 @@ from threading import Event, Lock
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.files import user_cache
+from pipelines.remote.open import read_dataset
 from pipelines.remote.store import Store
-from pipelines.storage.dataset import MAX_BYTES, RECONVERT, DatasetInfo, FileInfo, ShardInfo, parse_content
+from pipelines.storage.dataset import MAX_BYTES, RECONVERT, DatasetInfo, FileInfo, ShardInfo
 from pipelines.storage.hash_cache import hash_file
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -34,8 +35,7 @@ def verify(url: str) -> tuple[DatasetInfo, list[str]]:
     store = Store(url)
     with tempfile.TemporaryDirectory(dir=_cache()) as name:
         folder = Path(name)
-        content = store.read("dataset.json")
-        dataset = parse_content(content, store.join("dataset.json"))
+        dataset, content = read_dataset(store)
         (folder / "dataset.json").write_bytes(content)  # for `open_split`
         total = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
         problems: list[str] = []

@@ -21,8 +21,9 @@ import yaml
 from configs.load import load_config, to_yaml
 from configs.schema import settings_by_key
 from configs.utils.errors import UserError
+from helpers.sweep_commands import start_sweep
 from helpers.sweeps import points_of
-from helpers.training import CLEAN, DIGITS, ROOT, Run, restore_signal_handlers
+from helpers.training import CLEAN, DIGITS, ROOT, Run
 from tools import sweep
 from tools.runs import sweep_report, sweep_runner
 from tools.runs.sweep_report import Sweep
@@ -150,15 +151,7 @@ def test_interrupted_sweep_ends_runs_and_prints_resume_command(
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "lr=0.001", out / "lr=0.001")
     command = arguments(digits_run.data, out, "train.lr=1e-3,6e-3")
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=CLEAN,
-        cwd=ROOT,
-        preexec_fn=restore_signal_handlers,
-    )
+    process = start_sweep(command)
     wait_until(lambda: (out / "lr=0.006.log").exists(), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
