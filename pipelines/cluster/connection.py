@@ -1,4 +1,4 @@
-"""A connection to an existing Ray cluster. Ray places, retries and cancels the tasks."""
+"""A connection to an existing Ray cluster. Ray places, retries and ends the tasks."""
 
 from __future__ import annotations
 
@@ -128,12 +128,17 @@ class Cluster:
         done = set(self._ray.wait(references, num_returns=1, timeout=timeout_s)[0]) if references else set()
         return [task for task in tasks if task.reference in done]
 
-    def cancel(self, tasks: Sequence[Task[Result]], wait_s: float = 0.0) -> None:
-        """End tasks: by KeyboardInterrupt if `wait_s` is given, for at most this time, otherwise at once."""
-        for task in tasks:
-            self._ray.cancel(task.reference, force=wait_s == 0)
-        if tasks and wait_s > 0:
-            self._ray.wait([task.reference for task in tasks], num_returns=len(tasks), timeout=wait_s)
+    def interrupt(self, tasks: Sequence[Task[Result]], wait_s: float) -> None:
+        """Raise KeyboardInterrupt in tasks, and wait until they end, at most `wait_s` seconds.
+
+        Ray aborts this process if a task ends while it is cancelled, so use this only for long tasks.
+        """
+        references = [task.reference for task in tasks]
+        if not references:
+            return
+        for reference in self._ray.wait(references, num_returns=len(references), timeout=0)[1]:
+            self._ray.cancel(reference)
+        self._ray.wait(references, num_returns=len(references), timeout=wait_s)
 
     def on_each_node(self, function: Callable[..., Result], *arguments: object) -> list[tuple[Node, Result]]:
         """Call a function on all nodes, without waiting for a free CPU. Nodes that leave meanwhile are left out.

@@ -39,6 +39,8 @@ def _run_probe(reference: ObjectRef, probe: Callable[[Any], object]) -> object:
 class RayPool(Generic[Shared]):
     """Pool whose `imap` calls `function(shared, task)` on the nodes of a cluster.
 
+    After an error, the pending tasks run until the connection ends: see `Cluster.interrupt` for why none is cancelled.
+
     Args:
         cluster: The cluster.
         shared: Object that all tasks use.
@@ -78,7 +80,6 @@ class RayPool(Generic[Shared]):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._cluster.cancel(list(self._pending))
         self._context.close()
 
     def imap(self, function: Callable[[Shared, Item], Result], tasks: Iterable[Item]) -> Iterator[Result]:

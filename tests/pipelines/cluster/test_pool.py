@@ -143,6 +143,9 @@ def test_pool_keeps_order_and_raises_the_errors_of_tasks(
         cwd=ROOT,
     )
     assert (result.returncode == 0) == (message == ""), result.stderr
-    assert message in result.stderr.strip().splitlines()[-1] if message else result.stderr == ""
+    if message:
+        assert message in result.stderr.strip().splitlines()[-1], result.stderr
+    else:
+        assert result.stderr == ""
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []

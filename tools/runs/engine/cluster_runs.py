@@ -52,7 +52,7 @@ class ClusterRuns:
         return RunOutcome(point, error, time_s), slot
 
     def terminate(self) -> None:
-        self._cluster.cancel(list(self._runs), wait_s=TERMINATE_GRACE_S + 5)
+        self._cluster.interrupt(list(self._runs), TERMINATE_GRACE_S + 5)
 
 
 def train_on_node(config_file: Path, log: Path, slot: RunSlot) -> tuple[str | None, float]:
