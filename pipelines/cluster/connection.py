@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from configs.utils.errors import UserError
 from pipelines.cluster import node
@@ -112,7 +112,7 @@ class Cluster:
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            result: Result = self._ray.get(task.reference)
+            result: Result = self._wait(self._ray.get, task.reference)
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:
@@ -125,7 +125,7 @@ class Cluster:
     def finished(self, tasks: Sequence[Task[Result]], timeout_s: float) -> list[Task[Result]]:
         """Wait until a task has ended, or for the timeout, and return the tasks that have ended."""
         references = [task.reference for task in tasks]
-        done = set(self._ray.wait(references, num_returns=1, timeout=timeout_s)[0]) if references else set()
+        done = set(self._wait(self._ray.wait, references, timeout=timeout_s)[0]) if references else set()
         return [task for task in tasks if task.reference in done]
 
     def interrupt(self, tasks: Sequence[Task[Result]], wait_s: float) -> None:
@@ -138,7 +138,14 @@ class Cluster:
             return
         for reference in self._ray.wait(references, num_returns=len(references), timeout=0)[1]:
             self._ray.cancel(reference)
-        self._ray.wait(references, num_returns=len(references), timeout=wait_s)
+        self._wait(self._ray.wait, references, num_returns=len(references), timeout=wait_s)
+
+    def _wait(self, function: Callable[..., Any], *arguments: object, **options: object) -> Any:
+        """Call a function of Ray that waits, and raise what a signal handler raised, also in Ray's C code."""
+        try:
+            return function(*arguments, **options)
+        except SystemError as error:
+            raise (error.__cause__ or error) from None
 
     def on_each_node(self, function: Callable[..., Result], *arguments: object) -> list[tuple[Node, Result]]:
         """Call a function on all nodes, without waiting for a free CPU. Nodes that leave meanwhile are left out.
@@ -152,7 +159,7 @@ class Cluster:
         results = []
         for one, task in tasks:
             try:
-                results.append((one, self._ray.get(task.reference)))
+                results.append((one, self._wait(self._ray.get, task.reference)))
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):
                     raise error.cause from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from configs.utils.errors import UserError
-from pipelines.cluster.connection import connect
+from pipelines.cluster.connection import Cluster, Task, connect
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,20 @@ def test_missing_ray_is_named_with_the_command_that_installs_it(monkeypatch: pyt
         connect(None),
     ):
         pass
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), SystemExit(143), None])
+def test_signal_in_the_code_of_ray_is_raised_as_such(cause: BaseException | None) -> None:
+    error = SystemError("returned a result with an exception set")
+    error.__cause__ = cause
+
+    def fail(*_: object, **__: object) -> object:
+        raise error
+
+    ray = ModuleType("ray")
+    ray.get = ray.wait = fail  # type: ignore[attr-defined]
+    task: Task[Any] = Task("reference")  # type: ignore[arg-type]
+    for call in (lambda: Cluster(ray).result(task), lambda: Cluster(ray).finished([task], 1.0)):
+        with pytest.raises(type(cause or error)) as raised:
+            call()
+        assert raised.value is (cause or error)
