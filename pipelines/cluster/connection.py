@@ -131,7 +131,7 @@ class Cluster:
     def interrupt(self, tasks: Sequence[Task[Result]], wait_s: float) -> None:
         """Raise KeyboardInterrupt in tasks, and wait until they end, at most `wait_s` seconds.
 
-        Ray aborts this process if a task ends while it is cancelled, so use this only for long tasks.
+        Use this for long tasks only: Ray 2.60 can abort this process if a task ends while it is being cancelled.
         """
         references = [task.reference for task in tasks]
         if not references:

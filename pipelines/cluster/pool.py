@@ -39,7 +39,7 @@ def _run_probe(reference: ObjectRef, probe: Callable[[Any], object]) -> object:
 class RayPool(Generic[Shared]):
     """Pool whose `imap` calls `function(shared, task)` on the nodes of a cluster.
 
-    After an error, the pending tasks run until the connection ends: see `Cluster.interrupt` for why none is cancelled.
+    Leaving the context does not cancel the pending tasks, see `Cluster.interrupt`. They end with the connection.
 
     Args:
         cluster: The cluster.

@@ -220,8 +220,6 @@ class RemoteShards:
             self._start_threads()
 
     def advance(self, epoch: int, step: int) -> None:
-        if not self.evicts and self._attached.all():  # there is nothing more to do
-            return
         with self._changed:
             self._position = epoch, step = max(self._position, (epoch, step))
             self._epochs = [one for one in self._epochs if one >= epoch]
