@@ -22,9 +22,11 @@ from configs.utils.warnings import warn
 from pipelines.storage import hash_cache, tar_check
 from pipelines.storage.dataset import RECONVERT, DatasetInfo, load_dataset
 from pipelines.storage.index import check_size, load_index, sample_stride
-from pipelines.storage.memory_map import MappedShards, map_files
+from pipelines.storage.memory_map import HUGE_PAGE_BYTES, MappedShards, map_files
 from pipelines.storage.monitor import ShardMonitor
 from pipelines.storage.split import Residency, Split
+
+MAX_SLOT_RATIO = 16  # address space is not memory, but it is limited
 
 
 def open_split(
@@ -74,11 +76,16 @@ def open_split(
 
 
 def slot_bytes_of(dataset: DatasetInfo, name: str, image_bytes: int) -> int:
-    """Return the distance between the starts of mapped shards: a multiple of the page size and, for npy, the stride."""
-    split, unit = dataset.splits[name], mmap.PAGESIZE
-    if dataset.encoding == "npy":
-        unit = math.lcm(unit, sample_stride(image_bytes, split.labelled, len(dataset.classes)))
-    return -(-max(shard.bytes for shard in split.shards) // unit) * unit
+    """Return the distance between the starts of mapped shards: whole pages and, for npy, a multiple of the stride.
+
+    Pages are huge pages, unless the distance would exceed `MAX_SLOT_RATIO` times the size of the largest shard.
+    """
+    split = dataset.splits[name]
+    stride = sample_stride(image_bytes, split.labelled, len(dataset.classes)) if dataset.encoding == "npy" else 1
+    largest = max(shard.bytes for shard in split.shards)
+    units = (math.lcm(page, stride) for page in (HUGE_PAGE_BYTES, mmap.PAGESIZE))
+    huge, small = (-(-largest // unit) * unit for unit in units)
+    return huge if huge <= MAX_SLOT_RATIO * largest else small
 
 
 def build_split(

@@ -17,7 +17,7 @@ from numba import cfunc, types
 
 from pipelines.cpu import batch, sigbus_handler
 from pipelines.storage import sigbus
-from pipelines.storage.memory_map import MappedShards, map_files
+from pipelines.storage.memory_map import HUGE_PAGE_BYTES, MappedShards, map_files
 
 ROOT = Path(__file__).parents[3]
 SIZE, SLOT = 300_000, 2**20
@@ -53,6 +53,17 @@ def test_remaining_pages_are_read_from_the_file(files: tuple[Path, ...]) -> None
     for place in range(SIZE - 1, 0, -4096):  # from the end, so that every page is a new fault
         assert mapped.content[place] == (place < SIZE // 2)
     assert mapped.content[: SIZE // 2].all()
+
+
+@pytest.mark.parametrize("left", [0, 5000, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 5000])
+def test_truncated_huge_pages_read_as_zeros_and_set_the_flag(left: int, tmp_path: Path) -> None:
+    path, size = tmp_path / "0.tar", 3 * HUGE_PAGE_BYTES
+    path.write_bytes(b"\1" * size)
+    mapped = map_files((path,), [size], size)
+    assert mapped.content.sum() == size
+    os.truncate(path, left)
+    assert mapped.content[::-1].sum() == left
+    assert mapped.fault_address.all()
 
 
 def test_kernels_torch_and_many_threads_survive(files: tuple[Path, ...]) -> None:

@@ -32,8 +32,9 @@ from wds2idx import IndexCreator
 from configs.schema import AugConfig, DataConfig
 from configs.utils.errors import UserError
 from helpers.edits import edit_dataset, flip_byte, rewrite_index
-from helpers.memory_source import marked_image, rows_of
+from helpers.memory_source import MemoryRows, marked_image, memory_source, rows_of, write
 from pipelines import build_train_loader
+from pipelines.convert.source import Encoding
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import fingerprint, load_dataset
 from pipelines.storage.index import INDEX_COLUMNS, sample_stride
@@ -154,6 +155,21 @@ def test_pixel_rows_give_every_image_over_all_shards(split_name: str, npy_data: 
     assert len(split.files) == (4 if split_name == "train" else 1)
     np.testing.assert_array_equal(images, [marked_image(row) for row in rows_of(images.transpose(0, 3, 1, 2))])
     assert sorted(rows_of(images.transpose(0, 3, 1, 2))) == list(range(len(split)))
+
+
+@pytest.mark.parametrize(("side", "shard_mib", "is_huge"), [(32, 1, True), (32, 4, True), (60, 2, False)])
+def test_shards_start_at_huge_pages(side: int, shard_mib: int, is_huge: bool, tmp_path: Path) -> None:
+    """Unless this takes much more address space: a sample of 60 x 60 pixels takes 25 blocks of 512 bytes."""
+    rows = MemoryRows([marked_image(row, side, side) for row in range(400)])
+    write(memory_source(train=rows), tmp_path / "set", Encoding("npy", size=side), shard_mib=shard_mib)
+    split = open_split(tmp_path / "set", "train")
+    assert split.content.ctypes.data % (2 << 20) == 0
+    assert (split.slot_bytes % (2 << 20) == 0) == is_huge
+    assert split.slot_bytes <= 16 * max(shard.bytes for shard in split.info.shards)
+    view, places = split.pixel_rows()
+    np.testing.assert_array_equal(
+        view[places].reshape(-1, side, side, 3), [marked_image(row, side, side) for row in split.source_rows()]
+    )
 
 
 def test_pixel_rows_outlive_the_split(npy_data: Path) -> None:
