@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import BinaryIO
@@ -24,6 +25,7 @@ from pipelines.convert.spool import WRITER, Table, load_table, spool_damage_hint
 from pipelines.storage import tar_format
 from pipelines.storage.dataset import EXTENSIONS
 from pipelines.storage.index import stored_order
+from pipelines.storage.memory_map import HUGE_PAGE_BYTES
 
 SAMPLE_COLUMNS = ("position", "row", "size", "height", "width")  # arrays of a block's table with one item per sample
 
@@ -155,9 +157,9 @@ def merge(splits: SplitInputs, task: tuple[str, int]) -> int:
     digest = hashlib.sha256()
 
     def write_tar(file: BinaryIO) -> None:
-        for piece in tar_format.shard_pieces(samples["row"], extension, head, payloads, label_text):
-            file.write(piece)
-            digest.update(piece)
+        for block in _huge_pages(tar_format.shard_pieces(samples["row"], extension, head, payloads, label_text)):
+            file.write(block)
+            digest.update(block)
 
     index = tar_format.index_text(samples["row"], extension, offsets, sizes, label_digits)
     file = layout.shard_file(shard)
@@ -203,6 +205,23 @@ def _shard_samples(layout: SplitLayout, shard: int) -> tuple[Table, list[memoryv
     samples = {name: np.concatenate([table[name] for table in tables]) for name in SAMPLE_COLUMNS}
     order = np.argsort(samples["position"])
     return {name: column[order] for name, column in samples.items()}, [payloads[i] for i in order]
+
+
+def _huge_pages(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """Join pieces of a file to blocks of HUGE_PAGE_BYTES; the last block may be shorter.
+
+    A block is valid until the next one is requested.
+    """
+    block, end = memoryview(bytearray(HUGE_PAGE_BYTES)), 0
+    for piece in pieces:
+        left = memoryview(piece)
+        while end + len(left) > HUGE_PAGE_BYTES:
+            room = HUGE_PAGE_BYTES - end
+            block[end:], left, end = left[:room], left[room:], 0
+            yield block
+        block[end : end + len(left)] = left
+        end += len(left)
+    yield block[:end]
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from configs.utils.errors import UserError
 from helpers.memory_source import MemoryRows, jpeg_file, marked_image, memory_source, rows_of, tiny_source, write
 from pipelines.convert import checks, layout, writer
 from pipelines.convert.encode import Defect, encode
+from pipelines.convert.shuffle import _huge_pages
 from pipelines.convert.source import Encoding
 from pipelines.storage.open import open_split
 from pipelines.storage.split import Split
@@ -502,3 +503,12 @@ def test_scans_after_the_image_are_not_counted(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("pipelines.jpeg_format.MAX_SEGMENTS", 3)
     with pytest.raises(Defect, match="more than 5 scans"):
         encode(plain, Encoding("jpeg"))
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1, 2, 3], [2 << 20] * 3, [1 << 20, 3 << 20, 5], [(2 << 20) - 1, 2]])
+def test_shards_are_written_in_huge_pages(sizes: list[int]) -> None:
+    pieces = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
+    blocks = list(_huge_pages(map(memoryview, pieces)))
+    assert b"".join(blocks) == b"".join(pieces)
+    assert {len(block) for block in blocks[:-1]} <= {2 << 20}
+    assert len(blocks[-1]) < 2 << 20
