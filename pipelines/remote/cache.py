@@ -25,9 +25,12 @@ from configs.utils.process import lock_byte
 from pipelines.remote.store import LOCAL_ERRORS, Stopped, Store, shown_size
 from pipelines.storage.dataset import DatasetInfo, FileInfo, ShardInfo
 from pipelines.storage.hash_cache import FileStamp, HashCache, HashedFile, hash_file, shard_names
+from pipelines.storage.memory_map import HUGE_PAGE_BYTES
 
 TRIES = 3  # transfers of an object that does not have its sha256
 PART = ".part"  # end of the name of a file that is being fetched
+COPY = ".copy"  # end of the name of its copy, see `_copy`
+FETCHED_COPIES = 2  # of a shard that is being fetched: what was fetched, and its copy
 SPACE = 2**40  # byte whose lock serializes decisions about the space of the cache
 
 
@@ -156,7 +159,7 @@ class DatasetCache:
     def _fetch(
         self, path: Path, file: ShardInfo | FileInfo, stopped: Stopped, count: Callable[[int], object]
     ) -> FileStamp:
-        part = path.with_name(path.name + PART)
+        part, copy = path.with_name(path.name + PART), path.with_name(path.name + COPY)
         self._make_room(file, part)
         received = 0
 
@@ -169,13 +172,12 @@ class DatasetCache:
             for _ in range(TRIES):
                 add(-received)
                 self.store.fetch(file.file, part, file.bytes, stopped=stopped, count=add)
-                with part.open("rb") as opened:
-                    os.fsync(opened.fileno())
-                hashed = hash_file(part)
-                self.fetched_bytes += hashed.stamp.bytes
-                if hashed.sha256 == file.sha256:
+                size = part.stat().st_size
+                self.fetched_bytes += size
+                if size == file.bytes and _copy(part, copy) == file.sha256:
+                    copy.rename(part)
                     part.rename(path)
-                    done = HashedFile(FileStamp.from_stat(path.stat()), hashed.sha256)
+                    done = HashedFile(FileStamp.from_stat(path.stat()), file.sha256)
                     self._record(file, done)
                     return done.stamp
         except BaseException:
@@ -183,7 +185,8 @@ class DatasetCache:
             raise
         finally:
             part.unlink(missing_ok=True)
-        raise UserError(self._mismatch(file, hashed.stamp.bytes))
+            copy.unlink(missing_ok=True)
+        raise UserError(self._mismatch(file, size))
 
     def _mismatch(self, file: ShardInfo | FileInfo, size: int) -> str:
         found = "another sha256 than" if size == file.bytes else f"{size:,} bytes instead of the {file.bytes:,} that"
@@ -227,32 +230,33 @@ class DatasetCache:
         """Remove files that are needed later than `file` until there is space for it. Return False if there is none."""
         assert self.limit is not None
         used, present = self._usage()
-        if used + file.bytes > self.limit:
+        most = self.limit - FETCHED_COPIES * file.bytes
+        if used > most:
             wanted_at, uses = self._next_use(file.file), {name: self._next_use(name) for name in present}
             for name in sorted(uses, key=lambda name: (-uses[name], name)):
-                if uses[name] <= wanted_at or used + file.bytes <= self.limit:
+                if uses[name] <= wanted_at or used <= most:
                     break
                 used -= self._remove(name)
-        return used + file.bytes <= self.limit
+        return used <= most
 
     def _usage(self) -> tuple[int, list[str]]:
-        """Return the bytes of all shards that are here or being fetched, and the names of those that are here."""
+        """Return the bytes that all shards take or will take while they are fetched, and the names of those here."""
         used, present = 0, []
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                shard = self.shards.get(entry.name.removesuffix(PART))
+                shard = self.shards.get(_final_name(entry.name))
                 if shard is None:
                     continue
                 if entry.name == shard.file:
                     present.append(shard.file)
                 elif self._remove(entry.name):  # of a process that was killed
                     continue
-                used += shard.bytes
+                used += {shard.file: 1, shard.file + PART: FETCHED_COPIES}.get(entry.name, 0) * shard.bytes
         return used, present
 
     def _remove(self, name: str) -> int:
         """Remove a file that no process reads or fetches, and return the bytes that this frees: 0 if it is in use."""
-        shard = self.shards[name.removesuffix(PART)]
+        shard = self.shards[_final_name(name)]
         if not lock_byte(self._locks, self.places[shard.file], "exclusive"):
             return 0
         try:
@@ -275,6 +279,24 @@ class DatasetCache:
             "data.cache to a folder on a larger disk, or limit the cache with data.cache_gib and "
             "data.order=sequential-window"
         )
+
+
+def _final_name(name: str) -> str:
+    return name.removesuffix(PART).removesuffix(COPY)
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file in pieces of HUGE_PAGE_BYTES, flush the copy to disk, and return its sha256.
+
+    Libraries write what they fetch in pieces of 8 to 128 KiB, which makes the file slow to read.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(HUGE_PAGE_BYTES))
+    with source.open("rb", buffering=0) as read, target.open("wb") as written:
+        while size := read.readinto(buffer):
+            digest.update(buffer[:size])
+            written.write(buffer[:size])
+        os.fsync(written.fileno())
+    return digest.hexdigest()
 
 
 _open: weakref.WeakValueDictionary[tuple[Path, int | None], DatasetCache] = weakref.WeakValueDictionary()

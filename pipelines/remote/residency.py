@@ -13,7 +13,7 @@ import numpy as np
 from configs.utils.console import progress_bar
 from configs.utils.errors import UserError
 from configs.utils.process import lock_byte
-from pipelines.remote.cache import DatasetCache, NoSpaceError
+from pipelines.remote.cache import FETCHED_COPIES, DatasetCache, NoSpaceError
 from pipelines.remote.store import StoppedError, shown_size
 from pipelines.storage.dataset import ShardInfo
 from pipelines.storage.hash_cache import FileStamp
@@ -278,7 +278,8 @@ class RemoteShards:
         np.add.at(change, schedule.first, sizes)
         np.subtract.at(change, schedule.last + ahead + 1, sizes)
         # One more is being fetched, and an evaluation reads two.
-        needed = int(np.cumsum(change).max()) + 3 * max(shard.bytes for shard in self._cache.shards.values())
+        more = FETCHED_COPIES + 2
+        needed = int(np.cumsum(change).max()) + more * max(shard.bytes for shard in self._cache.shards.values())
         if needed <= self._cache.limit:
             return
         total = shown_size(sum(shard.bytes for shard in self._cache.shards.values()))

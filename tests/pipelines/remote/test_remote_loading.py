@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import random
+import re
 import subprocess
 import sys
 import threading
@@ -23,6 +26,7 @@ from pipelines.interfaces import Position
 from pipelines.open import load_dataset, open_split
 from pipelines.remote import residency
 from pipelines.remote import store as requests
+from pipelines.remote.cache import _copy
 from pipelines.remote.store import StoppedError, Store
 from pipelines.storage.dataset import fingerprint
 
@@ -205,8 +209,33 @@ def test_a_killed_process_leaves_nothing_that_others_use(
     process.communicate()
     server.fault = None
     assert any(file.name.endswith(".part") for file in cached(tmp_path))
+    (next(tmp_path.glob("*")) / "tiny-train-000004.tar.copy").write_bytes(bytes(1000))
     assert_same(copies(train(shards, **WINDOW)), copies(train(url, cache=str(tmp_path), **WINDOW)))
-    assert not any(file.name.endswith(".part") for file in cached(tmp_path))
+    assert [file.name for file in cached(tmp_path) if file.name.endswith((".part", ".copy"))] == []
+
+
+def test_a_small_cache_frees_the_space_of_temporary_files(url: str, shards: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cache": str(tmp_path), "cache_gib": 8 * MIB}
+    open_split(url, "val", **options)
+    for name in ("tiny-train-000004.tar.part", "tiny-val-000001.tar.copy"):
+        (next(tmp_path.glob("*")) / name).write_bytes(bytes(1000))
+    assert_same(copies(train(shards, **WINDOW)), copies(train(url, **options, **WINDOW)))
+    assert [file.name for file in cached(tmp_path) if file.name.endswith((".part", ".copy"))] == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 2 << 20, (5 << 20) + 1])
+def test_shards_are_copied_in_huge_pages(size: int, tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(size)
+    (tmp_path / "fetched").write_bytes(content)
+    before = written_pieces()
+    assert _copy(tmp_path / "fetched", tmp_path / "copy") == hashlib.sha256(content).hexdigest()
+    assert written_pieces() - before == -(-size // (2 << 20))
+    assert (tmp_path / "copy").read_bytes() == content
+
+
+def written_pieces() -> int:
+    """Return the number of write system calls of this thread."""
+    return int(re.findall(r"syscw: (\d+)", Path("/proc/thread-self/io").read_text())[0])
 
 
 def test_failing_requests_change_no_batch(url: str, shards: Path, server: ObjectStore, tmp_path: Path) -> None:
