@@ -163,8 +163,8 @@ class Store:
         if self.find(name) is not None:
             self._request(name, "remove", lambda: self._files._rm_file(self.join(name)))
 
-    def find(self, name: str) -> StoredObject | None:
-        """Return size and version of an object, or None if it does not exist."""
+    def find(self, name: str, *, stopped: Stopped | None = None) -> StoredObject | None:
+        """Return size and version of an object, or None if it does not exist. `stopped` ends the request."""
 
         async def find() -> StoredObject | None:
             try:
@@ -173,7 +173,7 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        return self._request(name, "examine", find)
+        return self._request(name, "examine", find, stopped)
 
     def objects(self) -> list[StoredObject]:
         """Return all objects directly below the URL. Web servers do not list theirs, so the list may be incomplete."""

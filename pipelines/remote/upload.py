@@ -163,7 +163,7 @@ class Uploads:
 
     def _is_stored(self, file: Path) -> bool:
         """Compare the size of an object, and its MD5 if the store gives one, with a file."""
-        found = self.store.find(file.name)
+        found = self.store.find(file.name, stopped=self._stop)
         if found is None or found.bytes != file.stat().st_size:
             return False
         tag = found.version.strip('"')

@@ -122,7 +122,7 @@ def _fetch(
 
     Of an object of the wrong size, only the size is fetched.
     """
-    found, file = store.find(info.file), folder / info.file
+    found, file = store.find(info.file, stopped=stopped), folder / info.file
     if found is None:
         return f"{info.file} is missing"
     if found.bytes == info.bytes:

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +324,31 @@ def test_conversion_killed_in_an_upload_is_resumed(
     assert objects(url) == files(npy_data)
     assert written(server)[SHARD] == 1
     assert kept
+
+
+def test_leaving_uploads_waits_for_no_answer(url: str, server: ObjectStore, tmp_path: Path) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def fault(method: str, path: str, answer: Answer) -> None:
+        if method == "HEAD":
+            asked.set()
+            answered.wait(60)
+
+    def leave() -> None:
+        with suppress(KeyboardInterrupt), Uploads(url) as uploads:
+            uploads.submit([tmp_path / "file"])
+            assert asked.wait(60)
+            raise KeyboardInterrupt
+
+    server.fault = fault
+    (tmp_path / "file").write_bytes(b"content")
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join(30)
+    is_waiting = thread.is_alive()
+    answered.set()
+    thread.join()
+    assert not is_waiting
 
 
 def test_too_little_disk_for_the_spool_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
