@@ -68,7 +68,7 @@ def remove(file: Path, chance: random.Random) -> None:
 
 ENDS: dict[Any, str] = {cut: "was truncated", overwrite: "was overwritten", copy_over: "was "}
 GOES_ON: dict[Any, str] = {replace: "was replaced by another file", remove: "can no longer be found"}
-SHORT, LONG = 12, 400  # epochs of runs that complete, and of runs that are stopped early
+SHORT, LONG = 12, 300  # epochs of runs that complete, and of runs that are stopped early; more would be compiled
 OPTS = [
     "data.placement=host",
     "data.threads=1",
