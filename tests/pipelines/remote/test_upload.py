@@ -22,6 +22,7 @@ from helpers.gcs_server import gcs_server
 from helpers.imports import ROOT
 from helpers.memory_source import MemoryRows, memory_source, tiny_source, write
 from helpers.object_store import BUCKET, Answer, ObjectStore, folder_server, put, s3_server
+from helpers.training import restore_signal_handlers
 from pipelines.convert import checks
 from pipelines.remote import store as store_module
 from pipelines.remote import upload as module
@@ -68,7 +69,9 @@ def start(url: str, spool: Path, workers: int = 1, kill_at: int = 0, encoding: s
     arguments = [str(spool), encoding, str(workers), str(kill_at), url]
     command = [sys.executable, str(ROOT / "tests/helpers/memory_source.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=restore_signal_handlers
+    )
 
 
 @pytest.mark.parametrize("encoding", ["npy", pytest.param("jpeg", marks=pytest.mark.slow)])
