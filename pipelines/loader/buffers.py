@@ -11,9 +11,9 @@ from contextlib import suppress
 import numpy as np
 import torch
 
+from pipelines.storage.memory_map import HUGE_PAGE_BYTES
 from pipelines.storage.split import Split
 
-HUGE_PAGE = 2**21  # bytes
 CONSUMER_HELD = 2  # buffers that a consumer usually still holds when it requests the next batch
 RESIDENT_BYTES_ON_CPU = 2**29  # a larger split stays in the page cache, which all ranks share
 
@@ -129,8 +129,8 @@ def _slot(shape: tuple[int, ...], pinned: bool = False) -> np.ndarray:
 
 def _on_huge_pages(shape: tuple[int, ...]) -> np.ndarray:
     """Allocate uint8 [*shape] on 2 MiB pages if available, to reduce TLB misses when samples are scattered."""
-    memory = mmap.mmap(-1, math.prod(shape) + HUGE_PAGE)
+    memory = mmap.mmap(-1, math.prod(shape) + HUGE_PAGE_BYTES)
     with suppress(OSError):  # kernels built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE_BYTES
     return np.ndarray(shape, np.uint8, memory, start)

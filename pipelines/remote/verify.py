@@ -97,7 +97,7 @@ def _shard_error(
                 with file.open("rb") as fetched:
                     shutil.copyfileobj(fetched, mapped)
                 mapped.flush()
-            _fetch_if_stored(store, folder, beside.name, shard.bytes)
+            _fetch_if_stored(store, folder, beside.name, shard.bytes, stopped)
             return shard_error(split, number, hash_file(file).sha256)
         finally:
             mapped.truncate(0)
@@ -133,7 +133,7 @@ def _fetch(
     return None if size == info.bytes else f"{info.file} has {size:,} bytes, but dataset.json says {info.bytes:,}"
 
 
-def _fetch_if_stored(store: Store, folder: Path, name: str, most: int) -> None:
+def _fetch_if_stored(store: Store, folder: Path, name: str, most: int, stopped: Event | None = None) -> None:
     """Fetch an object unless it is missing."""
-    if store.find(name) is not None:
-        store.fetch(name, folder / name, most)
+    if store.find(name, stopped=stopped) is not None:
+        store.fetch(name, folder / name, most, stopped=stopped)

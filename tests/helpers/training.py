@@ -201,18 +201,18 @@ def record_gradients(training: TrainState) -> list[list[torch.Tensor]]:
     return seen
 
 
-# Each test process has its own ports, below those that the kernel gives to clients and to servers on port 0.
-_first_port = 20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_ports = itertools.cycle(range(_first_port, _first_port + 1000))
+# 100 ports for each of 220 test processes, below those that the kernel gives to clients and to servers on port 0.
+_first_port = 10_000 + os.getpid() % 220 * 100
+_ports = itertools.cycle(range(_first_port, _first_port + 100))
 
 
 def free_port() -> int:
-    """Return a port that no other process takes before it is used."""
-    for port in _ports:
+    """Return a port that is unlikely to be taken by another process before it is used."""
+    for port in itertools.islice(_ports, 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise AssertionError("unreachable")
+    raise AssertionError(f"all ports from {_first_port} to {_first_port + 99} are in use")
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
